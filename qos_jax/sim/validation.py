@@ -1,0 +1,97 @@
+"""Checks of experts and traces that come from outside, and their canonical array forms."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from qos_jax.errors import InputError
+from qos_jax.sim.types import ExpertProfile, RequestTrace
+
+_COUNTS = ("kv_blocks", "max_running", "max_waiting")
+_LARGEST_COUNT = 2**30  # sums of two counts stay within int32
+
+
+def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertProfile:
+    """Returns the profile with every field as a NumPy array [N], times as ``dtype``, counts as int32.
+
+    Raises:
+      InputError: a field has another length, is NaN, infinite or negative, or leaves an expert unable to work.
+    """
+    fields = {f.name: np.asarray(getattr(experts, f.name)) for f in dataclasses.fields(experts)}
+    num_experts = max((x.shape[0] for x in fields.values() if x.ndim == 1), default=1)
+    checked = {}
+    for name, values in fields.items():
+        if values.shape not in ((), (num_experts,)):
+            raise InputError(f"experts.{name} has shape {values.shape}, must be [{num_experts}], one value per expert")
+        values = np.broadcast_to(values, (num_experts,)).astype(np.float64)
+        lowest = 1 if name in ("kv_blocks", "max_running") else 0
+        bad = ~np.isfinite(values) | (values < lowest)
+        if bad.any():
+            raise InputError(f"experts.{name} is {values[bad][0]} for expert {bad.argmax()}, must be finite and >= {lowest}")
+        if name in _COUNTS:
+            if (values != np.floor(values)).any():
+                raise InputError(f"experts.{name} is {values.tolist()}, must be whole numbers")
+            checked[name] = np.minimum(values, _LARGEST_COUNT).astype(np.int32)
+        else:
+            checked[name] = values.astype(dtype)
+    idle = (checked["step_base_s"] + checked["per_sequence_s"] + checked["per_kv_token_s"]) <= 0
+    if idle.any():
+        raise InputError(
+            f"experts.step_base_s, per_sequence_s and per_kv_token_s are all 0 for expert {idle.argmax()}: "
+            "an iteration must take time"
+        )
+    return ExpertProfile(**checked)
+
+
+def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
+    """Returns the trace with NumPy arrays: arrivals as float64, tokens as int32.
+
+    Raises:
+      InputError: a field has a wrong shape, is not finite, arrivals go back in time, or a token count is below 1.
+    """
+    arrival_s = np.asarray(trace.arrival_s, np.float64)
+    if arrival_s.ndim != 1:
+        raise InputError(f"trace.arrival_s has shape {arrival_s.shape}, must be [J], one time per request")
+    if not np.isfinite(arrival_s).all():
+        raise InputError(f"trace.arrival_s[{np.argmin(np.isfinite(arrival_s))}] is not finite")
+    back = np.diff(arrival_s) < 0
+    if back.any():
+        at = int(back.argmax()) + 1
+        raise InputError(
+            f"trace.arrival_s[{at}] is {arrival_s[at]}, before request {at - 1} at {arrival_s[at - 1]}: sort the trace by arrival"
+        )
+    num_requests = arrival_s.shape[0]
+    prompt_tokens = _checked_tokens("prompt_tokens", trace.prompt_tokens, (num_requests,))
+    output_tokens = _checked_tokens("output_tokens", trace.output_tokens, (num_requests, num_experts))
+    return trace.replace(arrival_s=arrival_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+
+
+def checked_assignment(assignment: ArrayLike, num_requests: int, num_experts: int) -> np.ndarray:
+    """Returns the assignment as int32 [J]; -1 stands for a request that the router drops."""
+    values = np.asarray(assignment)
+    if values.shape != (num_requests,):
+        raise InputError(f"assignment has shape {values.shape}, must be [{num_requests}], one expert per request")
+    if not np.issubdtype(values.dtype, np.integer):
+        raise InputError(f"assignment has type {values.dtype}, must be integers")
+    bad = (values < -1) | (values >= num_experts)
+    if bad.any():
+        at = int(bad.argmax())
+        raise InputError(
+            f"assignment[{at}] is {values[at]}, must be an expert 0 .. {num_experts - 1}, or -1 for a dropped request"
+        )
+    return values.astype(np.int32)
+
+
+def _checked_tokens(name: str, tokens: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.asarray(tokens)
+    if values.shape != shape:
+        raise InputError(f"trace.{name} has shape {values.shape}, must be {list(shape)}")
+    bad = ~((values >= 1) & (values <= _LARGEST_COUNT) & (values == np.floor(values)))
+    if bad.any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise InputError(f"trace.{name}{list(at)} is {values[at]}, must be a whole number of at least 1 token")
+    return values.astype(np.int32)
