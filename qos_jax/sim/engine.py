@@ -123,6 +123,11 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     return state.replace(slots=slots)
 
 
+def make_room(spec: EngineSpec, state: ExpertState) -> ExpertState:
+    """Compacts all lanes if any of them needs it, so that the cost is paid once in many arrivals."""
+    return _make_room(spec)(state)
+
+
 def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: Array, payload: Any) -> ExpertState:
     """Puts a request that arrives now behind the others of each lane where ``lane`` [L] is set and a slot is free.
 
@@ -160,6 +165,13 @@ def _advance(spec: EngineSpec) -> Callable[[ExpertProfile, ExpertState, Array], 
 @lru_cache
 def _drain(spec: EngineSpec) -> Callable[[ExpertProfile, ExpertState, Array], ExpertState]:
     return _over_lanes(lambda experts, state, never: _run_until(spec, experts, state, never))
+
+
+@lru_cache
+def _make_room(spec: EngineSpec) -> Callable[[ExpertState], ExpertState]:
+    return _over_lanes(
+        lambda state: lax.cond(jnp.any(needs_compact(state)), lambda s: compact(spec, s), lambda s: s, state)
+    )
 
 
 def _over_lanes(function: Callable[..., Any]) -> Callable[..., Any]:

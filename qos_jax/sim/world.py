@@ -1,0 +1,185 @@
+"""The world between two decisions: a request is sent to an expert, time passes, answers come back, the router looks again.
+
+Each function is for one environment, takes and returns plain pytrees, and knows nothing of episodes, rewards or traces; the
+environment and the evaluator are both made of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from qos_jax.sim import engine
+from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.engine import EngineSpec, ExpertState
+from qos_jax.sim.types import ArrivedView, ExpertProfile, ExpertView, Observation, Request, RequestView
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSpec:
+    """What fixes the shapes of the world; everything else is traced."""
+
+    num_experts: int  # N
+    engine: EngineSpec
+    allow_drop: bool = True  # the router may refuse a request
+    history: int = 0  # snapshots kept for a router that sees metrics late; 0: it sees them fresh
+
+
+@struct.dataclass
+class SlotPayload:
+    """What the engine keeps for us beside each request on an expert."""
+
+    score: Array  # [N, S] true quality there
+    latency_limit_s: Array  # [N, S] s/token
+    predicted_score: Array  # [N, S]
+    predicted_tokens: Array  # [N, S] tokens
+
+
+@struct.dataclass
+class Snapshots:
+    """The last ``history`` looks at the experts, and how old each is."""
+
+    age_s: Array  # [H] s
+    newest: Array  # [] int32, index of the newest
+    looks: tuple[ExpertView, RequestView]  # leaves [H, ...]; the profile is left out
+
+
+@struct.dataclass
+class World:
+    """Experts with the requests on them, and what a late-seeing router remembers."""
+
+    experts: ExpertState  # payload: SlotPayload
+    snapshots: Snapshots | None
+
+
+@struct.dataclass
+class Answers:
+    """Sums over the requests that finished in an interval, and what the experts used in it."""
+
+    finished: Array  # [] int32 requests
+    qos: Array  # [] sum of QoS
+    score: Array  # [] sum of scores
+    latency_per_token_s: Array  # [] sum of latencies per token
+    violations: Array  # [] int32 requests beyond their limit
+    busy_s: Array  # [N] s
+    kv_block_s: Array  # [N] blocks x s
+
+
+def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
+    """Returns idle experts."""
+    dtype = jnp.asarray(profile.step_base_s).dtype
+    zero = jnp.zeros((), dtype)
+    experts = engine.init_state(spec.engine, (spec.num_experts,), SlotPayload(zero, zero, zero, zero), dtype)
+    if spec.history == 0:
+        return World(experts, None)
+    looks = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _look(spec, World(experts, None))
+    )
+    age_s = jnp.full((spec.history,), jnp.inf, dtype)
+    return World(experts, Snapshots(age_s, jnp.int32(0), looks))
+
+
+def dispatch(spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, action: Array) -> tuple[World, Array]:
+    """Sends ``request`` to expert ``action`` [] int32; ``num_experts`` drops it, and so does an expert that cannot take it.
+
+    Returns the world and [] bool: the request was dropped.
+    """
+    experts = engine.make_room(spec.engine, world.experts)
+    chosen = jnp.arange(spec.num_experts) == action
+    too_long = blocks_of(request.prompt_tokens + request.output_tokens, spec.engine.block_size) > profile.kv_blocks
+    queue_full = jnp.sum(experts.slots.waiting, -1) >= profile.max_waiting
+    taken = chosen & ~too_long & ~queue_full & ~engine.needs_compact(experts)
+    payload = SlotPayload(request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens)
+    payload = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.num_experts,)), payload)
+    prompt_tokens = jnp.broadcast_to(request.prompt_tokens, (spec.num_experts,))
+    experts = engine.push(experts, taken, prompt_tokens, request.output_tokens, payload)
+    return world.replace(experts=experts), ~jnp.any(taken)
+
+
+def pass_time(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
+    """Runs the experts for ``duration_s`` [] s and remembers what they then look like."""
+    world = world.replace(experts=engine.advance(spec.engine, profile, world.experts, duration_s))
+    if world.snapshots is None:
+        return world
+    seen = world.snapshots
+    newest = (seen.newest + 1) % spec.history
+    looks = jax.tree.map(lambda ring, now: ring.at[newest].set(now), seen.looks, _look(spec, world))
+    age_s = (seen.age_s + duration_s).at[newest].set(0.0)
+    return world.replace(snapshots=Snapshots(age_s, newest, looks))
+
+
+def collect(profile: ExpertProfile, world: World) -> tuple[World, Answers]:
+    """Takes the finished requests and the experts' integrals out of the world."""
+    experts, slots = world.experts, world.experts.slots
+    done = slots.finished
+    latency_s = slots.finish_s - slots.arrival_s + jnp.asarray(profile.network_s)[:, None]
+    latency_per_token_s = latency_s / jnp.maximum(slots.output_tokens, 1)
+    in_time = done & (latency_per_token_s <= slots.payload.latency_limit_s)
+    answers = Answers(
+        finished=jnp.sum(done, dtype=jnp.int32),
+        qos=jnp.sum(jnp.where(in_time, slots.payload.score, 0.0)),
+        score=jnp.sum(jnp.where(done, slots.payload.score, 0.0)),
+        latency_per_token_s=jnp.sum(jnp.where(done, latency_per_token_s, 0.0)),
+        violations=jnp.sum(done & ~in_time, dtype=jnp.int32),
+        busy_s=experts.busy_s,
+        kv_block_s=experts.kv_block_s,
+    )
+    zero = jnp.zeros_like(experts.busy_s)
+    slots = slots.replace(
+        output_tokens=jnp.where(done, 0, slots.output_tokens), generated=jnp.where(done, 0, slots.generated)
+    )
+    return world.replace(experts=experts.replace(slots=slots, busy_s=zero, kv_block_s=zero)), answers
+
+
+def observe(
+    spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, staleness_s: Array | float = 0.0
+) -> Observation:
+    """Returns what the router sees when ``request`` arrives: fresh, or the newest snapshot at least that old."""
+    if world.snapshots is None:
+        experts, requests = _look(spec, world)
+    else:
+        experts, requests = _look_back(world.snapshots, staleness_s)
+    experts = experts.replace(profile=profile)
+    arrived = ArrivedView(
+        request.prompt_tokens, request.latency_limit_s, request.predicted_score, request.predicted_tokens
+    )
+    fits = blocks_of(request.prompt_tokens + 1, spec.engine.block_size) <= profile.kv_blocks
+    legal = fits & (experts.waiting < profile.max_waiting)
+    action_mask = jnp.append(legal, spec.allow_drop)
+    return Observation(arrived, experts, requests, action_mask)
+
+
+def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
+    slots = world.experts.slots
+    running, waiting = slots.running, slots.waiting
+    requests = RequestView(
+        running=running,
+        waiting=waiting,
+        prompt_tokens=slots.prompt_tokens,
+        generated_tokens=slots.generated,
+        computed_tokens=slots.computed,
+        age_s=-slots.arrival_s,
+        latency_limit_s=slots.payload.latency_limit_s,
+        predicted_score=slots.payload.predicted_score,
+        predicted_tokens=jnp.maximum(slots.payload.predicted_tokens, slots.generated + 1),
+    )
+    experts = ExpertView(
+        profile=(),
+        running=jnp.sum(running, -1, dtype=jnp.int32),
+        waiting=jnp.sum(waiting, -1, dtype=jnp.int32),
+        kv_used_blocks=jnp.sum(jnp.where(running, blocks_of(slots.computed, spec.engine.block_size), 0), -1, dtype=jnp.int32),
+    )
+    return experts, requests
+
+
+def _look_back(seen: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:
+    """Picks the newest snapshot that is at least ``staleness_s`` old, or the oldest one if none is."""
+    oldest_kept = (seen.newest + 1) % seen.age_s.shape[0]
+    old_enough = seen.age_s >= staleness_s
+    pick = jnp.where(jnp.any(old_enough), jnp.argmin(jnp.where(old_enough, seen.age_s, jnp.inf)), oldest_kept)
+    return jax.tree.map(lambda ring: ring[pick], seen.looks)
