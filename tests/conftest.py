@@ -4,6 +4,10 @@ import os
 import pathlib
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("jit", deadline=None)  # the first example of a test compiles
+settings.load_profile("jit")
 
 
 @pytest.fixture(scope="session")

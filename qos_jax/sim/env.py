@@ -30,6 +30,11 @@ class EnvParams:
     workload: Workload
     max_steps_in_episode: Array | int = 5000  # requests
     staleness_s: Array | float = 0.0  # the router sees metrics at least this old; needs a spec with history
+    saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN where nobody asked for it
+
+    def at_load(self, load: Array | float) -> EnvParams:
+        """Returns the same world at another load, a fraction of the fleet's saturation rate."""
+        return self.replace(workload=self.workload.with_rate(load * self.saturation_per_s))
 
 
 @struct.dataclass

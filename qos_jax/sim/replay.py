@@ -6,6 +6,7 @@ The requests of a lane come in chunks; behind each chunk the finished ones are h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,15 @@ from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, Re
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
 
 _CHUNK = 64  # requests of one lane between two compactions
+
+
+@struct.dataclass
+class Replayed:
+    """The log of a trace, and what the experts used for it."""
+
+    log: RequestLog
+    busy_s: np.ndarray  # [N] s of iterations
+    kv_block_s: np.ndarray  # [N] blocks x s held
 
 
 @struct.dataclass
@@ -70,36 +80,55 @@ def replay(
     Raises:
       InputError: a field of the arguments is not usable.
     """
+    (replayed,) = replay_many(experts, [trace], [assignment], token_budget=token_budget, block_size=block_size)
+    return replayed.log
+
+
+def replay_many(
+    experts: ExpertProfile,
+    traces: Sequence[RequestTrace],
+    assignments: Sequence[ArrayLike],
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    block_size: int = BLOCK_SIZE_TOKENS,
+) -> list[Replayed]:
+    """Replays several traces, each with its assignment, on copies of the same experts side by side; see ``replay``."""
     experts = checked_experts(experts)
     num_experts = len(experts.step_base_s)
-    trace = checked_trace(trace, num_experts)
-    assignment = checked_assignment(assignment, len(trace.arrival_s), num_experts)
+    traces = [checked_trace(trace, num_experts) for trace in traces]
+    assignments = [
+        checked_assignment(assignment, len(trace.arrival_s), num_experts)
+        for trace, assignment in zip(traces, assignments, strict=True)
+    ]
+    positions = [_positions(assignment, num_experts) for assignment in assignments]
+    length = 1 + max((int(position.max(initial=-1)) for position in positions), default=0)
+    columns = [_lanes(*each, num_experts, length) for each in zip(traces, assignments, positions, strict=True)]
+    requests = jax.tree.map(lambda *lanes: np.concatenate(lanes, axis=1), *columns)
+    fleets = jax.tree.map(lambda x: np.tile(x, len(traces)), experts)
+    log = replay_lanes(fleets, requests, token_budget=token_budget, block_size=block_size)
+    fleet_logs = [
+        jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
+    ]
+    return [_replayed(*each) for each in zip(fleet_logs, traces, assignments, positions, strict=True)]
 
-    lane, position = lane_positions(assignment, num_experts)
-    requests = gather_lanes(trace, assignment, lane, position, num_experts)
-    log = replay_lanes(experts, requests, token_budget=token_budget, block_size=block_size)
-    return scatter_lanes(log, trace, lane, position)
 
-
-def lane_positions(assignment: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each request [J] its lane, -1 if none, and how many requests that lane had before it."""
-    position = np.zeros(len(assignment), np.int64)
+def _positions(assignment: np.ndarray, num_experts: int) -> np.ndarray:
+    """Returns for each request [J] how many requests its expert had before it."""
+    position = np.full(len(assignment), -1, np.int64)
     for expert in range(num_experts):
         mine = assignment == expert
         position[mine] = np.arange(mine.sum())
-    return assignment, position
+    return position
 
 
-def gather_lanes(
-    trace: RequestTrace, assignment: np.ndarray, lane: np.ndarray, position: np.ndarray, num_lanes: int
+def _lanes(
+    trace: RequestTrace, assignment: np.ndarray, position: np.ndarray, num_experts: int, length: int
 ) -> LaneRequests:
-    """Sorts the requests of a trace into lanes; gaps are taken in float64."""
-    sent = lane >= 0
-    length = int(position[sent].max(initial=-1)) + 1
-    at = (position[sent], lane[sent])
-    arrival_s = np.zeros((length, num_lanes))
-    prompt_tokens, output_tokens = np.ones((2, length, num_lanes), np.int32)
-    output_tokens[:] = 0
+    """Sorts the requests of a trace into one lane per expert; gaps are taken in float64."""
+    sent = assignment >= 0
+    at = (position[sent], assignment[sent])
+    arrival_s = np.zeros((length, num_experts))
+    prompt_tokens, output_tokens = np.zeros((2, length, num_experts), np.int32)
     arrival_s[at] = trace.arrival_s[sent]
     prompt_tokens[at] = trace.prompt_tokens[sent]
     output_tokens[at] = trace.output_tokens[sent, assignment[sent]]
@@ -107,16 +136,16 @@ def gather_lanes(
     return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens)
 
 
-def scatter_lanes(log: LaneLog, trace: RequestTrace, lane: np.ndarray, position: np.ndarray) -> RequestLog:
+def _replayed(log: LaneLog, trace: RequestTrace, assignment: np.ndarray, position: np.ndarray) -> Replayed:
     """Puts the logs of the lanes back into the order of the trace."""
-    sent = lane >= 0
-    at = (position[sent], lane[sent])
-    finish_s, first_token_s = np.full((2, len(lane)), np.nan)
-    preemptions, dropped = np.zeros(len(lane), np.int32), np.ones(len(lane), bool)
+    sent = assignment >= 0
+    at = (position[sent], assignment[sent])
+    finish_s, first_token_s = np.full((2, len(sent)), np.nan)
+    preemptions, dropped = np.zeros(len(sent), np.int32), np.ones(len(sent), bool)
     finish_s[sent] = trace.arrival_s[sent] + log.finish_s[at]
     first_token_s[sent] = trace.arrival_s[sent] + log.first_token_s[at]
     preemptions[sent], dropped[sent] = log.preemptions[at], log.dropped[at]
-    return RequestLog(finish_s, first_token_s, preemptions, dropped)
+    return Replayed(RequestLog(finish_s, first_token_s, preemptions, dropped), log.busy_s, log.kv_block_s)
 
 
 def replay_lanes(

@@ -1,0 +1,60 @@
+# `make run` and `make test`, each on a fresh clone with only Python >= 3.11 and make.
+# PYTHON=... picks the interpreter, JAX_PLATFORMS=... the device.
+
+IS_USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c '$(IS_USABLE)' 2>/dev/null && echo $$p && break; done)
+PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
+PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: run test slow coverage lint format types lock clean
+
+run: .venv/installed
+	.venv/bin/python -m experiments.evaluate --preset=paper-3 --routers=all --out=runs/paper-3
+
+test: .venv/installed
+	$(PYTEST)
+
+slow: .venv/installed-sb3
+	$(PYTEST) -m slow
+
+coverage: .venv/installed
+	$(PYTEST) --cov
+
+lint: .venv/installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+format: .venv/installed
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+types: .venv/installed
+	.venv/bin/mypy
+
+.venv/installed: requirements.lock setup.py
+	@"$(PYTHON)" -c '$(IS_USABLE)' 2>/dev/null || { \
+		echo "error: no Python >= 3.11 with venv and pip: install one, or name it with make PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	"$(PYTHON)" -m venv --clear .venv
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --no-deps --editable .
+	touch $@
+
+.venv/installed-sb3: .venv/installed requirements-sb3.lock
+	$(PIP) install --requirement requirements-sb3.lock
+	touch $@
+
+# Resolves setup.py anew. torch is named here so that its version changes by decision only.
+lock:
+	"$(PYTHON)" -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --editable '.[dev]'
+	.venv-lock/bin/python -m pip freeze --exclude-editable > requirements.lock
+	.venv-lock/bin/python -m pip install --constraint requirements.lock torch==2.13.0 --editable '.[sb3]'
+	.venv-lock/bin/python -m pip freeze --exclude-editable --all --exclude pip | sed 's/+.*//' | grep -vxFf requirements.lock \
+		> requirements-sb3.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

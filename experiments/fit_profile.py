@@ -1,0 +1,70 @@
+"""Fits an expert's timing to measured kernel tables and writes profile.json.
+
+python -m experiments.fit_profile --dense=dense.csv --attention=attention.csv --per_sequence=head.csv \
+    --num_layers=32 --max_kv_tokens=41408 --out=profile.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from absl import flags
+
+from experiments import common
+from qos_jax.workload import fitting
+
+_DENSE = flags.DEFINE_string("dense", None, "csv of the dense kernels by tokens.", required=True)
+_ATTENTION = flags.DEFINE_string("attention", None, "csv of the attention kernel by batch.", required=True)
+_PER_SEQUENCE = flags.DEFINE_string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
+_NUM_LAYERS = flags.DEFINE_integer("num_layers", 32, "Layers of the model.", lower_bound=1)
+_MAX_KV_TOKENS = flags.DEFINE_integer(
+    "max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", lower_bound=1
+)
+_NAME = flags.DEFINE_string("name", None, "Name of the profile; left out: that of the file.")
+_OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fits, writes the profile and prints it with its errors."""
+    del argv
+    tables = fitting.read_tables(_DENSE.value, _ATTENTION.value, _PER_SEQUENCE.value)
+    iterations = fitting.assemble(tables, _NUM_LAYERS.value, _MAX_KV_TOKENS.value)
+    timing, affine = fitting.fit_timing(iterations), fitting.fit_affine(iterations)
+    forms = {"hinge": timing, "affine": affine}
+    errors = {form: fitting.relative_errors(fitted, iterations) for form, fitted in forms.items()}
+    sources = {"dense": _DENSE.value, "attention": _ATTENTION.value, "per_sequence": _PER_SEQUENCE.value}
+    profile = {
+        "name": _NAME.value or pathlib.Path(_OUT.value).stem,
+        "timing": timing,
+        "units": fitting.TIMING_UNITS,
+        "errors": errors,
+        "affine_timing": affine,
+        "notes": tables.notes,
+        "sources": {key: _source(path) for key, path in sources.items() if path is not None},
+        "command": shlex.join(["python", "-m", "experiments.fit_profile", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "numpy", "scipy")},
+    }
+    fitting.save_profile(_OUT.value, profile)
+    for name, unit in fitting.TIMING_UNITS.items():
+        print(f"{name:20} {timing[name]:.6g} {unit}")
+    for note in tables.notes:
+        print(f"note: {note}")
+    print(f"{'':16} {'iterations':>10} {'mean |e|':>9} {'bias':>7} {'max |e|':>8}")
+    for form, kinds in errors.items():
+        for kind, e in kinds.items():
+            print(f"{form:7} {kind:8} {e['iterations']:10} {e['mape']:9.2%} {e['bias']:7.1%} {e['max']:8.1%}")
+
+
+def _source(path: str) -> dict[str, str]:
+    file = pathlib.Path(path)
+    return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,167 @@
+"""Evaluation: what every router makes of the same requests.
+
+For each load and seed one trace of requests is drawn; every router decides on that very trace (common random numbers), and
+each one's decisions are replayed by the exact engine into a log of all requests, from which all metrics come. Oracles decide
+on the same observation with truths in the place of predictions.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jax import Array, lax
+
+from qos_jax.routers.base import Router
+from qos_jax.sim.capacity import sample_requests
+from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.metrics import metrics_of
+from qos_jax.sim.replay import Replayed, replay_many
+from qos_jax.sim.types import Request, RequestTrace
+from qos_jax.sim.world import WorldSpec, dispatch, empty_world, observe, pass_time
+
+_ENVIRONMENTS_PER_BLOCK = 16  # few enough that their state stays in cache and that no slow one holds up many
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """One load and one seed: the requests that every router is given."""
+
+    load: float  # fraction of the fleet's saturation rate
+    rate_per_s: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one router made of one scenario."""
+
+    router: Router
+    scenario: Scenario
+    trace: RequestTrace
+    assignment: np.ndarray  # [J] int32, -1 where the router dropped the request
+    replayed: Replayed
+    metrics: dict[str, float]
+
+
+def rollout(
+    spec: WorldSpec, router: Router, params: EnvParams, gaps_s: Array, requests: Request, key: Array
+) -> Array:
+    """Lets ``router`` decide on a known sequence of requests; returns its actions [J] int32, ``num_experts`` for a drop."""
+    requests = revealed(router, requests)
+
+    def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], Array]:
+        (world, memory), (gap_s, request, key) = carry, x
+        world = pass_time(spec, params.experts, world, gap_s)
+        obs = observe(spec, params.experts, world, request, params.staleness_s)
+        action, memory = router.act(key, obs, memory)
+        world, _ = dispatch(spec, params.experts, world, request, action)
+        return (world, memory), jnp.asarray(action, jnp.int32)
+
+    start = (empty_world(spec, params.experts), router.init())
+    return lax.scan(decide, start, (gaps_s, requests, jax.random.split(key, gaps_s.shape[0])))[1]
+
+
+def revealed(router: Router, requests: Request) -> Request:
+    """Puts the truths that an oracle may see in the place of the predictions."""
+    if router.sees in ("true_scores", "true_scores_and_tokens"):
+        requests = requests.replace(predicted_score=requests.score)
+    if router.sees == "true_scores_and_tokens":
+        requests = requests.replace(predicted_tokens=requests.output_tokens.astype(requests.predicted_tokens.dtype))
+    return requests
+
+
+def evaluate(
+    env: Environment,
+    params: EnvParams,
+    routers: Sequence[Router],
+    scenarios: Sequence[Scenario],
+    num_requests: int,
+    *,
+    warmup: int = 0,
+    progress: Callable[[Router], None] = lambda router: None,
+) -> list[Run]:
+    """Runs every router on every scenario; ``progress`` is called as each router is done. Routers run side by side.
+
+    Args:
+      env: the environment; only its spec is used.
+      params: its parameters; the arrival rate is each scenario's own.
+      routers: who decides.
+      scenarios: loads and seeds.
+      num_requests: requests of each scenario.
+      warmup: leading requests that the metrics do not count.
+      progress: called with each router that is done.
+
+    Returns:
+      The runs, router by router, scenarios in their order within.
+    """
+    rates = np.array([scenario.rate_per_s for scenario in scenarios])
+    keys = jnp.stack([jax.random.key(scenario.seed) for scenario in scenarios])
+    gaps_s, requests = _sample_scenarios(params, rates, keys, num_requests)
+    traces = _traces(gaps_s, requests, len(scenarios))
+
+    def run(router: Router) -> list[Run]:
+        actions = np.asarray(_rollouts(env.spec, router, params, gaps_s, requests, keys))
+        assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
+        engine_spec = env.spec.engine
+        replays = replay_many(
+            params.experts, traces, assignments,
+            token_budget=engine_spec.token_budget, block_size=engine_spec.block_size,
+        )  # fmt: skip
+        experts = jax.tree.map(np.asarray, params.experts)
+        runs = [
+            Run(router, *each, metrics_of(experts, *each[1:], warmup))
+            for each in zip(scenarios, traces, assignments, replays, strict=True)
+        ]
+        progress(router)
+        return runs
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [one for runs in pool.map(run, routers) for one in runs]
+
+
+@partial(jax.jit, static_argnums=3)
+def _sample_scenarios(params: EnvParams, rates: Array, keys: Array, num_requests: int) -> tuple[Array, Request]:
+    def sample(rate: Array, key: Array) -> tuple[Array, Request]:
+        return sample_requests(params.workload.with_rate(rate), key, num_requests)
+
+    return jax.vmap(sample)(rates, keys)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _rollouts(
+    spec: WorldSpec, router: Router, params: EnvParams, gaps_s: Array, requests: Request, keys: Array
+) -> Array:
+    def one(scenario: tuple[Array, Request, Array]) -> Array:
+        gaps_s, requests, key = scenario
+        return rollout(spec, router, params, gaps_s, requests, jax.random.fold_in(key, 1))
+
+    return lax.map(one, (gaps_s, requests, keys), batch_size=_ENVIRONMENTS_PER_BLOCK)
+
+
+def _traces(gaps_s: Array, requests: Request, count: int) -> list[RequestTrace]:
+    requests, arrivals_s = jax.tree.map(np.asarray, requests), np.cumsum(np.asarray(gaps_s, np.float64), axis=1)
+    return [
+        RequestTrace(
+            arrival_s=arrivals_s[i], **{name: getattr(requests, name)[i] for name in Request.__dataclass_fields__}
+        )
+        for i in range(count)
+    ]
+
+
+def summarise(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
+    """Returns mean and Student's t interval over seeds; with one seed the interval is NaN."""
+    finite = np.asarray(values, np.float64)
+    mean = float(finite.mean())
+    if len(finite) < 2:
+        return {"mean": mean, "low": float("nan"), "high": float("nan")}
+    half = scipy.stats.t.ppf((1 + confidence) / 2, len(finite) - 1) * finite.std(ddof=1) / np.sqrt(len(finite))
+    return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}

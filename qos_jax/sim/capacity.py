@@ -1,0 +1,51 @@
+"""How many requests a fleet can serve, found by simulating it with work always at hand."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+
+from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.replay import replay_many
+from qos_jax.sim.types import Request, RequestTrace, Workload
+
+
+@partial(jax.jit, static_argnums=2)
+def sample_requests(workload: Workload, key: Array, num_requests: int) -> tuple[Array, Request]:
+    """Draws requests from a workload: gaps [J] s and the requests, leaves [J, ...]."""
+    key_init, key_next = jax.random.split(key)
+
+    def draw(state: Any, key: Array) -> tuple[Any, tuple[Array, Request]]:
+        gap_s, request, state = workload.next(key, state)
+        return state, (gap_s, request)
+
+    return lax.scan(draw, workload.init(key_init), jax.random.split(key_next, num_requests))[1]
+
+
+def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert: int = 2000, seed: int = 0) -> float:
+    """Returns the rate [requests/s] at which the fleet finishes requests when every expert always has some waiting.
+
+    Measured by simulation: each expert is handed its requests at once, and the middle 80 % of its completions give its rate;
+    the fleet's is the sum. A load rho means arrivals at rho times this rate.
+    """
+    num_experts = env.spec.num_experts
+    count = requests_per_expert * num_experts
+    _, requests = sample_requests(params.workload, jax.random.key(seed), count)
+    trace = RequestTrace(np.zeros(count), np.asarray(requests.prompt_tokens), np.asarray(requests.output_tokens))
+    assignment = np.arange(count) % num_experts
+    experts = jax.tree.map(np.asarray, params.experts).replace(max_waiting=np.full(num_experts, requests_per_expert))
+    spec = env.spec.engine
+    (replayed,) = replay_many(
+        experts, [trace], [assignment], token_budget=spec.token_budget, block_size=spec.block_size
+    )
+    return sum(_middle_rate(replayed.log.finish_s[assignment == expert]) for expert in range(num_experts))
+
+
+def _middle_rate(finish_s: np.ndarray) -> float:
+    finish_s = np.sort(finish_s[np.isfinite(finish_s)])
+    first, last = int(0.1 * len(finish_s)), int(0.9 * len(finish_s))
+    return (last - first) / float(finish_s[last] - finish_s[first])

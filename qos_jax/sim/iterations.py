@@ -1,0 +1,180 @@
+"""One expert under the magnifying glass: every iteration in a window of time, and what each request did in it.
+
+``replay`` jumps over the iterations in which a batch only decodes. Here the host steps through them one at a time, with the
+same engine, which is slow and meant for pictures and for understanding a schedule.
+"""
+
+from __future__ import annotations
+
+import enum
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import ArrayLike
+
+from qos_jax.errors import InputError
+from qos_jax.sim import engine
+from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.engine import EngineSpec, ExpertState, Slots
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, RequestTrace
+from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
+
+
+class Activity(enum.IntEnum):
+    """What a request does in one iteration."""
+
+    ABSENT = 0  # not there yet, or finished
+    WAITING = 1  # gets no tokens: the batch, the memory or the budget is full
+    PREFILL = 2  # computes tokens of its prompt, or again those that a preemption threw away
+    DECODE = 3  # computes its newest token and emits the next
+    PREEMPTED = 4  # its KV blocks were taken; it waits to start over
+
+
+@struct.dataclass
+class IterationLog:
+    """The I iterations of one expert that start in a window, and the R requests that are on it meanwhile."""
+
+    expert: int
+    start_s: np.ndarray  # [I] s
+    duration_s: np.ndarray  # [I] s
+    request: np.ndarray  # [R] positions in the trace, in order of arrival
+    arrival_s: np.ndarray  # [R] s
+    activity: np.ndarray  # [I, R] int8, an Activity
+    tokens: np.ndarray  # [I, R] int32 tokens computed: prompt tokens in PREFILL, one in DECODE, else none
+
+
+def iterations_of(
+    experts: ExpertProfile,
+    trace: RequestTrace,
+    assignment: ArrayLike,
+    expert: int,
+    start_s: float,
+    end_s: float,
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    block_size: int = BLOCK_SIZE_TOKENS,
+) -> IterationLog:
+    """Returns the iterations of ``expert`` that start in [``start_s``, ``end_s``); the other arguments are ``replay``'s.
+
+    Raises:
+      InputError: a field of the arguments is not usable.
+    """
+    fleet = checked_experts(experts, np.float32)
+    num_experts = len(fleet.step_base_s)
+    trace = checked_trace(trace, num_experts)
+    assignment = checked_assignment(assignment, len(trace.arrival_s), num_experts)
+    if not 0 <= expert < num_experts:
+        raise InputError(f"expert is {expert}, must be one of 0 .. {num_experts - 1}")
+    if not start_s < end_s:
+        raise InputError(f"the window is {start_s} .. {end_s} s, must end after it starts")
+    request = np.flatnonzero((assignment == expert) & (trace.arrival_s < end_s))
+    one = jax.tree.map(lambda x: jnp.asarray(x[expert : expert + 1]), fleet)
+    most = int(fleet.max_running[expert]) + int(fleet.max_waiting[expert])  # live requests
+    spec = EngineSpec(min(len(request), most) + 1, token_budget, block_size)
+    stepper = _Stepper(spec, one, trace, request, expert)
+    stepper.skip_to(start_s)
+    records = []
+    while stepper.reach_next_iteration() and stepper.boundary_s < end_s:
+        begin_s = stepper.boundary_s
+        records.append((begin_s, *stepper.iterate()))
+    return _log(records, expert, request, trace.arrival_s[request])
+
+
+class _Stepper:
+    """The engine with one expert, fed with its requests."""
+
+    def __init__(
+        self, spec: EngineSpec, profile: ExpertProfile, trace: RequestTrace, request: np.ndarray, expert: int
+    ) -> None:
+        self.spec, self.profile = spec, profile
+        self.arrival_s = trace.arrival_s[request]
+        self.prompt_tokens = trace.prompt_tokens[request]
+        self.output_tokens = trace.output_tokens[request, expert]
+        self.arrived = 0  # requests so far
+        self.now_s = 0.0
+        self.state = engine.init_state(spec, (1,), jnp.int32(0))
+
+    @property
+    def boundary_s(self) -> float:
+        """When the next iteration starts, if there is anything to do."""
+        return self.now_s + float(self.state.clock_s[0])
+
+    @property
+    def idle(self) -> bool:
+        """No request runs or waits."""
+        return not bool(self.state.slots.live.any())
+
+    def skip_to(self, time_s: float) -> None:
+        """Runs every iteration that starts before ``time_s`` unseen, and makes that time the new now."""
+        while self.arrived < len(self.arrival_s) and self.arrival_s[self.arrived] < time_s:
+            self.take_in()
+        self.state = _advance(self.spec, self.profile, self.state, np.float32(time_s - self.now_s))
+        self.now_s = time_s
+
+    def reach_next_iteration(self) -> bool:
+        """Takes in every request that arrives before the next iteration starts; returns whether there is one."""
+        while self.arrived < len(self.arrival_s):
+            gap_s = np.float32(self.arrival_s[self.arrived] - self.now_s)
+            if gap_s > self.state.clock_s[0] and not self.idle:
+                break
+            self.take_in()
+        return not self.idle
+
+    def take_in(self) -> None:
+        """Advances to the next arrival and puts that request on the expert, unless it must be dropped."""
+        at, self.arrived = self.arrived, self.arrived + 1
+        gap_s, self.now_s = np.float32(self.arrival_s[at] - self.now_s), float(self.arrival_s[at])
+        state = _advance(self.spec, self.profile, self.state, gap_s)
+        self.state = _arrive(self.spec, self.profile, state, self.prompt_tokens[at], self.output_tokens[at], at)
+
+    def iterate(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Runs one iteration; returns its duration [s], and the requests that are there, their activities and tokens."""
+        before = self.state
+        self.state = _iterate(self.spec, self.profile, before)
+        old, new = jax.tree.map(lambda x: np.asarray(x[0]), (before, self.state))
+        return float(new.clock_s) - float(old.clock_s), *_activities(old.slots, new.slots)
+
+
+@partial(jax.jit, static_argnums=0)
+def _advance(spec: EngineSpec, profile: ExpertProfile, state: ExpertState, gap_s: Any) -> ExpertState:
+    return engine.make_room(spec, engine.advance(spec, profile, state, gap_s))
+
+
+@partial(jax.jit, static_argnums=0)
+def _arrive(
+    spec: EngineSpec, profile: ExpertProfile, state: ExpertState, prompt_tokens: Any, output_tokens: Any, index: Any
+) -> ExpertState:
+    fits = blocks_of(prompt_tokens + output_tokens, spec.block_size) <= profile.kv_blocks
+    room = jnp.sum(state.slots.waiting, -1) < profile.max_waiting
+    return engine.push(state, fits & room, prompt_tokens[None], output_tokens[None], index)
+
+
+@partial(jax.jit, static_argnums=0)
+def _iterate(spec: EngineSpec, profile: ExpertProfile, state: ExpertState) -> ExpertState:
+    return engine.iterate(spec, profile, state, jnp.array([True]))[0]
+
+
+def _activities(before: Slots, after: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the live requests, their activities and the tokens computed, from the slots [S] around one iteration."""
+    tokens = np.maximum(after.computed - before.computed, 0)
+    missing = before.prompt_tokens + before.generated - before.computed
+    decoding = (tokens > 0) & (before.generated > 0) & (missing == 1)
+    thrown_out = (after.preemptions > 0) & (after.computed == 0)
+    idle = np.where(thrown_out, Activity.PREEMPTED, Activity.WAITING)
+    activity = np.where(tokens > 0, np.where(decoding, Activity.DECODE, Activity.PREFILL), idle)
+    live = before.live
+    return before.payload[live], activity[live], tokens[live]
+
+
+def _log(records: list[tuple[Any, ...]], expert: int, request: np.ndarray, arrival_s: np.ndarray) -> IterationLog:
+    activity = np.zeros((len(records), len(request)), np.int8)
+    tokens = np.zeros((len(records), len(request)), np.int32)
+    for row, (_, _, index, did, computed) in enumerate(records):
+        activity[row, index], tokens[row, index] = did, computed
+    seen = (activity != Activity.ABSENT).any(0)
+    start_s, duration_s = (np.array([record[i] for record in records], np.float64) for i in (0, 1))
+    return IterationLog(expert, start_s, duration_s, request[seen], arrival_s[seen], activity[:, seen], tokens[:, seen])

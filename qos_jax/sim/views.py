@@ -1,0 +1,172 @@
+"""Two views of an observation: a vector of fixed length for simple agents, and a graph for pictures and analysis.
+
+The flat view is JAX and made for speed: it has the same columns for every expert and sums up the requests there. The
+graph view is NumPy, on the host, and ragged: only requests that exist are nodes, so it fits a real system of any size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+from jax import Array
+
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, ExpertView, Observation, RequestView
+
+FLAT_LIMIT = 5.0
+FLAT_ARRIVED = ("prompt_tokens", "latency_limit")
+FLAT_EXPERT = (
+    "predicted_score",
+    "predicted_tokens",
+    "running",
+    "waiting",
+    "kv_used",
+    "step_time",
+    "prefill_time",
+    "sequences_time",
+    "kv_time",
+    "network_time",
+    "running_tokens_left",
+    "running_latency",
+    "running_score",
+    "waiting_tokens_left",
+    "waiting_latency",
+    "waiting_score",
+)
+NODE_KINDS = ("arrived", "expert", "request")
+
+Relation = tuple[str, str]
+
+_LATENCY_LIMIT_S = 0.03  # s/token: a limit of this size is 1 in the flat view
+_MANY_TOKENS = 1024  # so many tokens are 1 in the flat view, on a logarithmic scale
+_PREFILL_TOKENS = 256  # prompt tokens whose prefill time stands for the speed of all prefills
+_NO_TIME_S = 1e-6  # what a limit of 0 counts as, so that nothing is divided by 0
+
+
+def flat_size(num_experts: int) -> int:
+    """Returns F, the length of ``flat_view``."""
+    return len(FLAT_ARRIVED) + num_experts * len(FLAT_EXPERT)
+
+
+def flat_view(obs: Observation) -> Array:
+    """Returns the observation of one environment as float32 [F]: ``FLAT_ARRIVED``, then ``FLAT_EXPERT`` by expert.
+
+    Loads are fractions of what the expert can hold, tokens are on a logarithmic scale, and times are fractions of the
+    arrived request's latency limit: an iteration's floor, the prefill of 256 tokens, what a full batch and full memory
+    add to an iteration, and the network. ``tokens_left``, ``latency`` and ``score`` sum up the requests that run (wait)
+    on the expert: the tokens that they are predicted to emit from now on, the mean of their age over the time that they
+    may take (latency limit times predicted tokens), and the mean of their predicted scores; 0 where there are none.
+    Every value is finite and cut to +-``FLAT_LIMIT``.
+    """
+    arrived, experts, requests = obs.arrived, obs.experts, obs.requests
+    profile = experts.profile
+    limit_s = jnp.maximum(arrived.latency_limit_s, _NO_TIME_S)
+    shared = {
+        "prompt_tokens": _log_tokens(arrived.prompt_tokens),
+        "latency_limit": limit_s / _LATENCY_LIMIT_S,
+    }
+    each = {
+        "predicted_score": arrived.predicted_score,
+        "predicted_tokens": _log_tokens(arrived.predicted_tokens),
+        "running": experts.running / profile.max_running,
+        "waiting": experts.waiting / jnp.maximum(profile.max_waiting, 1),
+        "kv_used": experts.kv_used_blocks / profile.kv_blocks,
+        "step_time": profile.step_base_s / limit_s,
+        "prefill_time": (profile.prefill_base_s + profile.prefill_per_token_s * _PREFILL_TOKENS) / limit_s,
+        "sequences_time": profile.per_sequence_s * profile.max_running / limit_s,
+        "kv_time": profile.per_kv_token_s * profile.kv_blocks * BLOCK_SIZE_TOKENS / limit_s,
+        "network_time": profile.network_s / limit_s,
+        **_summed_up("running", requests, requests.running),
+        **_summed_up("waiting", requests, requests.waiting),
+    }
+    num_experts = experts.running.shape[0]
+    columns = [jnp.broadcast_to(jnp.asarray(each[name], jnp.float32), num_experts) for name in FLAT_EXPERT]
+    flat = jnp.concatenate([jnp.stack([shared[name] for name in FLAT_ARRIVED]), jnp.stack(columns, -1).ravel()])
+    return jnp.clip(flat.astype(jnp.float32), -FLAT_LIMIT, FLAT_LIMIT)
+
+
+def graph_view(obs: Observation) -> dict[Relation, jraph.GraphsTuple]:
+    """Returns the observation of one environment as one NumPy graph per relation, all over the same table of nodes.
+
+    Nodes are the arrived request, then the N experts, then the R requests on them by expert and arrival. ``nodes`` is a
+    dict of columns [1 + N + R]: ``kind``, an index into ``NODE_KINDS``, and in float32 the fields of ``ArrivedView``,
+    ``ExpertView``, ``ExpertProfile`` and ``RequestView`` under their own names and in their own units, 0 where a node
+    has no such field.
+
+    Edges lead to experts: ``("arrived", "expert")`` to each of them, with ``predicted_score``, ``predicted_tokens`` and
+    ``legal``, columns [N]; ``("running", "expert")`` and ``("waiting", "expert")`` from each request to where it is,
+    without features. ``globals`` is ``{"drop_legal": [1]}``.
+    """
+    obs = jax.tree.map(np.asarray, obs)
+    num_experts = obs.experts.running.shape[0]
+    expert_of, slot = np.nonzero(obs.requests.running | obs.requests.waiting)
+    runs = obs.requests.running[expert_of, slot]
+    nodes = _node_table(obs, expert_of, slot)
+    request_nodes = np.arange(1 + num_experts, len(nodes["kind"]))
+    arrived_edges = {
+        "predicted_score": obs.arrived.predicted_score.astype(np.float32),
+        "predicted_tokens": obs.arrived.predicted_tokens.astype(np.float32),
+        "legal": obs.action_mask[:-1].astype(np.float32),
+    }
+
+    def relation(senders: np.ndarray, experts: np.ndarray, edges: dict[str, Any]) -> jraph.GraphsTuple:
+        return jraph.GraphsTuple(
+            nodes=nodes,
+            edges=edges,
+            senders=senders.astype(np.int32),
+            receivers=(1 + experts).astype(np.int32),
+            globals={"drop_legal": obs.action_mask[-1:].astype(np.float32)},
+            n_node=np.array([len(nodes["kind"])]),
+            n_edge=np.array([len(senders)]),
+        )
+
+    return {
+        ("arrived", "expert"): relation(np.zeros(num_experts), np.arange(num_experts), arrived_edges),
+        ("running", "expert"): relation(request_nodes[runs], expert_of[runs], {}),
+        ("waiting", "expert"): relation(request_nodes[~runs], expert_of[~runs], {}),
+    }
+
+
+def _log_tokens(tokens: Array) -> Array:
+    return jnp.log1p(tokens) / math.log1p(_MANY_TOKENS)
+
+
+def _summed_up(name: str, requests: RequestView, here: Array) -> dict[str, Array]:
+    """Returns the columns [N] of the requests where ``here`` [N, S] is set."""
+    count = jnp.maximum(jnp.sum(here, -1), 1)
+    left_tokens = requests.predicted_tokens - requests.generated_tokens
+    allowed_s = jnp.maximum(requests.latency_limit_s * requests.predicted_tokens, _NO_TIME_S)
+    latency = jnp.minimum(requests.age_s / allowed_s, FLAT_LIMIT)
+    return {
+        f"{name}_tokens_left": _log_tokens(jnp.sum(jnp.where(here, left_tokens, 0.0), -1)),
+        f"{name}_latency": jnp.sum(jnp.where(here, latency, 0.0), -1) / count,
+        f"{name}_score": jnp.sum(jnp.where(here, requests.predicted_score, 0.0), -1) / count,
+    }
+
+
+def _node_table(obs: Observation, expert_of: np.ndarray, slot: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the columns [1 + N + R] of ``graph_view``; request r is in slot ``slot[r]`` on ``expert_of[r]``."""
+    num_experts, num_requests = obs.experts.running.shape[0], len(slot)
+    kind = np.repeat(np.arange(3, dtype=np.int32), (1, num_experts, num_requests))
+    columns: dict[str, np.ndarray] = {}
+
+    def put(rows: np.ndarray, view: object, names: list[str], at: tuple[np.ndarray, ...] | tuple[()] = ()) -> None:
+        for name in names:
+            column = columns.setdefault(name, np.zeros(len(kind), np.float32))
+            column[rows] = getattr(view, name)[at]
+
+    put(kind == 0, obs.arrived, ["prompt_tokens", "latency_limit_s"])
+    put(kind == 1, obs.experts, [name for name in _names(ExpertView) if name != "profile"])
+    put(kind == 1, obs.experts.profile, _names(ExpertProfile))
+    masks = ("running", "waiting")
+    put(kind == 2, obs.requests, [name for name in _names(RequestView) if name not in masks], (expert_of, slot))
+    return {"kind": kind, **columns}
+
+
+def _names(struct_type: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(struct_type)]

@@ -1,0 +1,311 @@
+"""When requests arrive: one process whose numbers are all traced, so that its kinds mix in one compiled program.
+
+In operational time the gaps between arrivals are independent with mean 1: exponential (Poisson), gamma, or those of a
+recording. Operational time runs at the rate ``rate_per_s * multiplier(t) * (1 + amplitude sin(2 pi t / period_s))``,
+where the multiplier is that of a two-state Markov chain. Poisson, gamma, Markov-modulated, sinusoidal and recorded
+arrivals are therefore values of one pytree, not types.
+
+The state holds no clock: what is left of a sojourn of the chain is exponential at every arrival (it has no memory), so
+it is drawn anew, and the phase counts 2^-32 of a period in an integer that wraps. Float32 stays exact in runs of any
+length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+from jax.typing import ArrayLike
+from scipy import stats
+
+from qos_jax.errors import InputError
+
+NUM_QUANTILES = 257
+QUANTILES_REACH = 16.0  # float32 draws unit exponentials up to 23 log 2 = 15.94
+RATE_RANGE_PER_S = (1e-6, 1e6)
+CV_RANGE = (0.1, 10.0)  # where the tabulated gamma gaps keep their cv to 0.5 %
+MAX_AMPLITUDE = 0.95
+DURATION_RANGE_S = (1e-3, 1e9)  # of a mean sojourn or a period
+NEVER_S = 1e20  # a mean sojourn that no run outlasts; infinity would turn the phase into NaN
+LAGUERRE_STEPS = 6  # from the start below to float64 rounding for every phase, gap and legal amplitude
+
+
+@struct.dataclass
+class ArrivalState:
+    """Where the process is, seen from the last arrival."""
+
+    chain: Array  # [] int32, state of the Markov chain: 0 calm, 1 burst
+    phase: Array  # [] uint32, position in the sinusoidal period in 2^-32 of it
+    recorded_index: Array  # [] int32, the recorded gap that comes next
+
+
+@struct.dataclass
+class ArrivalProcess:
+    """A renewal process in operational time; build it with the functions below.
+
+    Processes of all kinds but the recorded ones have the same structure and shapes, so they stack and vmap together;
+    recordings do so with recordings of the same length.
+    """
+
+    rate_per_s: Array  # [] requests/s, the mean
+    gap_quantiles: Array  # [NUM_QUANTILES] unit-mean gap at ``quantile_grid()``
+    multipliers: Array  # [2] rate in each state of the chain over the mean rate
+    mean_sojourns_s: Array  # [2] s
+    amplitude: Array  # [] of the sinusoid, over the mean rate
+    period_s: Array  # [] s
+    random_start: Array  # [] bool: start anywhere in the period and the recording, or where they begin
+    recorded_gaps: Array | None = None  # [G] gaps of mean 1, played in order and looped instead of drawn ones
+
+    def with_rate(self, rate_per_s: ArrayLike) -> ArrivalProcess:
+        """Returns the same process at another mean rate [requests/s]; sojourns and period stay what they are.
+
+        Raises:
+            InputError: the rate lies outside ``RATE_RANGE_PER_S``; a traced rate is not checked.
+        """
+        if not isinstance(rate_per_s, jax.core.Tracer):
+            _check_within("rate_per_s", rate_per_s, *RATE_RANGE_PER_S)
+        return self.replace(rate_per_s=jnp.asarray(rate_per_s, self.gap_quantiles.dtype))  # type: ignore[attr-defined]
+
+    def init(self, key: Array) -> ArrivalState:
+        """Returns the state at time 0; the chain starts in its stationary law."""
+        chain_key, phase_key, index_key = jax.random.split(key, 3)
+        burst_share = self.mean_sojourns_s[1] / (self.mean_sojourns_s[0] + self.mean_sojourns_s[1])
+        phase = jax.random.bits(phase_key, (), jnp.uint32)
+        num_recorded = 1 if self.recorded_gaps is None else self.recorded_gaps.shape[0]
+        index = jax.random.randint(index_key, (), 0, num_recorded, jnp.int32)
+        return ArrivalState(
+            chain=jax.random.bernoulli(chain_key, burst_share).astype(jnp.int32),
+            phase=jnp.where(self.random_start, phase, jnp.zeros_like(phase)),
+            recorded_index=jnp.where(self.random_start, index, 0),
+        )
+
+    def next_gap(self, key: Array, state: ArrivalState) -> tuple[Array, ArrivalState]:
+        """Returns the time to the next arrival [s] and the state at that arrival."""
+        draws_key, switches_key = jax.random.split(key)
+        unit_gap, unit_sojourn = jax.random.exponential(draws_key, (2,), self.gap_quantiles.dtype)
+        if self.recorded_gaps is None:
+            gap, index = self._renewal_gap(unit_gap), state.recorded_index
+        else:
+            gap = self.recorded_gaps[state.recorded_index]
+            index = (state.recorded_index + 1) % self.recorded_gaps.shape[0]
+        left_s = unit_sojourn * self.mean_sojourns_s[state.chain]
+        work_s, passed_s, chain, phase = self._pass_sojourns(switches_key, gap / self.rate_per_s, left_s, state)
+        rest_s = self._integral_inverse_s(work_s / self.multipliers[chain], phase)
+        return passed_s + rest_s, ArrivalState(chain, self._advance(phase, rest_s), index)
+
+    def _pass_sojourns(
+        self, key: Array, work_s: Array, left_s: Array, state: ArrivalState
+    ) -> tuple[Array, Array, Array, Array]:
+        """Returns the work left for the last sojourn [s at the mean rate], the time before it [s], its chain and phase.
+
+        One trip per switch of the chain before the arrival, so none where the rate is not modulated.
+        """
+
+        def ends_first(carry: tuple[Array, ...]) -> Array:
+            _, work_s, _, chain, phase, left_s = carry
+            return work_s >= self.multipliers[chain] * self._integral_s(left_s, phase)
+
+        def switch(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            trip, work_s, passed_s, chain, phase, left_s = carry
+            work_s -= self.multipliers[chain] * self._integral_s(left_s, phase)
+            sojourn_s = jax.random.exponential(jax.random.fold_in(key, trip), (), left_s.dtype)
+            sojourn_s *= self.mean_sojourns_s[1 - chain]
+            return trip + 1, work_s, passed_s + left_s, 1 - chain, self._advance(phase, left_s), sojourn_s
+
+        start: tuple[Array, ...] = (jnp.int32(0), work_s, jnp.zeros_like(work_s), state.chain, state.phase, left_s)
+        _, work_s, passed_s, chain, phase, _ = jax.lax.while_loop(ends_first, switch, start)
+        return work_s, passed_s, chain, phase
+
+    def _renewal_gap(self, unit_gap: Array) -> Array:
+        """Returns the tabulated gap at a unit exponential variate; beyond the table its last line goes on."""
+        intervals = NUM_QUANTILES - 1
+        step = QUANTILES_REACH / intervals**2
+        i = jnp.minimum(jnp.sqrt(unit_gap / step).astype(jnp.int32), intervals - 1)
+        weight = (unit_gap / step - i * i) / (2 * i + 1)
+        low, high = self.gap_quantiles[i], self.gap_quantiles[i + 1]
+        return low + weight * (high - low)
+
+    def _integral_s(self, duration_s: Array, phase: Array) -> Array:
+        """Returns the integral of the sinusoidal factor over a duration, from a phase on."""
+        periods = duration_s / self.period_s
+        return duration_s + self.period_s * self._excess(periods - jnp.floor(periods), self._cycles(phase))
+
+    def _integral_inverse_s(self, work_s: Array, phase: Array) -> Array:
+        """Returns the duration [s] over which the sinusoidal factor integrates to ``work_s``.
+
+        The equation is Kepler's, with the amplitude as eccentricity. Laguerre's iteration solves it from any start.
+        """
+        start = self._cycles(phase)
+        whole = jnp.floor(work_s / self.period_s)  # over a whole period the factor averages 1
+        target = work_s / self.period_s - whole
+        slope = 1.0 + self.amplitude * jnp.sin(2 * jnp.pi * start)
+        bound = self.amplitude / jnp.pi
+        low = jnp.maximum(target / (1.0 + self.amplitude), target - bound)
+        high = jnp.minimum(target / (1.0 - self.amplitude), target + bound)
+
+        def step(_: int, x: Array) -> Array:
+            error = x + self._excess(x, start) - target
+            angle = 2 * jnp.pi * (start + x)
+            slope = 1.0 + self.amplitude * jnp.sin(angle)
+            curvature = 2 * jnp.pi * self.amplitude * jnp.cos(angle)
+            root = jnp.sqrt(jnp.abs(16.0 * slope**2 - 20.0 * error * curvature))
+            return jnp.clip(x - 5.0 * error / (slope + root), low, high)
+
+        steps = jnp.where(self.amplitude > 0.0, LAGUERRE_STEPS, 0)  # a constant rate needs none
+        return (whole + jax.lax.fori_loop(0, steps, step, jnp.clip(target / slope, low, high))) * self.period_s
+
+    def _excess(self, x: Array, start: Array) -> Array:
+        """Returns the integral of the sinusoid alone over x in [0, 1] periods; a product, for nothing to cancel."""
+        return self.amplitude / jnp.pi * jnp.sin(jnp.pi * x) * jnp.sin(jnp.pi * (2 * start + x))
+
+    def _cycles(self, phase: Array) -> Array:
+        return phase.astype(self.gap_quantiles.dtype) * 2.0**-32
+
+    def _advance(self, phase: Array, duration_s: Array) -> Array:
+        periods = duration_s / self.period_s
+        return phase + jnp.round((periods - jnp.floor(periods)) * 2.0**32).astype(jnp.uint32)
+
+
+def quantile_grid() -> np.ndarray:
+    """Returns the unit exponential variates [NUM_QUANTILES] at which gaps are tabulated, dense near 0."""
+    return QUANTILES_REACH * np.linspace(0.0, 1.0, NUM_QUANTILES) ** 2
+
+
+def poisson(rate_per_s: float) -> ArrivalProcess:
+    """Returns Poisson arrivals.
+
+    Raises:
+        InputError: the rate lies outside ``RATE_RANGE_PER_S``.
+    """
+    return _process(rate_per_s)
+
+
+def gamma(rate_per_s: float, cv: float) -> ArrivalProcess:
+    """Returns arrivals with independent gamma gaps of this coefficient of variation (1 is Poisson).
+
+    Raises:
+        InputError: the rate lies outside ``RATE_RANGE_PER_S`` or the cv outside ``CV_RANGE``.
+    """
+    _check_within("cv", cv, *CV_RANGE)
+    shape, grid = cv**-2, quantile_grid()
+    near, far = stats.gamma.ppf(-np.expm1(-grid), shape), stats.gamma.isf(np.exp(-grid), shape)
+    gaps = np.where(grid < 1.0, near, far)  # each from the side of the law where its probability is not near 1
+    slopes = np.diff(gaps) / np.diff(grid)
+    survival = np.exp(-grid)
+    mean = gaps[0] + np.sum(slopes * (survival[:-1] - survival[1:])) + slopes[-1] * survival[-1]
+    return _process(rate_per_s, gap_quantiles=gaps / mean)  # so that interpolation keeps the mean rate
+
+
+def mmpp(rate_per_s: float, burst: float = 4.0, burst_s: float = 30.0, calm_s: float | None = None) -> ArrivalProcess:
+    """Returns Poisson arrivals whose rate a two-state Markov chain switches (MMPP).
+
+    Args:
+        rate_per_s: the mean rate [requests/s] over both states.
+        burst: the rate in a burst over the rate in a calm, at least 1.
+        burst_s: mean length of a burst [s].
+        calm_s: mean length of a calm [s]; that of a burst if left out.
+
+    Raises:
+        InputError: an argument is not finite or out of range.
+    """
+    calm_s = burst_s if calm_s is None else calm_s
+    _check_within("burst", burst, 1.0, 1e6)
+    _check_within("burst_s", burst_s, *DURATION_RANGE_S)
+    _check_within("calm_s", calm_s, *DURATION_RANGE_S)
+    calm_multiplier = (calm_s + burst_s) / (calm_s + burst * burst_s)
+    multipliers = np.array([calm_multiplier, burst * calm_multiplier])
+    return _process(rate_per_s, multipliers=multipliers, mean_sojourns_s=np.array([calm_s, burst_s]))
+
+
+def sinusoidal(
+    rate_per_s: float, amplitude: float = 0.5, period_s: float = 600.0, random_start: bool = True
+) -> ArrivalProcess:
+    """Returns Poisson arrivals at the drifting rate ``rate_per_s (1 + amplitude sin(2 pi t / period_s))``.
+
+    Args:
+        rate_per_s: the mean rate [requests/s].
+        amplitude: in [0, ``MAX_AMPLITUDE``].
+        period_s: s.
+        random_start: start anywhere in the period instead of at t = 0.
+
+    Raises:
+        InputError: an argument is not finite or out of range.
+    """
+    _check_within("amplitude", amplitude, 0.0, MAX_AMPLITUDE)
+    _check_within("period_s", period_s, *DURATION_RANGE_S)
+    return _process(rate_per_s, amplitude=amplitude, period_s=period_s, random_start=random_start)
+
+
+def recorded(
+    gaps_s: Sequence[float] | np.ndarray, rate_per_s: float | None = None, random_start: bool = True
+) -> ArrivalProcess:
+    """Returns arrivals that play recorded gaps in order and over again.
+
+    Args:
+        gaps_s: [G] s, at least one of them positive.
+        rate_per_s: mean rate [requests/s] that the gaps are scaled to; the recorded one if left out.
+        random_start: start anywhere in the recording instead of at its first gap.
+
+    Raises:
+        InputError: the gaps are not a vector of finite numbers >= 0 with a positive mean, or the rate is out of range.
+    """
+    gaps = np.asarray(gaps_s, np.float64)
+    if gaps.ndim != 1 or not gaps.size or not np.all(np.isfinite(gaps)) or np.any(gaps < 0) or not np.any(gaps > 0):
+        raise InputError(
+            f"gaps_s must be a vector of finite gaps >= 0 s, one of them positive; got shape {gaps.shape}"
+            + (f" with values in [{gaps.min()}, {gaps.max()}]" if gaps.size else "")
+        )
+    mean_s = gaps.mean()
+    return _process(
+        1.0 / mean_s if rate_per_s is None else rate_per_s, recorded_gaps=gaps / mean_s, random_start=random_start
+    )
+
+
+def parse_arrivals(text: str, rate_per_s: float) -> ArrivalProcess:
+    """Returns the arrivals that a flag names: the kind and, after colons, its numbers.
+
+    ``poisson``, ``gamma:CV``, ``mmpp[:BURST[:BURST_S[:CALM_S]]]`` or ``sinusoidal[:AMPLITUDE[:PERIOD_S]]``.
+
+    Raises:
+        InputError: the text is none of these, or a number is out of range.
+    """
+    kinds: dict[str, tuple[Callable[..., ArrivalProcess], int, int]] = {
+        "poisson": (poisson, 0, 0),
+        "gamma": (gamma, 1, 1),
+        "mmpp": (mmpp, 0, 3),
+        "sinusoidal": (sinusoidal, 0, 2),
+    }
+    legal = "poisson, gamma:CV, mmpp[:BURST[:BURST_S[:CALM_S]]] or sinusoidal[:AMPLITUDE[:PERIOD_S]]"
+    kind, *numbers = text.split(":")
+    if kind not in kinds or not kinds[kind][1] <= len(numbers) <= kinds[kind][2]:
+        raise InputError(f"arrivals {text!r}: legal is {legal}")
+    try:
+        arguments = [float(number) for number in numbers]
+    except ValueError:
+        raise InputError(f"arrivals {text!r}: what follows the kind must be numbers; legal is {legal}") from None
+    return kinds[kind][0](rate_per_s, *arguments)
+
+
+def _process(rate_per_s: float, **fields: ArrayLike) -> ArrivalProcess:
+    """Returns a process with these fields, otherwise Poisson arrivals, all of the default float type."""
+    _check_within("rate_per_s", rate_per_s, *RATE_RANGE_PER_S)
+    random_start = jnp.asarray(fields.pop("random_start", True))
+    numbers: dict[str, ArrayLike] = {
+        "rate_per_s": rate_per_s,
+        "gap_quantiles": quantile_grid(),
+        "multipliers": np.ones(2),
+        "mean_sojourns_s": np.full(2, NEVER_S),
+        "amplitude": 0.0,
+        "period_s": 1.0,
+    }
+    numbers |= fields
+    return ArrivalProcess(random_start=random_start, **{k: jnp.asarray(v, float) for k, v in numbers.items()})
+
+
+def _check_within(name: str, value: ArrayLike, low: float, high: float) -> None:
+    if not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
+        raise InputError(f"{name} must lie in [{low:g}, {high:g}], got {value}")

@@ -1,0 +1,154 @@
+"""What a request contains: its prompt's length, each expert's answer (length and score), and its latency limit.
+
+`GeneratedContent` draws them from laws fitted to measurements (see `calibration`). All experts share a normal factor
+per prompt for the score and another for the log length. A score's shortfall, ``1 - score``, is lognormal, and a third
+shared normal sets how far the experts lie apart on this prompt: with equal spreads on all prompts, the best of many
+experts would be better than any measurement. Scores and lengths are independent of each other and of the prompt's
+length; the measured correlations (.1 to .2, and 0) are left out.
+
+One draw of normals serves a whole request, as this runs inside the simulator's innermost loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+from jax.scipy.special import ndtr
+
+from qos_jax.errors import InputError
+from qos_jax.workload import calibration
+
+
+@struct.dataclass
+class LatencyLimits:
+    """The latency limits per token of the classes of users, and how common each class is; see `latency_limits`."""
+
+    values_s: Array  # [C] s/token
+    weights: Array  # [C] shares, their sum is 1
+
+    def at(self, quantile: Array) -> Array:
+        """Returns the limit [s/token] of the user at a quantile (uniform in [0, 1)) of the population."""
+        user_class = jnp.sum(quantile >= jnp.cumsum(self.weights[:-1]))
+        return self.values_s[user_class]
+
+
+class RequestContent(Protocol):
+    """What draws requests, and the moments that a predictor of them is calibrated by."""
+
+    score_mean: Array  # [N]
+    score_sd: Array  # [N]
+    log_length_mean: Array  # [N] of the natural logarithm of the output tokens
+    log_length_sd: Array  # [N]
+    score_correlation: Array  # [] between two experts, over the prompts
+    log_length_correlation: Array  # []
+    max_output_tokens: Array  # [] or [N] tokens, where answers are cut off
+
+    def sample(self, key: Array) -> tuple[Array, Array, Array, Array]:
+        """Returns prompt tokens [] and output tokens [N] as int32, score [N] in [0, 1], latency limit [] in s/token."""
+
+
+@struct.dataclass
+class GeneratedContent:
+    """Requests drawn from fitted laws; build it with `generated_content`."""
+
+    score_mean: Array  # [N]
+    score_sd: Array  # [N]
+    log_length_mean: Array  # [N] of the natural logarithm of the output tokens, before the cap
+    log_length_sd: Array  # [N]
+    score_correlation: Array  # [] between the log shortfalls of two experts
+    log_spread_sd: Array  # [] of the logarithm of how far the experts lie apart on a prompt
+    log_length_correlation: Array  # []
+    log_prompt_tokens: Array  # [3] coefficients of 1, z and z^2, for a standard normal z
+    max_prompt_tokens: Array  # [] tokens
+    max_output_tokens: Array  # [] tokens
+    limits: LatencyLimits
+
+    def sample(self, key: Array) -> tuple[Array, Array, Array, Array]:
+        """Returns prompt tokens [] and output tokens [N] as int32, score [N] in [0, 1], latency limit [] in s/token."""
+        num_experts = self.score_mean.shape[-1]
+        normals = jax.random.normal(key, (5 + 2 * num_experts,), self.score_mean.dtype)
+        prompt, user, shared_score, spread, shared_length = normals[:5]
+        own_score, own_length = normals[5 : 5 + num_experts], normals[5 + num_experts :]
+
+        level, slope, curvature = self.log_prompt_tokens
+        prompt_tokens = _whole_tokens(level + (slope + curvature * prompt) * prompt, self.max_prompt_tokens)
+        length = correlated(shared_length, own_length, self.log_length_correlation)
+        output_tokens = _whole_tokens(self.log_length_mean + self.log_length_sd * length, self.max_output_tokens)
+        # Its mean square over the prompts is 1, so that it leaves the SD of the scores as it is.
+        relative_spread = jnp.exp(self.log_spread_sd * (spread - self.log_spread_sd))
+        score = self._score(correlated(shared_score, relative_spread * own_score, self.score_correlation))
+        return prompt_tokens, output_tokens, score, self.limits.at(ndtr(user))
+
+    def _score(self, standard: Array) -> Array:
+        """Returns scores whose shortfall is the lognormal with the given means and SDs, at a standard variate [N]."""
+        shortfall_mean = 1.0 - self.score_mean
+        log_sd = jnp.sqrt(jnp.log1p((self.score_sd / shortfall_mean) ** 2))
+        shortfall = shortfall_mean * jnp.exp(-log_sd * (standard + log_sd / 2.0))
+        return 1.0 - jnp.minimum(shortfall, 1.0)
+
+
+def correlated(shared: Array, own: Array, correlation: Array) -> Array:
+    """Returns standard normals [N] of which any two correlate so, from a shared one [] and one of each expert [N]."""
+    return jnp.sqrt(correlation) * shared + jnp.sqrt(1.0 - correlation) * own
+
+
+def _whole_tokens(log_tokens: Array, most: Array) -> Array:
+    return jnp.clip(jnp.round(jnp.exp(log_tokens)), 1.0, most).astype(jnp.int32)
+
+
+def latency_limits(values_s: Sequence[float] = (0.03,), weights: Sequence[float] | None = None) -> LatencyLimits:
+    """Builds the limits of one class of users (by default 0.03 s/token, the paper's) or of several.
+
+    Args:
+        values_s: limit of each class [s/token], above 0.
+        weights: how common each class is, in any unit; equally common by default.
+
+    Raises:
+        InputError: if a limit is not above 0, a weight is negative, or their numbers differ.
+    """
+    if len(values_s) == 0 or not all(0.0 < value < np.inf for value in values_s):
+        raise InputError(f"latency limits are {list(values_s)} s/token; give one or more, each above 0")
+    shares = np.ones(len(values_s)) if weights is None else np.asarray(weights, float)
+    if shares.shape != (len(values_s),) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
+        raise InputError(
+            f"the weights of the {len(values_s)} latency limits are {shares.tolist()}; "
+            "give one for each, none negative and not all 0"
+        )
+    return LatencyLimits(jnp.asarray(values_s, float), jnp.asarray(shares / shares.sum(), float))
+
+
+def generated_content(experts: Sequence[str], limits: LatencyLimits | None = None) -> GeneratedContent:
+    """Builds the generator for some LLMs of mix-instruct, by their names there.
+
+    Args:
+        experts: N of the names in `calibration.MIX_INSTRUCT`; an LLM may be served by several experts.
+        limits: of the users; by default `latency_limits()`.
+
+    Raises:
+        InputError: if there is no expert, or one is unknown.
+    """
+    unknown = [name for name in experts if name not in calibration.MIX_INSTRUCT]
+    if unknown or len(experts) == 0:
+        raise InputError(f"experts {unknown} are unknown; choose from {', '.join(calibration.MIX_INSTRUCT)}")
+    laws = [calibration.MIX_INSTRUCT[name] for name in experts]
+    log_length_sd = np.array([law.log_length_sd for law in laws])
+    log_mean_tokens = np.log([law.mean_tokens for law in laws])
+    return GeneratedContent(
+        score_mean=jnp.asarray([law.score_mean for law in laws], float),
+        score_sd=jnp.full(len(laws), calibration.SCORE_SD, float),
+        log_length_mean=jnp.asarray(log_mean_tokens - log_length_sd**2 / 2, float),
+        log_length_sd=jnp.asarray(log_length_sd, float),
+        score_correlation=jnp.asarray(calibration.LATENT_SCORE_CORRELATION, float),
+        log_spread_sd=jnp.asarray(calibration.LOG_SPREAD_SD, float),
+        log_length_correlation=jnp.asarray(calibration.LOG_LENGTH_CORRELATION, float),
+        log_prompt_tokens=jnp.asarray(calibration.LOG_PROMPT_TOKENS, float),
+        max_prompt_tokens=jnp.asarray(calibration.MAX_PROMPT_TOKENS, float),
+        max_output_tokens=jnp.asarray(calibration.MAX_OUTPUT_TOKENS, float),
+        limits=latency_limits() if limits is None else limits,
+    )

@@ -1,0 +1,235 @@
+"""The simulator's rules once more: plain Python, one iteration at a time, written from the rules and not from the code.
+
+Every implementation must agree with this one, so it is kept naive: no closed forms, no arrays of slots, float64 times.
+Where the rules leave a choice it follows vLLM's V1 scheduler: memory is allocated by chunk (a request scheduled for
+``take`` tokens then holds ``ceil((computed + take) / block_size)`` blocks), but a request is admitted only while the
+blocks of everything it must compute are free (``scheduler_reserve_full_isl``).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, RequestLog, RequestTrace
+
+DROPPED_BY_ROUTER = -1
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One request on its expert."""
+
+    prompt_tokens: int
+    output_tokens: int
+    generated: int = 0  # tokens emitted
+    computed: int = 0  # tokens whose keys and values are cached
+    blocks: int = 0  # KV blocks held
+    first_token_s: float = math.nan
+    finish_s: float = math.nan
+    preemptions: int = 0
+    dropped: bool = False
+
+    @property
+    def known(self) -> int:
+        """Tokens that exist so far: all of them must be computed before the next one is emitted."""
+        return self.prompt_tokens + self.generated
+
+
+class Iteration(NamedTuple):
+    """One iteration that ran."""
+
+    start_s: float
+    duration_s: float
+    prefill_tokens: int
+    scheduled: int  # requests
+    decoded_kv_tokens: int  # cached tokens that its decoding requests read
+    blocks_held: int  # while it ran, by all running requests
+
+
+class ReferenceExpert:
+    """One expert: a clock at the next iteration boundary, running requests in admission order, a waiting queue."""
+
+    def __init__(self, experts: ExpertProfile, n: int, token_budget: int, block_size: int) -> None:
+        """Takes expert ``n`` of the profile."""
+        self.step_base_s, self.prefill_base_s, self.prefill_per_token_s, self.per_sequence_s, self.per_kv_token_s = (
+            float(np.asarray(field, np.float64)[n])
+            for field in (
+                experts.step_base_s,
+                experts.prefill_base_s,
+                experts.prefill_per_token_s,
+                experts.per_sequence_s,
+                experts.per_kv_token_s,
+            )
+        )
+        self.kv_blocks, self.max_running, self.max_waiting = (
+            int(np.asarray(field)[n]) for field in (experts.kv_blocks, experts.max_running, experts.max_waiting)
+        )
+        self.token_budget, self.block_size = token_budget, block_size
+        self.clock_s = -math.inf
+        self.free_blocks = self.kv_blocks
+        self.running: list[Job] = []
+        self.waiting: collections.deque[Job] = collections.deque()
+        self.iterations: list[Iteration] = []
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which an iteration ran."""
+        return math.fsum(iteration.duration_s for iteration in self.iterations)
+
+    def run_until(self, time_s: float) -> None:
+        """Runs every iteration that starts before ``time_s``."""
+        while (self.running or self.waiting) and self.clock_s < time_s:
+            self.iterate()
+
+    def offer(self, job: Job, time_s: float) -> None:
+        """Queues a request that arrives at ``time_s``, or drops it."""
+        never_fits = self.blocks_for(job.prompt_tokens + job.output_tokens) > self.kv_blocks
+        if never_fits or len(self.waiting) >= self.max_waiting:
+            job.dropped = True
+            return
+        if not self.running and not self.waiting:
+            self.clock_s = max(self.clock_s, time_s)
+        self.waiting.append(job)
+
+    def iterate(self) -> None:
+        """Runs one iteration: schedules, lets the time pass, emits tokens."""
+        scheduled = self.schedule()
+        prefill_tokens = decoded_kv_tokens = 0
+        for job, take in scheduled:
+            if job.generated >= 1 and job.known - job.computed == 1:
+                decoded_kv_tokens += job.computed
+            else:
+                prefill_tokens += take
+        duration_s = self.duration(prefill_tokens, len(scheduled), decoded_kv_tokens)
+        blocks_held = self.kv_blocks - self.free_blocks
+        self.iterations.append(
+            Iteration(self.clock_s, duration_s, prefill_tokens, len(scheduled), decoded_kv_tokens, blocks_held)
+        )
+        self.clock_s += duration_s
+        for job, take in scheduled:
+            job.computed += take
+            if job.computed == job.known:
+                self.emit(job)
+        self.running = [job for job in self.running if job.generated < job.output_tokens]
+
+    def schedule(self) -> list[tuple[Job, int]]:
+        """Chooses the requests of the next iteration and their tokens; allocates, preempts and admits."""
+        scheduled: list[tuple[Job, int]] = []
+        budget = self.token_budget
+        preempted = False
+
+        position = 0
+        while position < len(self.running) and budget > 0:
+            job = self.running[position]
+            take = min(job.known - job.computed, budget)
+            target = self.blocks_for(job.computed + take)
+            while position < len(self.running) and target - job.blocks > self.free_blocks:
+                self.preempt_last()
+                preempted = True
+            if position == len(self.running):  # it preempted itself
+                break
+            self.hold(job, target)
+            budget -= take
+            scheduled.append((job, take))
+            position += 1
+
+        while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_running:
+            job = self.waiting[0]
+            if self.blocks_for(job.known) > self.free_blocks:
+                break
+            take = min(job.known, budget)
+            self.hold(job, self.blocks_for(take))
+            budget -= take
+            self.running.append(self.waiting.popleft())
+            scheduled.append((job, take))
+        return scheduled
+
+    def preempt_last(self) -> None:
+        """Takes the last admitted request off the GPU; it keeps its tokens but must compute them all again."""
+        job = self.running.pop()
+        self.hold(job, 0)
+        job.computed = 0
+        job.preemptions += 1
+        self.waiting.appendleft(job)
+
+    def hold(self, job: Job, blocks: int) -> None:
+        """Changes the memory that a request holds."""
+        self.free_blocks += job.blocks - blocks
+        job.blocks = blocks
+
+    def emit(self, job: Job) -> None:
+        """Emits one token at the clock."""
+        job.generated += 1
+        if job.generated == 1:
+            job.first_token_s = self.clock_s
+        if job.generated == job.output_tokens:
+            job.finish_s = self.clock_s
+            self.hold(job, 0)
+
+    def duration(self, prefill_tokens: int, scheduled: int, decoded_kv_tokens: int) -> float:
+        """Seconds of one iteration."""
+        prefill_s = self.prefill_base_s + self.prefill_per_token_s * prefill_tokens if prefill_tokens > 0 else 0.0
+        return (
+            max(self.step_base_s, prefill_s) + self.per_sequence_s * scheduled + self.per_kv_token_s * decoded_kv_tokens
+        )
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.block_size)
+
+
+@dataclasses.dataclass
+class ReferenceRun:
+    """What happened to each request, and on each expert."""
+
+    finish_s: np.ndarray  # [J] s, NaN where dropped
+    first_token_s: np.ndarray  # [J] s, NaN where dropped
+    preemptions: np.ndarray  # [J]
+    dropped: np.ndarray  # [J] bool
+    experts: list[ReferenceExpert]  # [N], each with its iterations and busy seconds
+
+    @property
+    def log(self) -> RequestLog:
+        """The part of it that every implementation returns."""
+        return RequestLog(
+            finish_s=self.finish_s,
+            first_token_s=self.first_token_s,
+            preemptions=self.preemptions,
+            dropped=self.dropped,
+        )
+
+
+def replay_reference(
+    experts: ExpertProfile,
+    trace: RequestTrace,
+    assignment: np.ndarray,
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    block_size: int = BLOCK_SIZE_TOKENS,
+) -> ReferenceRun:
+    """Serves every request on the expert that ``assignment`` [J] names; -1 drops it at the router."""
+    fleet = [ReferenceExpert(experts, n, token_budget, block_size) for n in range(len(np.asarray(experts.kv_blocks)))]
+    jobs: list[Job] = []
+    for j, n in enumerate(np.asarray(assignment).tolist()):
+        job = Job(int(np.asarray(trace.prompt_tokens)[j]), int(np.asarray(trace.output_tokens)[j, n]))
+        jobs.append(job)
+        if n == DROPPED_BY_ROUTER:
+            job.dropped = True
+            continue
+        arrival_s = float(np.asarray(trace.arrival_s)[j])
+        fleet[n].run_until(arrival_s)
+        fleet[n].offer(job, arrival_s)
+    for expert in fleet:
+        expert.run_until(math.inf)
+    return ReferenceRun(
+        finish_s=np.array([job.finish_s for job in jobs]),
+        first_token_s=np.array([job.first_token_s for job in jobs]),
+        preemptions=np.array([job.preemptions for job in jobs], np.int32),
+        dropped=np.array([job.dropped for job in jobs], bool),
+        experts=fleet,
+    )

@@ -1,0 +1,339 @@
+"""Replay obeys the simulator's rules, queueing theory, and a real system; it refuses what it cannot serve."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qos_jax
+from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
+from tests.reference import ReferenceRun, replay_reference
+from tests.workloads import KINDS, World, profile, side_by_side, small_worlds
+
+WORLDS_PER_KIND = 20
+CROWDS = 3
+REPLICAS, REPLICA_REQUESTS, WARM_UP_REQUESTS = 16, 2048, 300
+
+any_world = settings(deadline=None, max_examples=60)
+
+
+def replay(world: World) -> RequestLog:
+    return qos_jax.replay(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
+
+
+def replay_float64(world: World) -> RequestLog:
+    with jax.enable_x64(True):
+        return replay(world)
+
+
+def reference(world: World) -> ReferenceRun:
+    return replay_reference(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
+
+
+@functools.cache
+def batches(kind: str) -> list[tuple[World, ReferenceRun]]:
+    """Random worlds of a kind and what the reference makes of them; small worlds are joined into one program."""
+    if kind == "crowd":
+        worlds = [KINDS[kind](np.random.default_rng(seed)) for seed in range(CROWDS)]
+    else:
+        worlds = [side_by_side([KINDS[kind](np.random.default_rng(seed)) for seed in range(WORLDS_PER_KIND)])]
+    return [(world, reference(world)) for world in worlds]
+
+
+class TestAgreesWithTheReference:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_in_float64_on_every_request(self, kind: str) -> None:
+        for world, expected in batches(kind):
+            log = replay_float64(world)
+            np.testing.assert_array_equal(log.dropped, expected.dropped)
+            np.testing.assert_array_equal(log.preemptions, expected.preemptions)
+            np.testing.assert_allclose(log.finish_s, expected.finish_s, rtol=1e-9)
+            np.testing.assert_allclose(log.first_token_s, expected.first_token_s, rtol=1e-9)
+
+    def test_in_float32_to_one_iteration_on_almost_every_request(self) -> None:
+        agrees = []
+        for kind in KINDS.keys() - {"crowd"}:  # whose program takes long to compile
+            for world, expected in batches(kind):
+                log = replay(world)
+                error_s = np.abs([log.finish_s - expected.finish_s, log.first_token_s - expected.first_token_s]).max(0)
+                in_time = error_s <= iterations_at_the_end_s(world, expected)
+                agrees.append(np.where(expected.dropped, log.dropped, in_time))
+        assert np.concatenate(agrees).mean() >= 0.999
+
+    @any_world
+    @given(small_worlds())
+    def test_to_the_last_bit_where_times_are_exact_sums(self, world: World) -> None:
+        log, expected = replay_float64(world), reference(world)
+        np.testing.assert_array_equal(log.dropped, expected.dropped)
+        np.testing.assert_array_equal(log.preemptions, expected.preemptions)
+        np.testing.assert_array_equal(log.finish_s, expected.finish_s)
+        np.testing.assert_array_equal(log.first_token_s, expected.first_token_s)
+
+    def test_in_float32_before_and_after_an_idle_month(self) -> None:
+        month_s = 30 * 24 * 3600.0
+        arrival_s = np.array([0.0, 0.1, month_s, month_s + 0.1])
+        trace = RequestTrace(arrival_s, np.full(4, 20), np.full((4, 1), 50))
+        world = World(profile(step_base_s=0.017), trace, np.zeros(4, np.int32))
+        latency_s = reference(world).finish_s - arrival_s
+        np.testing.assert_allclose(replay(world).finish_s - arrival_s, latency_s, rtol=1e-5)
+
+
+def iterations_at_the_end_s(world: World, run: ReferenceRun) -> np.ndarray:
+    """The longest iteration [J] next to each request's last token; NaN where it has none."""
+    longest_s = np.full(len(world.assignment), np.nan)
+    for n, expert in enumerate(run.experts):
+        mine = (world.assignment == n) & ~run.dropped
+        start_s = np.array([iteration.start_s for iteration in expert.iterations])
+        duration_s = np.pad([iteration.duration_s for iteration in expert.iterations], 1)
+        last = np.searchsorted(start_s, run.finish_s[mine]) - 1
+        longest_s[mine] = np.max([duration_s[last], duration_s[last + 1], duration_s[last + 2]], axis=0)
+    return longest_s
+
+
+class TestEveryLog:
+    @any_world
+    @given(small_worlds())
+    def test_accounts_for_every_request(self, world: World) -> None:
+        log = replay_float64(world)
+        done = np.isfinite(log.finish_s)
+        np.testing.assert_array_equal(done, ~log.dropped)
+        np.testing.assert_array_equal(done, np.isfinite(log.first_token_s))
+        assert log.dropped[world.assignment < 0].all()
+        assert (log.preemptions >= 0).all()
+        assert (log.preemptions[log.dropped] == 0).all()
+
+    @any_world
+    @given(small_worlds())
+    def test_orders_arrival_first_token_and_finish(self, world: World) -> None:
+        log = replay_float64(world)
+        done = ~log.dropped
+        output_tokens = world.trace.output_tokens[np.flatnonzero(done), world.assignment[done]]
+        shortest_iteration_s = np.asarray(world.experts.step_base_s)[world.assignment[done]]
+        assert (log.first_token_s[done] >= world.trace.arrival_s[done] + shortest_iteration_s).all()
+        decoding_s = log.finish_s[done] - log.first_token_s[done]
+        assert (decoding_s >= (output_tokens - 1) * shortest_iteration_s).all()
+
+    @any_world
+    @given(small_worlds())
+    def test_serves_first_come_first(self, world: World) -> None:
+        log = replay_float64(world)
+        for n in range(2):
+            mine = (world.assignment == n) & ~log.dropped
+            assert (np.diff(log.first_token_s[mine]) >= 0).all()
+
+    @any_world
+    @given(small_worlds(), st.permutations(range(2)))
+    def test_does_not_depend_on_the_order_of_experts(self, world: World, order: list[int]) -> None:
+        experts = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, world.experts)
+        trace = world.trace.replace(output_tokens=world.trace.output_tokens[:, order])
+        new_index = np.array([*np.argsort(order), -1])
+        permuted = World(experts, trace, new_index[world.assignment], world.token_budget)
+        jax.tree.map(np.testing.assert_array_equal, replay_float64(permuted), replay_float64(world))
+
+    @any_world
+    @given(small_worlds())
+    def test_drops_from_an_empty_system_exactly_what_never_fits(self, world: World) -> None:
+        arrival_s = 1e6 * np.arange(len(world.assignment))
+        experts = world.experts.replace(max_waiting=np.maximum(world.experts.max_waiting, 1))
+        log = replay_float64(World(experts, world.trace.replace(arrival_s=arrival_s), world.assignment))
+        sent = world.assignment >= 0
+        output_tokens = world.trace.output_tokens[np.flatnonzero(sent), world.assignment[sent]]
+        blocks = np.ceil((world.trace.prompt_tokens[sent] + output_tokens) / 16)
+        np.testing.assert_array_equal(log.dropped[sent], blocks > experts.kv_blocks[world.assignment[sent]])
+
+
+class TestQueueingTheory:
+    """Independent replicas of one expert whose step takes 10 ms: a request of d tokens is d steps of service."""
+
+    STEP_S = 0.01
+    MEAN_TOKENS = 100
+    LOAD = 0.5
+
+    @property
+    def mean_service_s(self) -> float:
+        return self.STEP_S * self.MEAN_TOKENS
+
+    def poisson_gaps(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.exponential(self.mean_service_s / self.LOAD, (REPLICA_REQUESTS, REPLICAS))
+
+    def test_constant_gaps_and_service(self) -> None:
+        """D/D/1: nobody waits below saturation; above it every request waits a constant longer than the last."""
+        gap_s = self.mean_service_s * np.linspace(0.99, 1.5, REPLICAS)
+        shape = (REPLICA_REQUESTS, REPLICAS)
+        arrival_s, first_token_s, finish_s = serve(
+            profile(step_base_s=self.STEP_S, max_running=1),
+            np.broadcast_to(gap_s, shape),
+            np.full(shape, self.MEAN_TOKENS),
+        )
+        wait_s = np.arange(REPLICA_REQUESTS)[:, None] * np.maximum(0, self.mean_service_s - gap_s)
+        np.testing.assert_allclose(first_token_s - arrival_s, wait_s + self.STEP_S, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(finish_s - arrival_s, wait_s + self.mean_service_s, rtol=1e-3)
+
+    @pytest.mark.parametrize("service", ["constant", "geometric"])
+    def test_one_at_a_time_waits_as_pollaczek_and_khinchine_say(self, service: str) -> None:
+        """M/G/1: mean wait = arrival rate x E[service^2] / (2 (1 - load))."""
+        rng = np.random.default_rng(1)
+        arrival_s, first_token_s, _ = serve(
+            profile(step_base_s=self.STEP_S, max_running=1), self.poisson_gaps(rng), self.tokens(rng, service)
+        )
+        variance = {"constant": 0.0, "geometric": self.MEAN_TOKENS * (self.MEAN_TOKENS - 1)}[service]
+        mean_square_s2 = self.STEP_S**2 * (self.MEAN_TOKENS**2 + variance)
+        expected_s = self.LOAD / self.mean_service_s * mean_square_s2 / (2 * (1 - self.LOAD))
+        assert_mean(first_token_s - self.STEP_S - arrival_s, expected_s)
+
+    @pytest.mark.parametrize("service", ["constant", "geometric"])
+    def test_batching_that_costs_by_the_request_is_processor_sharing(self, service: str) -> None:
+        """M/G/1-PS: mean latency = mean service / (1 - load), whatever the distribution of service."""
+        rng = np.random.default_rng(2)
+        arrival_s, _, finish_s = serve(
+            profile(per_sequence_s=self.STEP_S, max_running=256), self.poisson_gaps(rng), self.tokens(rng, service)
+        )
+        assert_mean(finish_s - arrival_s, self.mean_service_s / (1 - self.LOAD))
+
+    def test_arrivals_see_as_many_requests_as_littles_law_says(self) -> None:
+        """Poisson arrivals see time averages, so they find arrival rate x mean latency requests in the system."""
+        rng = np.random.default_rng(3)
+        arrival_s, _, finish_s = serve(
+            profile(step_base_s=self.STEP_S / 2, per_sequence_s=self.STEP_S / 2, max_running=4),
+            self.poisson_gaps(rng),
+            self.tokens(rng, "geometric"),
+        )
+        found = np.array(
+            [
+                [(finish_s[:j, lane] > arrival_s[j, lane]).sum() for lane in range(REPLICAS)]
+                for j in range(REPLICA_REQUESTS)
+            ]
+        )
+        rate = self.LOAD / self.mean_service_s
+        assert_mean(found - rate * (finish_s - arrival_s), 0.0, scale=found.mean())
+
+    def tokens(self, rng: np.random.Generator, service: str) -> np.ndarray:
+        shape = (REPLICA_REQUESTS, REPLICAS)
+        return np.full(shape, self.MEAN_TOKENS) if service == "constant" else rng.geometric(1 / self.MEAN_TOKENS, shape)
+
+
+def serve(
+    expert: ExpertProfile, gaps_s: np.ndarray, output_tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Serves ``gaps_s`` [J, R] on R copies of one expert; returns arrivals, first tokens and finishes [J, R]."""
+    arrival_s = gaps_s.cumsum(axis=0)
+    one_each, first = np.ones(len(gaps_s), np.int32), np.zeros(len(gaps_s), np.int32)
+    columns = zip(arrival_s.T, output_tokens.T, strict=True)
+    world = side_by_side(
+        [World(expert, RequestTrace(arrivals, one_each, tokens[:, None]), first) for arrivals, tokens in columns]
+    )
+    log = replay(world)
+    assert not log.dropped.any()
+    place = np.argsort(world.assignment, kind="stable").reshape(gaps_s.T.shape).T
+    return arrival_s, log.first_token_s[place], log.finish_s[place]
+
+
+def assert_mean(values: np.ndarray, expected: float, scale: float | None = None) -> None:
+    """``expected`` is in the 99.9 % interval of the mean over replicas, and this interval is narrow."""
+    scale = abs(expected) if scale is None else scale
+    means = values[WARM_UP_REQUESTS:].mean(axis=0)
+    half_width = scipy.stats.t.ppf(0.9995, REPLICAS - 1) * means.std(ddof=1) / np.sqrt(REPLICAS)
+    assert half_width < 0.1 * scale
+    assert abs(means.mean() - expected) < half_width
+
+
+class TestRealSystem:
+    def test_reproduces_a_saturated_vllm_run(self, data_dir: pathlib.Path) -> None:
+        """300 ShareGPT requests on vLLM 0.19, Llama-3.1-8B, RTX 4090; the costs are fitted to that GPU's kernels."""
+        rows = [json.loads(line) for line in (data_dir / "golden-rtx4090" / "requests.jsonl").open(encoding="utf-8")]
+        rows.sort(key=lambda row: row["arrival_time"])
+        run = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "request_id"}
+        experts = profile(
+            step_base_s=16.88e-3,
+            prefill_base_s=8.53e-3,
+            prefill_per_token_s=0.091e-3,
+            per_sequence_s=0.0411e-3,
+            per_kv_token_s=0.000158e-3,
+            kv_blocks=2588,
+            max_running=256,
+        )
+        trace = RequestTrace(run["arrival_time"], run["input_toks"], run["output_toks"][:, None])
+        log = replay_float64(World(experts, trace, np.zeros(len(rows), np.int32)))
+
+        # The client and the server have clocks of their own: the server queues a request no sooner than it arrives.
+        arrival_s = run["arrival_time"] + (run["queued_ts"] - run["arrival_time"]).min()
+        real = serving_means(arrival_s, run["first_token_ts"], run["last_token_ts"], run["output_toks"])
+        simulated = serving_means(run["arrival_time"], log.first_token_s, log.finish_s, run["output_toks"])
+        np.testing.assert_allclose(simulated, real, rtol=0.02)
+
+
+def serving_means(
+    arrival_s: np.ndarray, first_token_s: np.ndarray, finish_s: np.ndarray, output_tokens: np.ndarray
+) -> tuple[float, float, float]:
+    """Mean time to first token, time per further output token, and end-to-end latency."""
+    time_per_token_s = (finish_s - first_token_s) / (output_tokens - 1)
+    return (first_token_s - arrival_s).mean(), time_per_token_s.mean(), (finish_s - arrival_s).mean()
+
+
+class TestBadInput:
+    GOOD = World(
+        profile(step_base_s=[0.01, 0.02]),
+        RequestTrace(np.arange(3.0), np.ones(3, np.int32), np.ones((3, 2), np.int32)),
+        np.array([0, 1, 0]),
+    )
+
+    @pytest.mark.parametrize(
+        ("name", "values", "message"),
+        [
+            ("step_base_s", [0.01, np.nan], r"step_base_s.* nan .*finite"),
+            ("prefill_base_s", [0.01, np.inf], r"prefill_base_s.* inf .*finite"),
+            ("per_sequence_s", [-0.5, 0.0], r"per_sequence_s.* -0\.5 .*>= 0"),
+            ("network_s", [0.0, -0.25], r"network_s.* -0\.25 .*>= 0"),
+            ("kv_blocks", [100, 0], r"kv_blocks.* 0.* >= 1"),
+            ("kv_blocks", [100, 2.5], r"kv_blocks.* 2\.5.* whole"),
+            ("max_running", [0, 1], r"max_running.* 0.* >= 1"),
+            ("max_waiting", [1, -1], r"max_waiting.* -1.* >= 0"),
+            ("max_waiting", [1, 1, 1], r"\(2,\)|\(3,\)"),
+            ("per_kv_token_s", [[0.0, 0.0]], r"per_kv_token_s.* \(1, 2\).* \[2\]"),
+        ],
+    )
+    def test_in_a_profile_is_named(self, name: str, values: Any, message: str) -> None:
+        experts = self.GOOD.experts.replace(**{name: np.array(values)})
+        with pytest.raises(InputError, match=message):
+            qos_jax.replay(experts, self.GOOD.trace, self.GOOD.assignment)
+
+    @pytest.mark.parametrize(
+        ("name", "values", "message"),
+        [
+            ("arrival_s", [0.0, 2.0, 1.0], r"arrival_s\[2\].* 1\.0.* sort"),
+            ("arrival_s", [0.0, np.nan, 1.0], r"arrival_s\[1\].* nan.* finite"),
+            ("arrival_s", [[0.0, 1.0, 2.0]], r"arrival_s.* \(1, 3\).* \[J\]"),
+            ("prompt_tokens", [1, 0, 1], r"prompt_tokens\[1\].* 0.* at least 1"),
+            ("prompt_tokens", [1, 1, 1.5], r"prompt_tokens\[2\].* 1\.5.* whole"),
+            ("prompt_tokens", [1, 1], r"prompt_tokens.* \(2,\).* \[3\]"),
+            ("output_tokens", [[1, 1], [1, 1], [0, 1]], r"output_tokens\[2, 0\].* 0.* at least 1"),
+            ("output_tokens", [[1, 1], [1, 1], [1, -7]], r"output_tokens\[2, 1\].* -7.* at least 1"),
+            ("output_tokens", [1, 1, 1], r"output_tokens.* \(3,\).* \[3, 2\]"),
+        ],
+    )
+    def test_in_a_trace_is_named(self, name: str, values: Any, message: str) -> None:
+        trace = self.GOOD.trace.replace(**{name: np.array(values)})
+        with pytest.raises(InputError, match=message):
+            qos_jax.replay(self.GOOD.experts, trace, self.GOOD.assignment)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ([0, 1, 2], r"assignment\[2\].* 2.* 0 \.\. 1"),
+            ([-2, 1, 0], r"assignment\[0\].* -2.* 0 \.\. 1"),
+            ([0, 1], r"assignment.* \(2,\).* \[3\]"),
+            ([0.0, 1.0, 0.5], r"assignment.* integers"),
+        ],
+    )
+    def test_in_an_assignment_is_named(self, values: list[float], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            qos_jax.replay(self.GOOD.experts, self.GOOD.trace, np.array(values))

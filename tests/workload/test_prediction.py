@@ -1,0 +1,121 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qos_jax.errors import InputError
+from qos_jax.workload.content import generated_content
+from qos_jax.workload.prediction import PredictionModel, parse_prediction
+from qos_jax.workload.tables import QualityTable
+
+DRAWS = 100_000
+
+
+@jax.jit
+def draw(content, model, keys):
+    def one(key):
+        content_key, prediction_key = jax.random.split(key)
+        _, output_tokens, score, _ = content.sample(content_key)
+        return score, output_tokens, *model.predict(prediction_key, content, output_tokens, score)
+
+    return jax.vmap(one)(keys)
+
+
+def predictions(content, text):
+    keys = jax.random.split(jax.random.key(7), DRAWS)
+    return [np.asarray(x, float) for x in draw(content, parse_prediction(text), keys)]
+
+
+def r2_and_slope(truth, prediction):
+    """Of the regression of each column of the truth on its prediction."""
+    covariance = ((truth - truth.mean(0)) * (prediction - prediction.mean(0))).mean(0)
+    return covariance**2 / truth.var(0) / prediction.var(0), covariance / prediction.var(0)
+
+
+@pytest.fixture(scope="module")
+def content():
+    return generated_content(["alpaca-native", "chatglm-6b", "mpt-7b-instruct"])
+
+
+@pytest.fixture(scope="module")
+def table_content():
+    rng = np.random.default_rng(5)
+    shared = rng.normal(size=(2000, 1))
+    score = 1 / (1 + np.exp(-1 - 0.5 * shared - 0.5 * rng.normal(size=(2000, 2))))
+    output_tokens = np.ceil(np.exp(4 + shared / 2 + rng.normal(size=(2000, 2)) / 2)).astype(np.int32)
+    return QualityTable("made up", ("a", "b"), np.full(2000, 30), output_tokens, score).content()
+
+
+@pytest.mark.parametrize(
+    ("text", "score_r2", "log_length_r2"),
+    [("realistic", 0.10, 0.24), ("r2:0.3:0.5", 0.3, 0.5), ("r2:0.8:0.1", 0.8, 0.1)],
+)
+@pytest.mark.parametrize("kind", ["content", "table_content"])
+def test_predictions_are_calibrated_and_explain_what_was_asked(request, kind, text, score_r2, log_length_r2):
+    content = request.getfixturevalue(kind)
+    score, output_tokens, predicted_score, predicted_tokens = predictions(content, text)
+    r2, slope = r2_and_slope(score, predicted_score)
+    assert r2 == pytest.approx(score_r2, abs=0.012)
+    assert slope == pytest.approx(1.0, abs=0.08)  # .95 for buckets of scores, whose tails are heavy
+    assert predicted_score.mean(0) == pytest.approx(score.mean(0), abs=0.003)
+    assert (predicted_score.min(), predicted_score.max()) == pytest.approx((0.5, 0.5), abs=0.5)
+
+    r2, slope = r2_and_slope(np.log(output_tokens), np.log(predicted_tokens))
+    assert r2 == pytest.approx(log_length_r2, abs=0.03)
+    assert slope == pytest.approx(1.0, abs=0.1)
+    _, slope = r2_and_slope(output_tokens, predicted_tokens)
+    assert slope == pytest.approx(1.0, abs=0.1)
+    assert predicted_tokens.mean(0) == pytest.approx(output_tokens.mean(0), rel=0.03)
+
+
+def test_realistic_predictions_are_one_of_five_buckets(content):
+    _, _, predicted_score, predicted_tokens = predictions(content, "realistic")
+    for column in (*predicted_score.T, *predicted_tokens.T):
+        values, counts = np.unique(column, return_counts=True)
+        assert len(values) == 5
+        assert counts / DRAWS == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_predictions_for_other_experts_add_nothing(content):
+    score, _, predicted_score, _ = predictions(content, "r2:0.3:0.5")
+    design = np.column_stack([np.ones(DRAWS), predicted_score])
+    weights = np.linalg.lstsq(design, score[:, 1], rcond=None)[0]
+    assert weights == pytest.approx([0, 0, 1, 0], abs=0.06)
+
+
+def test_perfect_predictions_are_the_truth(content):
+    score, output_tokens, predicted_score, predicted_tokens = predictions(content, "perfect")
+    np.testing.assert_array_equal(predicted_score, score)
+    np.testing.assert_array_equal(predicted_tokens, output_tokens)
+
+
+def test_no_prediction_is_the_mean_of_each_expert(content):
+    score, output_tokens, predicted_score, predicted_tokens = predictions(content, "none")
+    assert predicted_score.std(0) == pytest.approx(0.0, abs=1e-6)
+    assert predicted_score[0] == pytest.approx(score.mean(0), abs=0.003)
+    assert predicted_tokens.std(0) == pytest.approx(0.0, abs=1e-3)
+    assert predicted_tokens[0] == pytest.approx(output_tokens.mean(0), rel=0.02)
+
+
+def test_a_sweep_over_r2_is_one_vmapped_program(content):
+    r2 = jnp.array([0.0, 0.25, 1.0])
+    models = PredictionModel(score_r2=r2, log_length_r2=r2, bucketed=jnp.zeros(3, bool))
+    keys = jax.random.split(jax.random.key(7), 20_000)
+    score, _, predicted_score, _ = jax.vmap(draw, in_axes=(None, 0, None))(content, models, keys)
+    for i in (1, 2):
+        r2_found, _ = r2_and_slope(np.asarray(score[i], float), np.asarray(predicted_score[i], float))
+        assert r2_found == pytest.approx(float(r2[i]), abs=0.02)
+    assert np.ptp(predicted_score[0], axis=0) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_expert_that_always_answers_alike_is_predicted():
+    table = QualityTable("made up", ("a",), np.full(4, 9), np.full((4, 1), 120), np.full((4, 1), 0.7))
+    _, _, predicted_score, predicted_tokens = predictions(table.content(), "realistic")
+    assert predicted_score == pytest.approx(0.7, abs=1e-6)
+    assert predicted_tokens == pytest.approx(120, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "exact", "r2", "r2:0.3", "r2:0.3:1.1", "r2:-0.1:0.5", "r2:nan:0.5", "q:0.3:0.5"])
+def test_unknown_predictions_are_refused(text):
+    with pytest.raises(InputError, match="choose realistic, perfect, none or r2:SCORE:LENGTH"):
+        parse_prediction(text)

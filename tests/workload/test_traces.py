@@ -1,0 +1,264 @@
+"""Readers of public traces, what is done with a trace, and its playback."""
+
+import datetime
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qos_jax import InputError
+from qos_jax.workload.traces import COLUMNS, ArrivalTrace, read_trace, with_gaps
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+PLAIN = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+def trace_of(arrival_s, prompt_tokens=7, output_tokens=5):
+    full = np.full(len(arrival_s), 1)
+    return ArrivalTrace(np.array(arrival_s), full * prompt_tokens, full * output_tokens, "a test")
+
+
+def assert_holds(trace, arrival_s, prompt_tokens, output_tokens):
+    np.testing.assert_allclose(trace.arrival_s, arrival_s, rtol=1e-12, atol=1e-9)
+    np.testing.assert_array_equal(trace.prompt_tokens, prompt_tokens)
+    np.testing.assert_array_equal(trace.output_tokens, output_tokens)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Writes a text to a file and returns its path."""
+    path = tmp_path_factory.mktemp("traces") / "trace"
+
+    def write(text):
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_azure_times_count_from_the_first_request(written):
+    rows = "2023-11-16 23:59:59.9000000,374,44\n2023-11-17 00:00:00.0000011,396,109\n2023-11-17 00:00:03,1,1\n"
+    assert_holds(read_trace(written(AZURE + rows)), [0.0, 0.100001, 3.1], [374, 396, 1], [44, 109, 1])
+
+
+def test_azure_of_2024_has_time_zones(written):
+    rows = "2024-05-10 00:00:00.009930+00:00,2162,5\r\n2024-05-10 00:00:00.509930+00:00,2399,6\r\n"
+    assert_holds(read_trace(written(AZURE + rows)), [0.0, 0.5], [2162, 2399], [5, 6])
+
+
+def test_burstgpt_failures_are_left_out_and_counted(written):
+    rows = "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,30,0,30,API log\n118.5,GPT-4,417,276,693,API log\n"
+    trace = read_trace(written(BURSTGPT + rows))
+    assert_holds(trace, [5.0, 118.5], [472, 417], [18, 276])
+    assert trace.num_skipped == 1
+
+
+def test_mooncake_times_are_spread_over_their_step_in_the_order_of_the_file(written):
+    stamps = np.repeat([0, 3000, 5999, 9001], 500)  # the published files are rounded to 1 ms either way
+    records = [{"timestamp": int(t), "input_length": j, "output_length": 1} for j, t in enumerate(stamps)]
+    path = written("\n".join(map(json.dumps, records)))
+    trace = read_trace(path)
+    np.testing.assert_array_equal(trace.prompt_tokens, np.arange(2000))
+    np.testing.assert_array_equal(trace.arrival_s // 3.0, np.repeat(np.arange(4), 500))
+    within = np.histogram(trace.arrival_s % 3.0, 6)[0]
+    assert within.min() > 250
+    np.testing.assert_array_equal(read_trace(path).arrival_s, trace.arrival_s)
+
+
+def test_mooncake_times_finer_than_the_step_are_kept(written):
+    records = [{"timestamp": t, "input_length": 3, "output_length": 1, "hash_ids": []} for t in (0, 1234, 3000)]
+    assert_holds(read_trace(written("\n".join(map(json.dumps, records)) + "\n\n")), [0.0, 1.234, 3.0], 3, 1)
+
+
+requests = st.lists(
+    st.tuples(st.floats(0, 1e9), st.integers(0, 2**31), st.integers(0, 2**31)), min_size=1, max_size=20
+).map(lambda rows: np.array(sorted(rows)).T)
+
+
+@settings(max_examples=50, deadline=None)
+@given(requests, st.permutations(range(4)))
+def test_what_was_written_is_read_back(written, columns, order):
+    header = [*PLAIN.strip().split(","), "note"]
+    cells = [[repr(float(t)), str(int(p)), str(int(d)), 'a "remark", quoted'] for t, p, d in columns.T]
+    rows = [",".join('"' + row[k].replace('"', '""') + '"' for k in order) for row in [header, *cells]]
+    trace = read_trace(written("\ufeff" + "\n".join(rows)), "csv")
+    np.testing.assert_array_equal([trace.arrival_s, trace.prompt_tokens, trace.output_tokens], columns)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 10**13), min_size=1, max_size=20).map(sorted))
+def test_azure_times_are_read_back_to_the_microsecond(written, microseconds):
+    start = datetime.datetime(2023, 11, 16)
+    times = [start + datetime.timedelta(microseconds=m) for m in microseconds]
+    rows = [f"{t:%Y-%m-%d %H:%M:%S.%f}0,3,4" for t in times]
+    trace = read_trace(written(AZURE + "\n".join(rows)))
+    np.testing.assert_array_equal(np.rint(trace.arrival_s * 1e6), np.array(microseconds) - microseconds[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        (PLAIN, "holds no request"),
+        (BURSTGPT + "5,ChatGPT,472,0,472,API log\n", "holds no request"),
+        ("a,b,c\n1,2,3\n", "no known trace begins with 'a,b,c'; columns must be those of azure: TIMESTAMP"),
+        (PLAIN + "0,1,1\n\n1.0,two,1\n", "line 4: prompt_tokens must be a whole number, got 'two'"),
+        (PLAIN + "0,1,2.5\n", "line 2: output_tokens must be a whole number, got '2.5'"),
+        (PLAIN + f"0,1,{10**400}\n", "line 2: output_tokens must be a whole number"),
+        (PLAIN + "0,1\n", "line 2: output_tokens must be a whole number, got ''"),
+        (PLAIN + "soon,1,1\n", "line 2: arrival_s must be a time, got 'soon'"),
+        (PLAIN + f"0,1,{'1' * 200_000}\n", "line 2: field larger than field limit"),
+        (AZURE + "2023-11-16 18:17,1,1\nyesterday,1,1\n", "line 3: TIMESTAMP must be a time, got 'yesterday'"),
+        (PLAIN + "0,1,1\n5,1,1\n4,1,1\n", "arrival_s of request 3 is 4.0, must be 0 or more and never before"),
+        (PLAIN + "-1,1,1\n", "arrival_s of request 1 is -1.0, must be 0 or more"),
+        (PLAIN + "0,1,1\nnan,1,1\n", "arrival_s of request 2 is nan, must be finite"),
+        (PLAIN + "0,1,1\n1,-3,1\n", "prompt_tokens of request 2 is -3, must be 0 or more"),
+        (PLAIN + "0,1,-1\n", "output_tokens of request 1 is -1, must be 0 or more"),
+        ('{"timestamp": 0}\n', "line 1: must be a JSON object with timestamp, input_length, output_length"),
+        ('{"timestamp": 0,\n', "line 1: must be a JSON object"),
+        ('{"timestamp": 0, "input_length": 1.5, "output_length": 1}', "line 1: input_length must be a whole number"),
+        ('{"timestamp": null, "input_length": 1, "output_length": 1}', "line 1: timestamp must be a time, got 'None'"),
+    ],
+)
+def test_bad_files_give_one_clear_error(written, text, message):
+    path = written(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_trace(path)
+    assert str(path) in str(caught.value)
+
+
+def test_mooncake_out_of_order_is_refused(written):
+    records = [{"timestamp": t, "input_length": 3, "output_length": 1} for t in (3000, 0)]
+    with pytest.raises(InputError, match="arrival_s of request 2"):
+        read_trace(written("\n".join(map(json.dumps, records))))
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        read_trace(tmp_path / "missing.csv")
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_trace(tmp_path)
+    (tmp_path / "latin.csv").write_bytes(PLAIN.encode() + b"\xff\xfe")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        read_trace(tmp_path / "latin.csv")
+
+
+def test_a_format_that_does_not_fit_is_refused(written):
+    path = written(PLAIN + "0,1,1\n")
+    with pytest.raises(InputError, match="format must be one of azure, burstgpt, mooncake, csv, got 'parquet'"):
+        read_trace(path, "parquet")
+    with pytest.raises(InputError, match="lacks the column"):
+        read_trace(path, "azure")
+    with pytest.raises(InputError, match="must be a JSON object"):
+        read_trace(path, "mooncake")
+
+
+def test_fields_of_different_length_are_refused():
+    with pytest.raises(InputError, match="must be vectors of one length"):
+        ArrivalTrace(np.zeros(2), np.ones(3), np.ones(2), "a test")
+
+
+def test_scaling_sets_the_rate_and_keeps_the_shape():
+    trace = trace_of([1.0, 2.0, 5.0])
+    scaled = trace.scaled_to(4.0)
+    assert (trace.rate_per_s, scaled.rate_per_s) == pytest.approx((0.5, 4.0))
+    assert scaled.gap_cv == pytest.approx(trace.gap_cv) == pytest.approx(0.5)
+
+
+def test_cut_and_halves_split_by_time():
+    trace = trace_of([0.0, 1.0, 2.0, 9.0, 10.0])
+    np.testing.assert_array_equal(trace.cut(1.0, 9.0).arrival_s, [0.0, 1.0])
+    first, second = trace.halves()
+    np.testing.assert_array_equal(first.arrival_s, [0.0, 1.0, 2.0])
+    np.testing.assert_array_equal(second.arrival_s, [4.0, 5.0])
+    with pytest.raises(InputError, match=r"no request arrives in \[3.0, 8.0\) s"):
+        trace.cut(3.0, 8.0)
+
+
+def test_looping_keeps_the_rate_and_may_shorten():
+    trace = trace_of([1.0, 2.0, 5.0])
+    np.testing.assert_array_equal(trace.looped(2).arrival_s, [1.0, 2.0])
+    looped = trace.looped(7)
+    np.testing.assert_array_equal(looped.arrival_s, [1.0, 2.0, 5.0, 7.0, 8.0, 11.0, 13.0])
+    assert looped.rate_per_s == pytest.approx(trace.rate_per_s)
+
+
+def test_clipping_says_how_many_requests_it_changed():
+    trace = ArrivalTrace(np.arange(4), np.array([10, 90, 10, 90]), np.array([5, 5, 50, 50]), "a test")
+    clipped, changed = trace.clipped(80, 40)
+    assert_holds(clipped, np.arange(4), [10, 80, 10, 80], [5, 5, 40, 40])
+    assert changed == 3
+
+
+def test_dispersion_tells_bursts_from_a_metronome():
+    even = trace_of(np.arange(0.0, 100.0, 0.5))
+    assert even.index_of_dispersion(10.0) == 0.0
+    bursts = trace_of(np.repeat(np.arange(0.0, 100.0), np.tile([1, 9], 50)))
+    assert bursts.index_of_dispersion(1.0) == pytest.approx(16.0 / 5.0, rel=0.05)
+    with pytest.raises(InputError, match="window_s must lie in"):
+        even.index_of_dispersion(60.0)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda trace: trace.scaled_to(0.0), "rate_per_s must be positive"),
+        (lambda trace: trace.looped(0), "num_requests must be at least 1"),
+        (lambda trace: trace.clipped(0, 5), "max_prompt_tokens must be at least 1, got 0"),
+        (lambda trace: trace_of([2.0, 2.0]).rate_per_s, "2 requests at one instant have no rate"),
+        (lambda trace: with_gaps(trace, 0.0), "rate_per_s must lie in"),
+        (lambda trace: with_gaps(trace_of([1.0])), "1 requests at one instant have no rate"),
+    ],
+)
+def test_bad_use_is_refused(use, message):
+    with pytest.raises(InputError, match=message):
+        use(trace_of([0.0, 1.0, 2.0]))
+
+
+def played(process, num_gaps):
+    step = lambda state, key: process.next_gap(key, state)[::-1]  # noqa: E731
+    keys = jax.random.split(jax.random.key(1), num_gaps)
+    _, gaps_s = jax.lax.scan(step, process.init(jax.random.key(0)), keys)
+    return trace_of(np.append(0.0, np.cumsum(np.asarray(gaps_s, np.float64))))
+
+
+def test_azure_conversations_keep_their_bursts_when_played(data_dir):
+    trace = read_trace(data_dir / "traces" / "AzureLLMInferenceTrace_conv_first_half.csv")
+    assert len(trace) == 9683
+    assert (trace.prompt_tokens[0], trace.output_tokens[-1]) == (374, 69)
+    assert trace.rate_per_s == pytest.approx(5.55, abs=0.01)
+    assert trace.gap_cv == pytest.approx(1.07, abs=0.01)
+    dispersion = trace.index_of_dispersion(60.0)
+    assert dispersion == pytest.approx(12.9, abs=0.1)
+    replay = played(with_gaps(trace, random_start=False), len(trace) - 1)
+    np.testing.assert_allclose(replay.arrival_s, trace.arrival_s, atol=1e-3)
+    assert replay.index_of_dispersion(60.0) == pytest.approx(dispersion, rel=0.01)
+    faster = played(with_gaps(trace, 20.0), len(trace) - 1)
+    assert faster.rate_per_s == pytest.approx(20.0, rel=1e-4)
+    assert faster.index_of_dispersion(60.0 * trace.rate_per_s / 20.0) == pytest.approx(dispersion, rel=0.25)
+
+
+def test_azure_code_is_far_burstier_than_poisson(data_dir):
+    trace = read_trace(data_dir / "traces" / "AzureLLMInferenceTrace_code_first_half.csv")
+    assert len(trace) == 4409
+    assert (trace.rate_per_s, trace.gap_cv) == pytest.approx((3.10, 14.1), abs=0.01)
+
+
+def test_mooncake_conversations_become_nearly_poisson_once_spread(data_dir):
+    trace = read_trace(data_dir / "traces" / "mooncake_conversation_first_3000.jsonl")
+    assert (len(trace), trace.prompt_tokens[0], trace.output_tokens[0]) == (3000, 6758, 500)
+    assert trace.rate_per_s == pytest.approx(3.03, abs=0.01)
+    assert trace.gap_cv == pytest.approx(1.0, abs=0.05)
+
+
+def test_every_format_is_told_from_its_first_line(written):
+    for format, columns in COLUMNS.items():
+        row = ["2023-11-16 18:15" if format == "azure" else "0", "3", "4"]
+        record = json.dumps(dict(zip(columns, row, strict=True)))
+        text = record if format == "mooncake" else ",".join(columns) + "\n" + ",".join(row)
+        trace = read_trace(written(text))
+        assert (len(trace), trace.prompt_tokens[0], trace.output_tokens[0]) == (1, 3, 4)
