@@ -53,20 +53,46 @@ class Run:
 
 
 def rollout(
-    spec: WorldSpec, router: Router, params: EnvParams, gaps_s: Array, requests: Request, key: Array
+    spec: WorldSpec,
+    routers: tuple[Router, ...],
+    which: Array | int,
+    params: EnvParams,
+    gaps_s: Array,
+    requests: Request,
+    key: Array,
 ) -> Array:
-    """Lets ``router`` decide on a known sequence of requests; returns its actions [J] int32, ``num_experts`` for a drop."""
-    requests = revealed(router, requests)
+    """Lets one of the routers decide on a known sequence of requests.
+
+    All routers are compiled into one program and ``which`` picks one at run time, as to compile the engine for each of them
+    would take far longer than to run it.
+
+    Args:
+      spec: shapes of the world.
+      routers: who may decide.
+      which: [] int32, index of who does.
+      params: the world; its workload is not used.
+      gaps_s: [J] s before each request.
+      requests: what the router is told, and what then is true; leaves [J, ...].
+      key: for routers that draw lots.
+
+    Returns:
+      The actions [J] int32; ``num_experts`` is a drop.
+    """
 
     def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], Array]:
-        (world, memory), (gap_s, request, key) = carry, x
+        (world, memories), (gap_s, request, key) = carry, x
         world = pass_time(spec, params.experts, world, gap_s)
         obs = observe(spec, params.experts, world, request, params.staleness_s)
-        action, memory = router.act(key, obs, memory)
-        world, _ = dispatch(spec, params.experts, world, request, action)
-        return (world, memory), jnp.asarray(action, jnp.int32)
 
-    start = (empty_world(spec, params.experts), router.init())
+        def act(i: int) -> tuple[Array, Any]:
+            action, memory = routers[i].act(key, obs, memories[i])
+            return jnp.asarray(action, jnp.int32), (*memories[:i], memory, *memories[i + 1 :])
+
+        action, memories = lax.switch(which, [partial(act, i) for i in range(len(routers))])
+        world, _ = dispatch(spec, params.experts, world, request, action)
+        return (world, memories), action
+
+    start = (empty_world(spec, params.experts), tuple(router.init() for router in routers))
     return lax.scan(decide, start, (gaps_s, requests, jax.random.split(key, gaps_s.shape[0])))[1]
 
 
@@ -108,8 +134,13 @@ def evaluate(
     gaps_s, requests = _sample_scenarios(params, rates, keys, num_requests)
     traces = _traces(gaps_s, requests, len(scenarios))
 
-    def run(router: Router) -> list[Run]:
-        actions = np.asarray(_rollouts(env.spec, router, params, gaps_s, requests, keys))
+    together = tuple(routers)
+
+    def run(which: int) -> list[Run]:
+        router = together[which]
+        actions = np.asarray(
+            _rollouts(env.spec, together, jnp.int32(which), params, gaps_s, revealed(router, requests), keys)
+        )
         assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
         engine_spec = env.spec.engine
         replays = replay_many(
@@ -125,7 +156,7 @@ def evaluate(
         return runs
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [one for runs in pool.map(run, routers) for one in runs]
+        return [one for runs in pool.map(run, range(len(together))) for one in runs]
 
 
 @partial(jax.jit, static_argnums=3)
@@ -138,11 +169,17 @@ def _sample_scenarios(params: EnvParams, rates: Array, keys: Array, num_requests
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _rollouts(
-    spec: WorldSpec, router: Router, params: EnvParams, gaps_s: Array, requests: Request, keys: Array
+    spec: WorldSpec,
+    routers: tuple[Router, ...],
+    which: Array,
+    params: EnvParams,
+    gaps_s: Array,
+    requests: Request,
+    keys: Array,
 ) -> Array:
     def one(scenario: tuple[Array, Request, Array]) -> Array:
         gaps_s, requests, key = scenario
-        return rollout(spec, router, params, gaps_s, requests, jax.random.fold_in(key, 1))
+        return rollout(spec, routers, which, params, gaps_s, requests, jax.random.fold_in(key, 1))
 
     return lax.map(one, (gaps_s, requests, keys), batch_size=_ENVIRONMENTS_PER_BLOCK)
 

@@ -1,8 +1,8 @@
 """Figures: what routers earn under load, how long answers take, who serves them, and what happens inside an expert.
 
 Every function returns a matplotlib ``Figure`` of its own and leaves pyplot's global state alone; the figure's label
-(``Figure.get_label``) is its caption. A router looks the same in every figure: those in ``HIGHLIGHTED`` have their own colour,
-oracles are dashed and dark. The colours can be told apart by colour-blind readers.
+(``Figure.get_label``) is its caption. A router looks the same in every figure: those in ``HIGHLIGHTED`` have their own
+colour, oracles are dashed and dark. The colours can be told apart by colour-blind readers.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _ACTIVITIES: dict[Activity, tuple[str, dict[str, Any]]] = {
     Activity.PREEMPTED: ("preempted, waiting again", {"facecolor": "#CC79A7"}),
 }
 _TIMELINE_POINTS, _SAMPLES_PER_POINT = 300, 20
-_WIDTH_INCHES, _CHARACTERS_ACROSS = 8.4, 105
-_STYLE = {
+_WIDTH_INCHES, _CHARACTERS_ACROSS, _LABEL_POINTS = 8.4, 120, 8.5
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9,
@@ -65,7 +65,6 @@ _STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "figure.dpi": 150,
-    "savefig.dpi": 150,
 }
 
 
@@ -84,7 +83,7 @@ def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
         points = [row for row in rows if row["router"] == name]
         load, mean, low, high = (_column(points, field) for field in ("load", "mean", "low", "high"))
         if len(load) == 1:  # one point is drawn as a level
-            load, mean, low, high = load + [-0.05, 0.05], *(np.repeat(x, 2) for x in (mean, low, high))
+            load, mean, low, high = load + np.array([-0.05, 0.05]), *(np.repeat(x, 2) for x in (mean, low, high))
         look = _curve_look(name, points[0]["kind"])
         axes.plot(load, mean, label=name, **look)
         if look["zorder"] > 2:
@@ -94,11 +93,11 @@ def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(xlabel="load (arrivals as a share of what the fleet can finish)", ylabel="mean QoS of a request")
     axes.margins(x=0)
     axes.set_ylim(0, 1.05 * max(row["mean"] for row in rows))
-    _label_ends(axes, ends)
+    _label_ends(figure, axes, ends)
     _label_loads(axes, {row["load"]: row["rate_per_s"] for row in rows})
     figure.set_label(
-        "Mean QoS of a request against load; all routers get the same requests. Bands are 95 % confidence intervals over seeds, "
-        "dashed curves are oracles, which are told what a router cannot know."
+        "Mean QoS of a request against load; all routers get the same requests. Bands are 95 % confidence intervals "
+        "over seeds, dashed curves are oracles, which are told what a router cannot know."
     )
     return figure
 
@@ -134,8 +133,8 @@ def latency_cdf(runs: Sequence[Run], experts: ExpertProfile, limit_s: float) -> 
     axes.set(xlabel="latency per token, ms", ylabel="share of all requests", ylim=(0, 1.01))
     axes.legend(title="within the limit", alignment="left", loc="upper left", bbox_to_anchor=(1.03, 1), borderaxespad=0)
     figure.set_label(
-        f"Share of the requests that were answered within a latency per token, at load {runs[0].scenario.load:g}. Where a curve "
-        "ends below 1, the rest was dropped."
+        f"Share of the requests that were answered within a latency per token, at load {runs[0].scenario.load:g}. "
+        "Where a curve ends below 1, the rest was dropped."
     )
     return figure
 
@@ -155,7 +154,8 @@ def routing_shares(runs: Sequence[Run], expert_names: Sequence[str]) -> Figure:
     figure = Figure(figsize=(_WIDTH_INCHES, 1.3 + 0.27 * len(routers)), layout="constrained")
     axes = figure.add_subplot()
     left = np.zeros(len(routers))
-    for (name, colour), share in zip([*_expert_colours(expert_names).items(), ("dropped", _PALE)], shares.T, strict=True):
+    colours = _expert_colours(expert_names) | {"dropped": _PALE}
+    for (name, colour), share in zip(colours.items(), shares.T, strict=True):
         bars = axes.barh(range(len(routers)), share, left=left, height=0.8, color=colour, edgecolor="white", label=name)
         texts = [f"{100 * each:.0f}" if each >= 0.045 else "" for each in share]
         axes.bar_label(bars, texts, label_type="center", fontsize=7.5, color=_ink_on(colour))
@@ -171,8 +171,8 @@ def routing_shares(runs: Sequence[Run], expert_names: Sequence[str]) -> Figure:
     axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, symbol=""))
     _legend_above(figure, axes)
     figure.set_label(
-        f"Who answers under each router, in % of the requests, at load {runs[0].scenario.load:g}. Dropped are requests that the "
-        "router refused or that found the queue of their expert full."
+        f"Who answers under each router, in % of the requests, at load {runs[0].scenario.load:g}. Dropped are requests "
+        "that the router refused or that found the queue of their expert full."
     )
     return figure
 
@@ -204,8 +204,8 @@ def expert_timelines(run: Run, experts: ExpertProfile, expert_names: Sequence[st
     panels[-1].set_xlabel("time, s")
     _legend_above(figure, panels[0])
     figure.set_label(
-        f"What is on each expert under {_spoken(run.router.name)}, at load {run.scenario.load:g} (seed {run.scenario.seed}). KV "
-        "memory is interpolated between the first and the last token of each request."
+        f"What is on each expert under {_spoken(run.router.name)}, at load {run.scenario.load:g}, seed "
+        f"{run.scenario.seed}. KV memory is interpolated between the first and the last token of each request."
     )
     return figure
 
@@ -213,9 +213,9 @@ def expert_timelines(run: Run, experts: ExpertProfile, expert_names: Sequence[st
 def expert_timeline(run: Run, experts: ExpertProfile, times_s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns requests waiting, requests running and the share of KV memory in use, each [T, N], at ``times_s`` [T].
 
-    All of it comes from the log of the run. A request waits from its arrival to its first token and runs from there to its
-    last. Its tokens in memory are interpolated linearly between the two, as if it had not been preempted and all its
-    iterations had taken the same time; its last block counts as half full.
+    All of it comes from the log of the run. A request waits from its arrival to its first token and runs from there to
+    its last. Its tokens in memory are interpolated linearly between the two, as if it had not been preempted and all
+    its iterations had taken the same time; its last block counts as half full.
     """
     trace, log = run.trace, run.replayed.log
     waiting, running, kv_tokens = np.zeros((3, len(times_s), np.shape(trace.output_tokens)[1]))
@@ -263,8 +263,8 @@ def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
     handles = [Patch(label=name, **look) for name, look in _ACTIVITIES.values()]
     figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=1.2, handleheight=1.0)
     figure.set_label(
-        f"{len(log.start_s)} iterations of {expert_name}: a row per request, a cell per iteration; below, how long each took. "
-        "While a prompt is computed, all others wait longer for their next token."
+        f"{len(log.start_s)} iterations of {expert_name}: a row per request, a cell per iteration; below, how long "
+        "each took. While a prompt is computed, all others wait longer for their next token."
     )
     return figure
 
@@ -290,29 +290,27 @@ def _line_looks(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return looks
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, dict[str, Any]]]) -> None:
+def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, str, dict[str, Any]]]) -> None:
     """Writes each curve's name beside its right end, moved up or down as little as keeps the names apart."""
     ends = sorted(ends, key=lambda end: end[0])
     bottom, top = axes.get_ylim()
-    line_height = 1.25 * 8.5 / 72 / (axes.get_position().height * axes.figure.get_figheight()) * (top - bottom)
+    axes_inches = axes.get_position().height * figure.get_figheight()
+    line_height = 1.25 * _LABEL_POINTS / 72 * (top - bottom) / axes_inches  # in units of the y axis
     below = line_height * np.arange(len(ends))
     heights = scipy.optimize.isotonic_regression([end[0] for end in ends] - below).x
     heights = np.clip(heights, bottom, max(bottom, top - below[-1])) + below
     beside = axes.get_yaxis_transform()
     for height, (value, name, look) in zip(heights, ends, strict=True):
-        coloured = look["zorder"] > 2
+        font = {"color": look["color"], "fontweight": "bold"} if look["zorder"] > 2 else {"color": _GREY}
         axes.plot([1, 1.03], [value, height], color=look["color"], linewidth=0.8, transform=beside, clip_on=False)
-        axes.text(
-            1.04, height, _spoken(name), transform=beside, va="center", fontsize=8.5, color=look["color"] if coloured else _GREY,
-            fontweight="bold" if coloured else "normal",
-        )  # fmt: skip
+        axes.text(1.04, height, _spoken(name), transform=beside, va="center", fontsize=_LABEL_POINTS, **font)
 
 
 def _label_loads(axes: Axes, rates_per_s: Mapping[float, float]) -> None:
     """Puts a tick at each load that was simulated, and its rate above it."""
     axes.set_xticks(list(rates_per_s), [f"{load:g}" for load in rates_per_s])
     above = axes.secondary_xaxis("top")
-    above.set_xticks(list(rates_per_s), [f"{rate:.3g}" for rate in rates_per_s.values()])
+    above.set_xticks(list(rates_per_s), [f"{rate:.1f}" for rate in rates_per_s.values()])
     above.set_xlabel("requests per second")
     above.spines["top"].set_visible(False)
 

@@ -21,7 +21,7 @@ from qos_jax.sim.env import EnvParams, Environment
 from qos_jax.sim.validation import checked_experts
 from qos_jax.sim.world import WorldSpec
 from qos_jax.workload.arrivals import ArrivalProcess, parse_arrivals
-from qos_jax.workload.content import RequestContent, generated_content, latency_limits
+from qos_jax.workload.content import RequestContent, generated_content, latency_limits, sharegpt_run_content
 from qos_jax.workload.experts import expert_profile
 from qos_jax.workload.prediction import PredictionModel, parse_prediction
 from qos_jax.workload.tables import QualityTable
@@ -44,6 +44,7 @@ class Preset:
     staleness_s: float = 0.0  # s, how late the router sees metrics, at least
     history: int | None = None  # snapshots kept for that; by default enough for twice the arrivals of that time
     requests: int = 5000  # of an episode
+    content: str = "mix-instruct"  # law of prompts and answers: mix-instruct, or sharegpt-run for the measured vLLM run
 
 
 PAPER_3 = (("alpaca-native", "A40"), ("chatglm-6b", "A40"), ("mpt-7b-instruct", "A40"))
@@ -60,16 +61,24 @@ EDGE_8 = (
 )
 
 PRESETS = {
-    # 20 requests side by side on an A40 reach the paper's limit, so that requests interfere as they do there.
-    "paper-3": Preset(PAPER_3, saturation_per_s=1.0),
-    "paper-6": Preset(PAPER_6, saturation_per_s=1.0),
-    "edge-8": Preset(EDGE_8, saturation_per_s=1.0, latency_limit_s=0.035),
-    "edge-64": Preset(EDGE_8 * 8, saturation_per_s=1.0, latency_limit_s=0.035),
+    # On an A40 about 20 requests side by side reach the paper's limit, so that requests interfere as they do there.
+    "paper-3": Preset(PAPER_3, saturation_per_s=23.0),
+    "paper-6": Preset(PAPER_6, saturation_per_s=34.3),
+    "edge-8": Preset(EDGE_8, saturation_per_s=68.0, latency_limit_s=0.036),
+    "edge-64": Preset(EDGE_8 * 8, saturation_per_s=544.0, latency_limit_s=0.036),
+    # The fleet and the requests of a measured vLLM run, whose 10 requests/s were far beyond saturation.
+    "golden-rtx4090": Preset(
+        (("llama-3.1-8b", "RTX 4090"),),
+        saturation_per_s=1.5,
+        latency_limit_s=0.05,
+        max_running=256,
+        max_waiting=256,
+        content="sharegpt-run",
+    ),
 }
 
-
 _DEFAULT_LOAD = 0.8
-_FLEET_FIELDS = {"experts", "max_running", "quality_table"}  # what the saturation rate depends on
+_FLEET_FIELDS = {"experts", "max_running", "content"}  # what the saturation rate depends on
 
 
 def make(
@@ -168,4 +177,10 @@ def _content(preset: Preset, table: QualityTable | None) -> RequestContent:
     names = [llm for llm, _ in preset.experts]
     values = np.atleast_1d(preset.latency_limit_s).tolist()
     limits = latency_limits(values, preset.latency_limit_weights)
-    return generated_content(names, limits) if table is None else table.select(names).content(limits)
+    if table is not None:
+        return table.select(names).content(limits)
+    if preset.content == "mix-instruct":
+        return generated_content(names, limits)
+    if preset.content == "sharegpt-run":
+        return sharegpt_run_content(len(names), limits)
+    raise InputError(f"content {preset.content!r} is unknown; choose mix-instruct or sharegpt-run")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -22,29 +23,29 @@ class SmallWorkload:
     rate_per_s: Array
     latency_limit_s: Array
     quality: Array  # [N] the largest score of each expert
+    order: Array  # [N] int32: expert n is number order[n] of those that are drawn
 
     def init(self, key: Array) -> Array:
         return jnp.int32(0)
 
     def next(self, key: Array, state: Array) -> tuple[Array, Request, Array]:
         gap_key, prompt_key, output_key, score_key = jax.random.split(key, 4)
-        experts = self.quality.shape
-        output_tokens = jax.random.randint(output_key, experts, 1, 60)
-        score = self.quality * jax.random.uniform(score_key, experts, minval=0.5)
+        output_tokens = jax.random.randint(output_key, self.order.shape, 1, 60)[self.order]
+        score = (self.quality * jax.random.uniform(score_key, self.order.shape, minval=0.5))[self.order]
         request = Request(
             prompt_tokens=jax.random.randint(prompt_key, (), 1, 120),
             output_tokens=output_tokens,
             score=score,
             latency_limit_s=self.latency_limit_s,
             predicted_score=0.9 * score,
-            predicted_tokens=1.1 * output_tokens,
+            predicted_tokens=1.1 * output_tokens.astype(score.dtype),
         )
         return jax.random.exponential(gap_key) / self.rate_per_s, request, state + 1
 
 
 def small_experts(num_experts: int = 3, **fields: Any) -> ExpertProfile:
     """Experts each somewhat slower than the one before."""
-    slower = 1.0 + 0.3 * jnp.arange(num_experts)
+    slower = 1.0 + 0.3 * np.arange(num_experts)
     fields = {
         "step_base_s": 0.02 * slower,
         "prefill_base_s": 0.01 * slower,
@@ -56,7 +57,7 @@ def small_experts(num_experts: int = 3, **fields: Any) -> ExpertProfile:
         "max_waiting": 3,
         "network_s": 0.01,
     } | fields
-    return ExpertProfile(**{name: jnp.broadcast_to(jnp.asarray(value), num_experts) for name, value in fields.items()})
+    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), num_experts), ExpertProfile(**fields))
 
 
 def small_params(
@@ -68,11 +69,9 @@ def small_params(
     staleness_s: float = 0.0,
     **fields: Any,
 ) -> EnvParams:
-    quality = jnp.linspace(0.4, 0.9, num_experts)
-    workload = SmallWorkload(jnp.float32(rate_per_s), jnp.float32(latency_limit_s), quality)
-    return EnvParams(
-        small_experts(num_experts, **fields), workload, jnp.int32(max_steps_in_episode), jnp.float32(staleness_s)
-    )
+    workload = SmallWorkload(rate_per_s, latency_limit_s, np.linspace(0.4, 0.9, num_experts), np.arange(num_experts))
+    params = EnvParams(small_experts(num_experts, **fields), workload, max_steps_in_episode, staleness_s)
+    return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), params)  # no weak types, which are traced anew
 
 
 def small_env(num_experts: int = 3, *, slots: int = 16, check: bool = False, **spec: Any) -> Environment:

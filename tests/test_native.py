@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def test_agrees_with_the_reference_on_any_small_world(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", [calm, full_queue])
-def test_joins_the_shortest_queue(kind) -> None:
+def test_joins_the_shortest_queue(kind: Callable[[np.random.Generator], World]) -> None:
     world = kind(np.random.default_rng(0))
     chosen, log = simulate(world.experts, world.trace)
     fleet = [ReferenceExpert(world.experts, n, world.token_budget, 16) for n in range(3)]

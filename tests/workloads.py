@@ -149,8 +149,8 @@ def long_prompts(rng: np.random.Generator) -> World:
 
 def small_budget(rng: np.random.Generator) -> World:
     """So few tokens in an iteration that decoding takes them all, and prompts wait or trickle."""
-    experts = _experts(rng, kv_blocks=rng.integers(15, 80, NUM_EXPERTS))
-    return _world(rng, experts, _poisson(rng, 0.02), (1, 100), (10, 100), token_budget=8)
+    experts = _experts(rng, kv_blocks=rng.integers(14, 30, NUM_EXPERTS))
+    return _world(rng, experts, _poisson(rng, 0.05), (1, 60), (20, 150), token_budget=8)
 
 
 def simultaneous(rng: np.random.Generator) -> World:
@@ -217,7 +217,7 @@ def crowd(rng: np.random.Generator) -> World:
         prefill_per_token_s=9e-5,
         per_sequence_s=4e-5,
         per_kv_token_s=2e-7,
-        kv_blocks=rng.integers(800, 1500),
+        kv_blocks=rng.integers(600, 900),
         max_running=300,
     )
     trace = RequestTrace(_poisson(rng, 0.001, CROWD), _tokens(rng, 1, 60, CROWD), _tokens(rng, 40, 150, CROWD, 1))

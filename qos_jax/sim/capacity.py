@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array, lax
 
 from qos_jax.sim.env import EnvParams, Environment
-from qos_jax.sim.replay import replay_many
+from qos_jax.sim.replay import replay
 from qos_jax.sim.types import Request, RequestTrace, Workload
+from qos_jax.sim.validation import checked_experts
 
 
 @partial(jax.jit, static_argnums=2)
@@ -26,23 +27,27 @@ def sample_requests(workload: Workload, key: Array, num_requests: int) -> tuple[
     return lax.scan(draw, workload.init(key_init), jax.random.split(key_next, num_requests))[1]
 
 
-def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert: int = 2000, seed: int = 0) -> float:
+def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert: int = 4000, seed: int = 0) -> float:
     """Returns the rate [requests/s] at which the fleet finishes requests when every expert always has some waiting.
 
-    Measured by simulation: each expert is handed its requests at once, and the middle 80 % of its completions give its rate;
-    the fleet's is the sum. A load rho means arrivals at rho times this rate.
+    Measured by simulation: each expert is offered its share of the workload at twice the rate that it could finish without
+    prefill and KV reads, and drops what its queue does not hold; the middle 80 % of its completions give its rate, and the
+    fleet's is the sum. A load rho means arrivals at rho times this rate.
     """
     num_experts = env.spec.num_experts
+    experts = checked_experts(params.experts)
     count = requests_per_expert * num_experts
     _, requests = sample_requests(params.workload, jax.random.key(seed), count)
-    trace = RequestTrace(np.zeros(count), np.asarray(requests.prompt_tokens), np.asarray(requests.output_tokens))
-    assignment = np.arange(count) % num_experts
-    experts = jax.tree.map(np.asarray, params.experts).replace(max_waiting=np.full(num_experts, requests_per_expert))
+    output_tokens = np.asarray(requests.output_tokens)
+    fastest_s = (experts.step_base_s / experts.max_running + experts.per_sequence_s) * output_tokens.mean(0)
+
+    arrival_s = (np.arange(requests_per_expert)[:, None] * fastest_s / 2.0).ravel()
+    order = np.argsort(arrival_s, kind="stable")
+    assignment = (np.arange(count) % num_experts)[order]
+    trace = RequestTrace(arrival_s[order], np.asarray(requests.prompt_tokens), output_tokens)
     spec = env.spec.engine
-    (replayed,) = replay_many(
-        experts, [trace], [assignment], token_budget=spec.token_budget, block_size=spec.block_size
-    )
-    return sum(_middle_rate(replayed.log.finish_s[assignment == expert]) for expert in range(num_experts))
+    log = replay(experts, trace, assignment, token_budget=spec.token_budget, block_size=spec.block_size)
+    return sum(_middle_rate(log.finish_s[assignment == expert]) for expert in range(num_experts))
 
 
 def _middle_rate(finish_s: np.ndarray) -> float:

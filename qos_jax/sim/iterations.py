@@ -1,7 +1,7 @@
 """One expert under the magnifying glass: every iteration in a window of time, and what each request did in it.
 
-``replay`` jumps over the iterations in which a batch only decodes. Here the host steps through them one at a time, with the
-same engine, which is slow and meant for pictures and for understanding a schedule.
+``replay`` jumps over the iterations in which a batch only decodes. Here the host steps through them one at a time, with
+the same engine: slow, and meant for pictures and for understanding a schedule.
 """
 
 from __future__ import annotations
@@ -58,30 +58,44 @@ def iterations_of(
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
 ) -> IterationLog:
-    """Returns the iterations of ``expert`` that start in [``start_s``, ``end_s``); the other arguments are ``replay``'s.
+    """Returns the iterations of one expert in a window of time.
+
+    Args:
+      experts: profile of the N experts.
+      trace: J requests, as for ``replay``.
+      assignment: [J] int, expert of each request.
+      expert: which of the N to look at.
+      start_s: the first iteration shown starts here at the earliest.
+      end_s: the last one starts before this.
+      token_budget: tokens that one iteration may take.
+      block_size: tokens per KV block.
+
+    Returns:
+      The iterations, as the engine runs them in float32, and the requests that are on the expert during them.
 
     Raises:
       InputError: a field of the arguments is not usable.
     """
     fleet = checked_experts(experts, np.float32)
-    num_experts = len(fleet.step_base_s)
-    trace = checked_trace(trace, num_experts)
-    assignment = checked_assignment(assignment, len(trace.arrival_s), num_experts)
-    if not 0 <= expert < num_experts:
-        raise InputError(f"expert is {expert}, must be one of 0 .. {num_experts - 1}")
+    most_running, most_waiting = np.asarray(fleet.max_running), np.asarray(fleet.max_waiting)
+    trace = checked_trace(trace, len(most_running))
+    arrival_s = np.asarray(trace.arrival_s)
+    sent = checked_assignment(assignment, len(arrival_s), len(most_running))
+    if not 0 <= expert < len(most_running):
+        raise InputError(f"expert is {expert}, must be one of 0 .. {len(most_running) - 1}")
     if not start_s < end_s:
         raise InputError(f"the window is {start_s} .. {end_s} s, must end after it starts")
-    request = np.flatnonzero((assignment == expert) & (trace.arrival_s < end_s))
+    request = np.flatnonzero((sent == expert) & (arrival_s < end_s))
+    live = min(len(request), int(most_running[expert]) + int(most_waiting[expert]))  # at most
+    slots = 1 << live.bit_length()  # powers of two, so that few shapes are compiled
     one = jax.tree.map(lambda x: jnp.asarray(x[expert : expert + 1]), fleet)
-    most = int(fleet.max_running[expert]) + int(fleet.max_waiting[expert])  # live requests
-    spec = EngineSpec(min(len(request), most) + 1, token_budget, block_size)
-    stepper = _Stepper(spec, one, trace, request, expert)
+    stepper = _Stepper(EngineSpec(slots, token_budget, block_size), one, trace, request, expert)
     stepper.skip_to(start_s)
     records = []
     while stepper.reach_next_iteration() and stepper.boundary_s < end_s:
         begin_s = stepper.boundary_s
         records.append((begin_s, *stepper.iterate()))
-    return _log(records, expert, request, trace.arrival_s[request])
+    return _log(records, expert, request, arrival_s[request])
 
 
 class _Stepper:
@@ -91,11 +105,11 @@ class _Stepper:
         self, spec: EngineSpec, profile: ExpertProfile, trace: RequestTrace, request: np.ndarray, expert: int
     ) -> None:
         self.spec, self.profile = spec, profile
-        self.arrival_s = trace.arrival_s[request]
-        self.prompt_tokens = trace.prompt_tokens[request]
-        self.output_tokens = trace.output_tokens[request, expert]
+        self.arrival_s = np.asarray(trace.arrival_s)[request]
+        self.prompt_tokens = np.asarray(trace.prompt_tokens)[request]
+        self.output_tokens = np.asarray(trace.output_tokens)[request, expert]
         self.arrived = 0  # requests so far
-        self.now_s = 0.0
+        self.now_s = float(self.arrival_s[0]) if len(request) else 0.0
         self.state = engine.init_state(spec, (1,), jnp.int32(0))
 
     @property
@@ -112,8 +126,9 @@ class _Stepper:
         """Runs every iteration that starts before ``time_s`` unseen, and makes that time the new now."""
         while self.arrived < len(self.arrival_s) and self.arrival_s[self.arrived] < time_s:
             self.take_in()
-        self.state = _advance(self.spec, self.profile, self.state, np.float32(time_s - self.now_s))
-        self.now_s = time_s
+        if time_s > self.now_s:
+            self.state = _advance(self.spec, self.profile, self.state, np.float32(time_s - self.now_s))
+            self.now_s = time_s
 
     def reach_next_iteration(self) -> bool:
         """Takes in every request that arrives before the next iteration starts; returns whether there is one."""
@@ -132,7 +147,7 @@ class _Stepper:
         self.state = _arrive(self.spec, self.profile, state, self.prompt_tokens[at], self.output_tokens[at], at)
 
     def iterate(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Runs one iteration; returns its duration [s], and the requests that are there, their activities and tokens."""
+        """Runs one iteration; returns its duration [s], the requests that are there, their activities and tokens."""
         before = self.state
         self.state = _iterate(self.spec, self.profile, before)
         old, new = jax.tree.map(lambda x: np.asarray(x[0]), (before, self.state))

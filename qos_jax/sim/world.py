@@ -179,7 +179,8 @@ def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
 
 def _look_back(seen: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:
     """Picks the newest snapshot that is at least ``staleness_s`` old, or the oldest one if none is."""
-    oldest_kept = (seen.newest + 1) % seen.age_s.shape[0]
-    old_enough = seen.age_s >= staleness_s
-    pick = jnp.where(jnp.any(old_enough), jnp.argmin(jnp.where(old_enough, seen.age_s, jnp.inf)), oldest_kept)
+    history = seen.age_s.shape[0]
+    newest_first = (seen.newest - jnp.arange(history)) % history
+    old_enough = (seen.age_s[newest_first] >= staleness_s).at[-1].set(True)
+    pick = newest_first[jnp.argmax(old_enough)]
     return jax.tree.map(lambda ring: ring[pick], seen.looks)

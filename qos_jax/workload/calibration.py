@@ -52,32 +52,37 @@ class AnswerLaw:
     """How one LLM answers: the mean of its scores, and the lognormal of its output tokens before the cap."""
 
     score_mean: float
-    mean_tokens: float
+    log_length_mean: float
     log_length_sd: float
 
 
-def _law(bertscore: float, mean_tokens: float, like: str) -> AnswerLaw:
-    return AnswerLaw(bertscore / 100.0, mean_tokens, MEASURED_LENGTHS[like][2])
+def _law(bertscore: float, *, lengths_of: str) -> AnswerLaw:
+    return AnswerLaw(bertscore / 100.0, *MEASURED_LENGTHS[lengths_of][1:])
 
 
 # mix-instruct by its own model names. Scores: [Blender], BERTScore / 100; mpt-7b is not in its table: 62.96 is what the
 # published mean of a random pick among all twelve, 66.36, leaves for it.
-# Lengths: [chosen], as those of the candidates are not published, but the reference answers of the mix have a mean of
-# 69 tokens (cap 128) to 137 (cap 512). The measured means, 102 to 293, are mapped linearly onto 72 to 150, which the
-# cap lowers to 70 to 137. LLMs that were not measured are put beside their nearest relative: mpt-7b-instruct and dolly
-# (both tuned on the short answers of dolly-15k) beside falcon, koala (distilled from the same chats) beside vicuna, the
-# plain mpt-7b, which rambles on, beside the longest, moss and stablelm in the middle, flan-t5 at the short end.
+# Lengths: [AlpacaEval], as those of mix-instruct's candidates are not published. LLMs that were not measured are put beside
+# their nearest relative: mpt-7b-instruct and dolly (both fine-tuned on dolly-15k's short answers) beside falcon, koala
+# (distilled from the same chats) beside vicuna, the plain mpt-7b, which rambles on, beside the longest, moss and stablelm
+# (open assistants of that year) beside oasst, flan-t5 at the short end.
 MIX_INSTRUCT = {
-    "oasst-sft-4-pythia-12b-epoch-3.5": _law(74.68, 99.0, like="oasst-sft-pythia-12b"),
-    "vicuna-13b-1.1": _law(69.60, 138.0, like="vicuna-13b"),
-    "alpaca-native": _law(71.46, 72.0, like="alpaca-7b"),
-    "llama-7b-hf-baize-lora-bf16": _law(65.57, 150.0, like="baize-v2-7b"),
-    "moss-moon-003-sft": _law(64.85, 110.0, like="baize-v2-7b"),
-    "chatglm-6b": _law(70.38, 145.0, like="chatglm2-6b"),
-    "koala-7B-HF": _law(63.96, 138.0, like="vicuna-13b"),
-    "dolly-v2-12b": _law(62.26, 79.0, like="falcon-7b-instruct"),
-    "mpt-7b-instruct": _law(63.21, 79.0, like="falcon-7b-instruct"),
-    "mpt-7b": _law(62.96, 150.0, like="baize-v2-7b"),
-    "stablelm-tuned-alpha-7b": _law(62.47, 110.0, like="baize-v2-7b"),
-    "flan-t5-xxl": _law(64.92, 72.0, like="alpaca-7b"),
+    "oasst-sft-4-pythia-12b-epoch-3.5": _law(74.68, lengths_of="oasst-sft-pythia-12b"),
+    "vicuna-13b-1.1": _law(69.60, lengths_of="vicuna-13b"),
+    "alpaca-native": _law(71.46, lengths_of="alpaca-7b"),
+    "llama-7b-hf-baize-lora-bf16": _law(65.57, lengths_of="baize-v2-7b"),
+    "moss-moon-003-sft": _law(64.85, lengths_of="oasst-sft-pythia-12b"),
+    "chatglm-6b": _law(70.38, lengths_of="chatglm2-6b"),
+    "koala-7B-HF": _law(63.96, lengths_of="vicuna-13b"),
+    "dolly-v2-12b": _law(62.26, lengths_of="falcon-7b-instruct"),
+    "mpt-7b-instruct": _law(63.21, lengths_of="falcon-7b-instruct"),
+    "mpt-7b": _law(62.96, lengths_of="baize-v2-7b"),
+    "stablelm-tuned-alpha-7b": _law(62.47, lengths_of="oasst-sft-pythia-12b"),
+    "flan-t5-xxl": _law(64.92, lengths_of="alpaca-7b"),
 }
+
+# The 300 ShareGPT requests of the measured vLLM run (casys-kaist/LLMServingSim 5daddb2), Llama-3.1-8B on an RTX 4090: mean
+# and SD of the log prompt and log output tokens, and the largest of each. Its answers were not scored.
+SHAREGPT_RUN_LOG_PROMPT = (6.598, 0.550)
+SHAREGPT_RUN_LOG_OUTPUT = (6.470, 0.150)
+SHAREGPT_RUN_MOST_TOKENS = (4000, 1024)

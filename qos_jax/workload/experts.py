@@ -53,6 +53,7 @@ class Gpu:
 
 _LLAMA_7B = Llm(13.5, 6.607, 524_288)
 _MPT_7B = Llm(13.3, 6.442, 524_288)
+_LLAMA_13B = Llm(26.0, 12.852, 819_200)
 _PYTHIA_12B = Llm(23.7, 11.584, 737_280)
 
 # From the published configurations; what shares weights with the embedding is not counted in matrix_params.
@@ -64,14 +65,27 @@ LLMS = {
     "mpt-7b-instruct": _MPT_7B,
     "chatglm-6b": Llm(12.3, 5.638, 458_752),
     "stablelm-tuned-alpha-7b": Llm(15.7, 7.558, 393_216),
-    "vicuna-13b-1.1": Llm(26.0, 12.852, 819_200),
+    "vicuna-13b-1.1": _LLAMA_13B,
     "dolly-v2-12b": _PYTHIA_12B,
     "oasst-sft-4-pythia-12b-epoch-3.5": _PYTHIA_12B,
     "moss-moon-003-sft": Llm(33.4, 16.060, 835_584),
     "llama-3.1-8b": Llm(16.06, 7.505, 131_072),
+    # By their names in AlpacaEval; multi-query attention keeps the KV cache of the last two small.
+    "alpaca-7b": _LLAMA_7B,
+    "vicuna-7b": _LLAMA_7B,
+    "baize-v2-7b": _LLAMA_7B,
+    "vicuna-13b": _LLAMA_13B,
+    "baize-v2-13b": _LLAMA_13B,
+    "nous-hermes-13b": _LLAMA_13B,
+    "wizardlm-13b": _LLAMA_13B,
+    "oasst-sft-pythia-12b": _PYTHIA_12B,
+    "pythia-12b-mix-sft": _PYTHIA_12B,
+    "chatglm2-6b": Llm(12.5, 5.977, 28_672),
+    "falcon-7b-instruct": Llm(14.4, 7.217, 8_192),
 }
 
-# Timing: [LLMServingSim] casys-kaist/LLMServingSim 5daddb2, Llama-3.1-8B with output head, scaled by 6.607 / 7.505;
+# Timing: [LLMServingSim] casys-kaist/LLMServingSim (RTX 4090 at 5daddb2), Llama-3.1-8B with output head, its times and
+# bytes scaled to LLaMA-7B, the former by 6.607 / 7.505;
 # [Vidur] microsoft/vidur 7d47513 and AKafakA/vidur_opt_scheduler 20bdc49, Llama-2-7B without output head, so its step
 # base times 6.607 / 6.476. KV slopes are measured on RTX 4090 and A100; elsewhere 80 to 83 % of the memory bandwidth is
 # assumed, as on RTX 4090.

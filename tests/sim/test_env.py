@@ -1,4 +1,4 @@
-"""The contract of the environment: transformations, determinism, episodes, what is legal, late metrics, and conservation."""
+"""The contract of the environment: transformations, determinism, episodes, legality, late metrics and conservation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
-from qos_jax import RequestTrace
+from qos_jax import ExpertProfile, RequestTrace
 from qos_jax.sim import engine
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.metrics import latency_per_token_s, qos_of
 from qos_jax.sim.replay import replay_many
-from qos_jax.sim.types import Workload
-from qos_jax.sim.world import collect
-from tests.small_env import small_env, small_params
+from qos_jax.sim.types import Observation
+from qos_jax.sim.world import Answers, World, collect
+from tests.small_env import SmallWorkload, small_env, small_params
 
 NUM_ENVS = 4
 NUM_STEPS = 150
@@ -30,12 +30,19 @@ NUM_EXPERTS = 3
 DROP = NUM_EXPERTS
 
 
-@partial(jax.jit, static_argnums=0)
 def play(env: Environment, keys: jax.Array, params: EnvParams, actions: jax.Array) -> dict[str, Any]:
-    """Plays given actions [E, T]; every leaf of ``params`` is [E, ...], every one of the result [E, T, ...].
+    """Plays given actions [E, T], with the checks on; every leaf of ``params`` is [E, ...], of the result [E, T, ...].
 
     Each row is one transition: ``obs`` and ``state`` before the action, what came of it, and the state after it.
     """
+    error, rows = _play(env, keys, params, actions)
+    error.throw()
+    return jax.tree.map(np.asarray, rows)
+
+
+@partial(jax.jit, static_argnums=0)
+@partial(checkify.checkify, errors=checkify.user_checks)
+def _play(env: Environment, keys: jax.Array, params: EnvParams, actions: jax.Array) -> dict[str, Any]:
 
     def one(key: jax.Array, params: EnvParams, actions: jax.Array) -> dict[str, Any]:
         def step(carry: Any, x: Any) -> tuple[Any, dict[str, Any]]:
@@ -73,10 +80,17 @@ def row(tree: Any, *index: int) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
 
 
+def visible(obs: Observation) -> tuple[Any, Any]:
+    """The experts and their requests, zeros where there is none."""
+    here = obs.requests.running | obs.requests.waiting
+    return obs.experts, jax.tree.map(lambda x: np.where(here, x, 0), obs.requests)
+
+
 def in_flight(world: Any) -> np.ndarray:
     return np.sum(world.experts.slots.live, axis=(-2, -1))
 
 
+CHECKED = small_env(check=True)
 # Different loads, limits and memory side by side; preemptions and full queues included.
 WORLDS = stacked(
     small_params(rate_per_s=2.0, latency_limit_s=0.03, max_waiting=8),
@@ -88,7 +102,7 @@ WORLDS = stacked(
 
 @pytest.fixture(scope="module")
 def played() -> dict[str, Any]:
-    return jax.tree.map(np.asarray, play(small_env(), some_keys(), WORLDS, random_actions()))
+    return play(CHECKED, some_keys(), WORLDS, random_actions())
 
 
 def test_the_test_worlds_press_on_every_rule(played: dict[str, Any]) -> None:
@@ -101,44 +115,45 @@ def test_the_test_worlds_press_on_every_rule(played: dict[str, Any]) -> None:
 
 
 def test_jit_eager_and_vmap_agree(played: dict[str, Any]) -> None:
-    """The batch of ``play`` is over keys and parameters; here each of them alone, none, and no compilation."""
-    env = small_env()
-    at = 40
-    keys = jax.random.split(jax.random.key(5), NUM_ENVS)
-    state, action, params = row(played["state"], 1, at), jnp.int32(1), row(WORLDS, 1)
-    both = jax.jit(jax.vmap(env.step, (0, None, None, 0)))(keys, state, action, WORLDS)
-    over_keys = jax.jit(jax.vmap(env.step, (0, None, None, None)))(keys, state, action, params)
-    over_params = jax.jit(jax.vmap(env.step, (None, None, None, 0)))(keys[2], state, action, WORLDS)
+    """Single compiled steps against no compilation, a batch of keys, one of parameters, a checked scan of both."""
+    env, at = small_env(), 40
+    keys = jnp.stack([jax.random.split(jax.random.split(key)[1], NUM_STEPS)[at] for key in some_keys()])
+    states, actions = jax.tree.map(lambda x: jnp.asarray(x[:, at]), (played["state"], played["action"]))
+    state, action, params = row(states, 1), actions[1], row(WORLDS, 1)
     step = jax.jit(env.step)
+    over_keys = jax.jit(jax.vmap(env.step, (0, None, None, None)))(keys, state, action, params)
+    over_params = jax.jit(jax.vmap(env.step, (None, None, None, 0)))(keys[1], state, action, WORLDS)
+    agree = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
     for i in range(NUM_ENVS):
-        chex.assert_trees_all_close(row(both, i), step(keys[i], state, action, row(WORLDS, i)), rtol=1e-5, atol=1e-6)
-        chex.assert_trees_all_close(row(over_keys, i), step(keys[i], state, action, params), rtol=1e-5, atol=1e-6)
-        alone = step(keys[2], state, action, row(WORLDS, i))
-        chex.assert_trees_all_close(row(over_params, i), alone, rtol=1e-5, atol=1e-6)
-    eager = env.step(keys[0], state, action, params)
-    chex.assert_trees_all_close(eager, step(keys[0], state, action, params), rtol=1e-5, atol=1e-6)
-    for i in range(NUM_ENVS):  # and the scan over a batch of different worlds is a loop over single steps
-        _, step_key = jax.random.split(some_keys()[i])
-        key = jax.random.split(step_key, NUM_STEPS)[at]
-        _, next_state, reward, *_ = step(key, row(played["state"], i, at), played["action"][i, at], row(WORLDS, i))
-        chex.assert_trees_all_close(next_state, row(played["next_state"], i, at), rtol=1e-4, atol=1e-5)
-        chex.assert_trees_all_close(reward, played["reward"][i, at], rtol=1e-5)
+        agree(row(over_keys, i), step(keys[i], state, action, params))
+        agree(row(over_params, i), step(keys[1], state, action, row(WORLDS, i)))
+        _, next_state, reward, *_ = step(keys[i], row(states, i), actions[i], row(WORLDS, i))
+        agree((next_state, reward), row((played["next_state"], played["reward"]), i, at))
+    agree(env.step(keys[1], state, action, params), row(over_keys, 1))
 
 
 def test_one_trace_serves_every_value_of_the_parameters() -> None:
     chex.clear_trace_counter()
-    traced = jax.jit(chex.assert_max_traces(lambda env, *args: env.step(*args), 1), static_argnums=0)
-    keys = jax.random.split(jax.random.key(0), 3)
+
+    @chex.assert_max_traces(1)
+    def counted(env: Environment, *args: Any) -> Any:
+        return env.step(*args)
+
+    step = jax.jit(counted, static_argnums=0)
     for i, params in enumerate((small_params(), small_params(rate_per_s=20.0, kv_blocks=20, max_steps_in_episode=7))):
         env = small_env()  # another instance of an equal environment
-        _, state = env.reset(keys[i], params)
-        traced(env, keys[2], state, jnp.int32(i), params)
+        _, state = env.reset(jax.random.key(i), params)
+        jax.eval_shape(partial(step, env), jax.random.key(2), state, jnp.int32(i), params)
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        env = small_env(slots=8)
+        _, state = env.reset(jax.random.key(0), params)
+        jax.eval_shape(partial(step, env), jax.random.key(2), state, jnp.int32(0), params)
 
 
 def test_equal_keys_repeat_and_other_keys_differ(played: dict[str, Any]) -> None:
-    again = play(small_env(), some_keys(), WORLDS, random_actions())
+    again = play(CHECKED, some_keys(), WORLDS, random_actions())
     chex.assert_trees_all_equal(again, played)
-    other = play(small_env(), some_keys(2), WORLDS, random_actions())
+    other = play(CHECKED, some_keys(2), WORLDS, random_actions())
     assert np.all(np.any(np.asarray(other["info"]["gap_s"]) != played["info"]["gap_s"], 1))
     prompts = played["obs"].arrived.prompt_tokens
     assert len(np.unique(prompts, axis=0)) == NUM_ENVS
@@ -147,7 +162,7 @@ def test_equal_keys_repeat_and_other_keys_differ(played: dict[str, Any]) -> None
 def test_an_episode_is_truncated_and_the_next_one_begins_empty() -> None:
     steps = 40
     params = stacked(small_params(rate_per_s=20.0, max_steps_in_episode=steps))
-    rows = jax.tree.map(np.asarray, play(small_env(), some_keys(), params, random_actions()))
+    rows = play(CHECKED, some_keys(), params, random_actions())
     ends = np.arange(1, NUM_STEPS + 1) % steps == 0
     np.testing.assert_array_equal(rows["truncated"], np.broadcast_to(ends, (NUM_ENVS, NUM_STEPS)))
     assert not rows["terminated"].any()
@@ -199,8 +214,8 @@ def test_a_prompt_that_never_fits_is_illegal_where_it_does_not() -> None:
 
 
 def test_a_drop_leaves_the_experts_alone(played: dict[str, Any]) -> None:
-    always_drop = jnp.full((NUM_ENVS, NUM_STEPS), DROP)
-    rows = play(small_env(), some_keys(), WORLDS, always_drop)
+    always_drop = jnp.full((NUM_ENVS, NUM_STEPS), DROP, jnp.int32)
+    rows = play(CHECKED, some_keys(), WORLDS, always_drop)
     assert np.all(rows["info"]["dropped"])
     assert not np.any(rows["reward"])
     assert not np.any(in_flight(rows["next_state"].world))
@@ -208,7 +223,7 @@ def test_a_drop_leaves_the_experts_alone(played: dict[str, Any]) -> None:
     np.testing.assert_array_equal(rows["info"]["gap_s"], played["info"]["gap_s"])  # arrivals do not care
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     rates=st.lists(st.floats(0.5, 200.0), min_size=NUM_ENVS, max_size=NUM_ENVS),
@@ -221,7 +236,7 @@ def test_no_request_is_lost(
 ) -> None:
     limits = {"kv_blocks": jnp.array(kv_blocks), "max_running": max_running, "max_waiting": max_waiting}
     params = stacked(*(small_params(rate_per_s=rate, **limits) for rate in rates))
-    rows = jax.tree.map(np.asarray, play(small_env(), some_keys(seed), params, random_actions(seed)))
+    rows = play(CHECKED, some_keys(seed), params, random_actions(seed))
     experts = rows["next_state"].world.experts
     arrived = np.arange(1, NUM_STEPS + 1)
     finished = np.cumsum(rows["info"]["answers"].finished, 1)
@@ -239,7 +254,13 @@ def test_no_request_is_lost(
 
 def test_reward_and_what_is_in_flight_are_the_qos_of_a_replay(played: dict[str, Any]) -> None:
     """The environment, accumulated step by step in relative time, against a replay of the same requests at once."""
-    env = small_env()
+
+    @jax.jit
+    @jax.vmap
+    def collect_rest(experts: ExpertProfile, world: World) -> Answers:
+        return collect(experts, world.replace(experts=engine.drain(small_env().spec.engine, experts, world.experts)))[1]
+
+    at_the_end = collect_rest(WORLDS.experts, jax.tree.map(lambda x: x[:, -1], played["next_state"].world))
     for i in range(NUM_ENVS):
         experts = jax.tree.map(np.asarray, row(WORLDS, i).experts)
         one = row(played, i)
@@ -256,9 +277,7 @@ def test_reward_and_what_is_in_flight_are_the_qos_of_a_replay(played: dict[str, 
         (replayed,) = replay_many(experts, [trace], [assignment])
         np.testing.assert_array_equal(one["info"]["dropped"], replayed.log.dropped)
 
-        world = row(one["next_state"].world, -1)
-        drained = engine.drain(env.spec.engine, row(WORLDS, i).experts, world.experts)
-        _, rest = collect(row(WORLDS, i).experts, world.replace(experts=drained))
+        rest = row(at_the_end, i)
         answers = one["info"]["answers"]
         per_token_s = latency_per_token_s(experts, trace, assignment, replayed)
         assert answers.finished.sum() + rest.finished == np.sum(~replayed.log.dropped)
@@ -268,40 +287,17 @@ def test_reward_and_what_is_in_flight_are_the_qos_of_a_replay(played: dict[str, 
         assert qos == pytest.approx(qos_of(experts, trace, assignment, replayed).sum(), rel=1e-5)
 
 
-@struct.dataclass
-class Reordered:
-    """A workload whose expert n is the expert ``order[n]`` of another."""
-
-    workload: Workload
-    order: jax.Array  # [N]
-
-    def init(self, key: jax.Array) -> Any:
-        return self.workload.init(key)
-
-    def next(self, key: jax.Array, state: Any) -> Any:
-        gap_s, request, state = self.workload.next(key, state)
-        names = ("output_tokens", "score", "predicted_score", "predicted_tokens")
-        return gap_s, request.replace(**{name: getattr(request, name)[self.order] for name in names}), state
-
-
-def reordered(params: EnvParams, order: np.ndarray) -> EnvParams:
-    """Every environment's world with its experts in another order."""
-    experts = jax.tree.map(lambda x: x[:, order], params.experts)
-    orders = jnp.broadcast_to(jnp.asarray(order), (NUM_ENVS, NUM_EXPERTS))
-    return params.replace(experts=experts, workload=Reordered(params.workload, orders))
-
-
-def test_the_order_of_the_experts_does_not_matter() -> None:
+def test_the_order_of_the_experts_does_not_matter(played: dict[str, Any]) -> None:
     order = np.array([2, 0, 1])
     actions = random_actions()
     renamed = jnp.append(jnp.argsort(order), DROP)[actions]
-    straight = play(small_env(), some_keys(), reordered(WORLDS, np.arange(NUM_EXPERTS)), actions)
-    turned = play(small_env(), some_keys(), reordered(WORLDS, order), renamed)
-    chex.assert_trees_all_close(turned["reward"], straight["reward"], rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_equal(turned["info"]["dropped"], straight["info"]["dropped"])
-    experts, requests = straight["next_obs"].experts, straight["next_obs"].requests
-    expected = jax.tree.map(lambda x: x[:, :, order], (experts, requests))
-    chex.assert_trees_all_close((turned["next_obs"].experts, turned["next_obs"].requests), expected, rtol=1e-4, atol=1e-4)
+    experts = jax.tree.map(lambda x: x[:, order], WORLDS.experts)
+    workload = WORLDS.workload.replace(order=WORLDS.workload.order[:, order])
+    turned = play(CHECKED, some_keys(), WORLDS.replace(experts=experts, workload=workload), renamed)
+    chex.assert_trees_all_close(turned["reward"], played["reward"], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(turned["info"]["dropped"], played["info"]["dropped"])
+    expected = jax.tree.map(lambda x: x[:, :, order], visible(played["next_obs"]))
+    chex.assert_trees_all_close(visible(turned["next_obs"]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rates", [(2.0, 8.0, 20.0, 20.0), (jnp.inf,) * NUM_ENVS])
@@ -310,37 +306,44 @@ def test_late_metrics_are_those_of_an_earlier_arrival(rates: tuple[float, ...]) 
     history = 8
     staleness_s = (0.0, 0.2, 0.2, 60.0)
     params = stacked(*(small_params(rate_per_s=r, staleness_s=d) for r, d in zip(rates, staleness_s, strict=True)))
-    late = play(small_env(history=history), some_keys(), params, random_actions())
-    fresh = play(small_env(), some_keys(), params, random_actions())
+    late = play(small_env(check=True, history=history), some_keys(), params, random_actions())
+    fresh = play(CHECKED, some_keys(), params, random_actions())
     chex.assert_trees_all_equal(late["info"]["gap_s"], fresh["info"]["gap_s"])
-    gap_s = np.asarray(fresh["info"]["gap_s"], np.float64)
-    arrival_s = np.cumsum(np.pad(gap_s, ((0, 0), (1, 0))), 1)[:, :-1]
+    arrival_s = np.cumsum(np.pad(fresh["info"]["gap_s"].astype(np.float64), ((0, 0), (1, 0))), 1)[:, :-1]
     for i in range(NUM_ENVS):
         for now in range(NUM_STEPS):
             oldest = max(now - history + 1, 0)
             ages_s = arrival_s[i, now] - arrival_s[i, oldest : now + 1]
             seen = oldest + max(np.flatnonzero(ages_s >= staleness_s[i]), default=0)
-            then = row(fresh["obs"], i, seen)
-            chex.assert_trees_all_equal(
-                row((late["obs"].experts, late["obs"].requests), i, now), (then.experts, then.requests)
-            )
+            chex.assert_trees_all_equal(visible(row(late["obs"], i, now)), visible(row(fresh["obs"], i, seen)))
     chex.assert_trees_all_equal(late["obs"].arrived, fresh["obs"].arrived)
 
 
-def test_the_check_mode_is_silent_until_something_is_wrong() -> None:
-    checked_play = jax.jit(checkify.checkify(partial(play, small_env(check=True))))
-    error, rows = checked_play(some_keys(), WORLDS, random_actions())
-    assert error.get() is None
-    chex.assert_trees_all_close(rows["reward"], play(small_env(), some_keys(), WORLDS, random_actions())["reward"])
-    rates = WORLDS.workload.rate_per_s.at[2].set(jnp.nan)
-    broken = WORLDS.replace(workload=WORLDS.workload.replace(rate_per_s=rates))
-    error, _ = checked_play(some_keys(), broken, random_actions())
-    assert "the gap to the next arrival is nan" in error.get()
+def test_the_check_mode_names_what_is_wrong() -> None:
+    broken = WORLDS.replace(workload=WORLDS.workload.replace(rate_per_s=WORLDS.workload.rate_per_s.at[2].set(jnp.nan)))
+    with pytest.raises(checkify.JaxRuntimeError, match="the gap to the next arrival is nan"):
+        play(CHECKED, some_keys(), broken, random_actions())
+
+
+@struct.dataclass
+class Careless(SmallWorkload):
+    """Draws the gap with the key of all the rest."""
+
+    def next(self, key: jax.Array, state: jax.Array) -> Any:
+        _, request, state = super().next(key, state)
+        return jax.random.exponential(key), request, state
 
 
 def test_no_key_is_used_twice() -> None:
     env, params = small_env(), small_params()
+
+    def reset_and_step(key: jax.Array, params: EnvParams) -> Any:
+        reset_key, step_key = jax.random.split(key)
+        _, state = env.reset(reset_key, params)
+        return env.step(step_key, state, jnp.int32(0), params)
+
+    careless = params.replace(workload=Careless(**vars(params.workload)))
     with jax.debug_key_reuse(True):
-        keys = jax.random.split(jax.random.key(0))
-        _, state = jax.jit(env.reset)(keys[0], params)
-        jax.jit(env.step)(keys[1], state, jnp.int32(0), params)
+        jax.jit(reset_and_step)(jax.random.key(0), params)
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(reset_and_step)(jax.random.key(0), careless)

@@ -242,7 +242,7 @@ def assert_mean(values: np.ndarray, expected: float, scale: float | None = None)
     scale = abs(expected) if scale is None else scale
     means = values[WARM_UP_REQUESTS:].mean(axis=0)
     half_width = scipy.stats.t.ppf(0.9995, REPLICAS - 1) * means.std(ddof=1) / np.sqrt(REPLICAS)
-    assert half_width < 0.1 * scale
+    assert half_width < 0.15 * scale
     assert abs(means.mean() - expected) < half_width
 
 
