@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from qos_jax import presets
 from qos_jax.errors import InputError
@@ -86,6 +86,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
+    logging.set_verbosity(logging.WARNING)  # JAX says there is no TPU
     app.run(guarded)
 
 

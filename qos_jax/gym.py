@@ -34,9 +34,9 @@ Info = dict[str, Any]
 class RouterVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, ArrayLike, np.ndarray]):
     """``num_envs`` environments in one compiled program, reset in the step that truncates them (``SAME_STEP``).
 
-    After ``reset(seed=s)`` the randomness of environment i follows from ``fold_in(key(s), i)`` for any ``num_envs``. The
+    All randomness of environment i follows from ``reset(seed=s)`` by ``fold_in(key(s), i)``, for any ``num_envs``. The
     info has ``action_mask`` [E, N + 1], and of a step also ``dropped`` [E], ``gap_s`` [E] and the sums of
-    ``world.Answers``; where an episode ended, all of them are in ``final_info``, beside ``final_obs``, as in gymnasium.
+    ``world.Answers``; where an episode ended, ``final_info`` has them all and ``final_obs`` is there, as in gymnasium.
     """
 
     def __init__(self, env: Environment, params: EnvParams, num_envs: int) -> None:
@@ -88,12 +88,13 @@ class RouterVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, ArrayLike, np.ndarr
         seen, final, happened, reward, terminated, truncated = jax.tree.map(np.array, out)
         obs, final_obs = seen.pop("obs"), final.pop("obs")
         ended = terminated | truncated
-        info = _masked(happened, ~ended) | _masked(seen, np.ones_like(ended))
+        info = _masked(seen, np.ones_like(ended)) | _masked(happened, ~ended)
         if ended.any():
             rows = np.full(self.num_envs, None, dtype=object)
-            rows[ended] = list(final_obs[ended])
+            for i in np.flatnonzero(ended):
+                rows[i] = final_obs[i]
             info |= {"final_obs": rows, "_final_obs": ended.copy()}
-            info |= {"final_info": _masked(happened | final, ended), "_final_info": ended.copy()}
+            info |= {"final_info": _masked(final | happened, ended), "_final_info": ended.copy()}
         return obs, reward, terminated, truncated, info
 
 
@@ -148,14 +149,16 @@ def _seen(obs: Observation) -> dict[str, Array]:
 
 
 def _masked(columns: dict[str, np.ndarray], here: np.ndarray) -> Info:
-    """Returns the columns [E, ...] as gymnasium wants them: zero where not ``here`` [E], beside a mask of their own."""
+    """Returns the columns [E, ...] as gymnasium has them: each beside its mask, 0 outside; none if ``here`` [E] is."""
     info: Info = {}
-    for name, values in columns.items():
-        info[name] = np.where(here.reshape(-1, *[1] * (values.ndim - 1)), values, np.zeros_like(values))
-        info[f"_{name}"] = here.copy()
+    if here.any():
+        for name, values in columns.items():
+            info[name], info[f"_{name}"] = values.copy(), here.copy()
+            info[name][~here] = 0
     return info
 
 
 def _first(info: Info) -> Info:
-    """Returns the info of the first environment alone."""
-    return {name: values[0] for name, values in info.items() if not name.startswith("_")}
+    """Returns the info of the first environment alone, with plain numbers."""
+    first = {name: values[0] for name, values in info.items() if not name.startswith("_")}
+    return {name: value if value.ndim else value.item() for name, value in first.items()}

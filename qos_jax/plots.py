@@ -20,6 +20,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from qos_jax.errors import InputError
 from qos_jax.evaluation import Run
 from qos_jax.sim.iterations import Activity, IterationLog
 from qos_jax.sim.metrics import latency_per_token_s
@@ -87,7 +88,7 @@ def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
         look = _curve_look(name, points[0]["kind"])
         axes.plot(load, mean, label=name, **look)
         if look["zorder"] > 2:
-            opacity = 0.1 if points[0]["kind"] == "oracle" else 0.18
+            opacity = 0.07 if points[0]["kind"] == "oracle" else 0.14
             axes.fill_between(load, low, high, color=look["color"], alpha=opacity, linewidth=0, zorder=look["zorder"])
         ends.append((float(mean[-1]), name, look))
     axes.set(xlabel="load (arrivals as a share of what the fleet can finish)", ylabel="mean QoS of a request")
@@ -126,6 +127,8 @@ def latency_cdf(runs: Sequence[Run], experts: ExpertProfile, limit_s: float) -> 
         axes.plot(1e3 * answered_s[-1:], share[-1:], "o", markersize=3.5, color=looks[name]["color"], clip_on=False)
     axes.axvline(1e3 * limit_s, color=_INK, linewidth=0.8, zorder=1)
     axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, 0.5e3 * limit_s), max(right, 2e3 * limit_s))  # wide enough for two ticks
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(ticker.NullLocator())
@@ -242,7 +245,12 @@ def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
     Args:
       log: what ``sim.iterations.iterations_of`` returns; about 100 iterations and 50 requests read well.
       expert_name: name of the expert.
+
+    Raises:
+      InputError: the log has no iteration.
     """
+    if len(log.start_s) == 0:
+        raise InputError(f"{expert_name} runs no iteration in the window: choose another")
     num_requests, rows_inches = len(log.request), max(0.1 * len(log.request), 0.8)
     figure = Figure(figsize=(_WIDTH_INCHES, rows_inches + 2.1), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(rows_inches, 1.0))

@@ -62,14 +62,14 @@ EDGE_8 = (
 
 PRESETS = {
     # On an A40 about 20 requests side by side reach the paper's limit, so that requests interfere as they do there.
-    "paper-3": Preset(PAPER_3, saturation_per_s=23.0),
-    "paper-6": Preset(PAPER_6, saturation_per_s=34.3),
-    "edge-8": Preset(EDGE_8, saturation_per_s=68.0, latency_limit_s=0.036),
-    "edge-64": Preset(EDGE_8 * 8, saturation_per_s=544.0, latency_limit_s=0.036),
+    "paper-3": Preset(PAPER_3, saturation_per_s=22.9),
+    "paper-6": Preset(PAPER_6, saturation_per_s=34.5),
+    "edge-8": Preset(EDGE_8, saturation_per_s=68.2, latency_limit_s=0.036),
+    "edge-64": Preset(EDGE_8 * 8, saturation_per_s=546.0, latency_limit_s=0.036),
     # The fleet and the requests of a measured vLLM run, whose 10 requests/s were far beyond saturation.
     "golden-rtx4090": Preset(
         (("llama-3.1-8b", "RTX 4090"),),
-        saturation_per_s=1.5,
+        saturation_per_s=1.64,
         latency_limit_s=0.05,
         max_running=256,
         max_waiting=256,

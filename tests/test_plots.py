@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import matplotlib
@@ -12,7 +13,7 @@ from matplotlib.collections import FillBetweenPolyCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from qos_jax import plots
+from qos_jax import InputError, plots
 from qos_jax.report import results_of
 from qos_jax.sim.iterations import Activity, iterations_of
 from qos_jax.sim.metrics import latency_per_token_s
@@ -72,7 +73,7 @@ class TestQosAgainstLoad:
             (text.get_window_extent(renderer).bounds for text in figure.axes[0].texts), key=lambda box: box[1]
         )
         assert len(boxes) == 20
-        assert all(low[1] + low[3] <= high[1] + 1 for low, high in zip(boxes[:-1], boxes[1:], strict=True))
+        assert all(low[1] + low[3] <= high[1] + 1 for low, high in itertools.pairwise(boxes))
         assert boxes[0][1] >= 0
         assert boxes[-1][1] + boxes[-1][3] <= figure.bbox.height
 
@@ -183,6 +184,12 @@ def test_gantt_has_a_cell_for_each_request_in_each_iteration() -> None:
     bars = figure.axes[1].patches
     np.testing.assert_allclose([bar.get_height() for bar in bars], 1e3 * log.duration_s)
     assert to_rgba(bars[0].get_facecolor()) in {tuple(each.get_facecolor()[0]) for each in cells.values()}
+
+
+def test_gantt_refuses_an_idle_expert() -> None:
+    (run, *_) = [run for run in runs_at(1.5) if run.router.name == "only_gamma"]
+    with pytest.raises(InputError, match="alpha runs no iteration"):
+        plots.iteration_gantt(iterations_of(EXPERTS, run.trace, run.assignment, 0, 1.0, 3.0), "alpha")
 
 
 def test_every_figure_has_a_caption_and_can_be_saved(tmp_path) -> None:

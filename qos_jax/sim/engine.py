@@ -9,7 +9,8 @@ without making them less exact:
 * Between two scheduling events the batch only decodes, so a whole stretch is one closed form (``qos_jax.sim.cost``).
 * Finished requests stay where they are until room is needed (``compact``), and whoever keeps the books may read them there.
 
-Times are relative to "now", the time to which the experts were last advanced, so float32 stays exact for runs of any length.
+Times are relative to "now", the time to which the experts were last advanced, so float32 stays exact for runs of any length;
+what a request took is fixed relative to its arrival when it happens.
 
 Shapes: ``L`` stands for any leading axes (environments, experts); a lane is one expert of one environment. The public
 functions are ``custom_vmap``: a batched call is the same program with more lanes, so that its loops and branches look at all
@@ -51,8 +52,8 @@ class Slots:
     computed: Array  # [L, S] int32 tokens in the KV cache; 0 while waiting
     preemptions: Array  # [L, S] int32
     arrival_s: Array  # [L, S] s, relative to now
-    first_token_s: Array  # [L, S] s, relative to now; set once generated > 0
-    finish_s: Array  # [L, S] s, relative to now; set once finished
+    first_token_s: Array  # [L, S] s since arrival; set once generated > 0
+    finish_s: Array  # [L, S] s since arrival; set once finished
     payload: Any  # pytree of [L, S], whatever the caller wants kept beside a request
 
     @property
@@ -209,13 +210,7 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
 
 def _rebase(state: ExpertState, now_s: Array) -> ExpertState:
     """Moves now to ``now_s`` [L]; an idle expert's clock stays at now, lest it lag without bound."""
-    slots = state.slots
-    shift = now_s[..., None]
-    slots = slots.replace(
-        arrival_s=slots.arrival_s - shift,
-        first_token_s=slots.first_token_s - shift,
-        finish_s=slots.finish_s - shift,
-    )
+    slots = state.slots.replace(arrival_s=state.slots.arrival_s - now_s[..., None])
     return state.replace(slots=slots, clock_s=jnp.maximum(state.clock_s - now_s, 0.0))
 
 
@@ -231,19 +226,19 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
 
     # Running requests come first. All but the last of them decode (a prompt is cut only where the budget ends, and nothing
-    # is admitted behind it), so the request before which `rank` others run finds a budget reduced by `rank`.
-    count, queued_tokens = _prefix_sums(live, jnp.where(waiting, jnp.minimum(known, spec.token_budget), 0))
-    rank = count - 1
-    take = jnp.where(running, jnp.minimum(missing, jnp.maximum(spec.token_budget - rank, 0)), 0)
-    budget_left = (spec.token_budget - _total(take))[..., None] - (queued_tokens - jnp.minimum(known, spec.token_budget))
+    # is admitted behind it), so that one may take what the others leave; it is 1 at least, as each was admitted within it.
+    queued_tokens = jnp.where(waiting, jnp.minimum(known, spec.token_budget), 0)
+    count, queued_tokens_so_far = _prefix_sums(live, queued_tokens)
+    take = jnp.where(running, jnp.minimum(missing, spec.token_budget + 1 - _total(running)[..., None]), 0)
+    budget_left = (spec.token_budget - _total(take))[..., None] - (queued_tokens_so_far - queued_tokens)
 
-    # Preempting from the tail keeps the longest prefix whose blocks, this iteration's included, fit in memory.
+    # Preempting from the tail keeps the longest prefix whose blocks, this iteration's included, fit in memory. Behind a
+    # preempted request nothing fits, so nothing is admitted in the same iteration.
     blocks = jnp.where(running, blocks_of(slots.computed + take, spec.block_size), blocks_of(known, spec.block_size))
     (blocks_so_far,) = _prefix_sums(jnp.where(live, blocks, 0))
     fits = blocks_so_far <= jnp.asarray(experts.kv_blocks)[..., None]
     preempted = running & ~fits
-    calm = ~jnp.any(preempted, -1, keepdims=True)
-    welcome = waiting & (budget_left > 0) & (rank < jnp.asarray(experts.max_running)[..., None]) & calm
+    welcome = waiting & (budget_left > 0) & (count <= jnp.asarray(experts.max_running)[..., None])
     admitted = welcome & fits
     take = jnp.where(admitted, jnp.minimum(known, budget_left), jnp.where(preempted, 0, take))
 
@@ -262,8 +257,9 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     emitted = scheduled & (computed == known)
     generated = slots.generated + emitted
     finished = emitted & (generated == slots.output_tokens)
-    first_token_s = jnp.where(emitted & (slots.generated == 0), clock_s[..., None], slots.first_token_s)
-    finish_s = jnp.where(finished, clock_s[..., None], slots.finish_s)
+    age_s = clock_s[..., None] - slots.arrival_s
+    first_token_s = jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s)
+    finish_s = jnp.where(finished, age_s, slots.finish_s)
     held_blocks = _total(jnp.where(live, blocks_of(computed, spec.block_size), 0))
 
     in_batch = running | admitted
@@ -318,7 +314,7 @@ def _decode_stretch(
         slots=slots.replace(
             generated=generated,
             computed=computed,
-            finish_s=jnp.where(finished, clock_s[..., None], slots.finish_s),
+            finish_s=jnp.where(finished, clock_s[..., None] - slots.arrival_s, slots.finish_s),
         ),
         clock_s=clock_s,
         busy_s=state.busy_s + duration_s,

@@ -17,6 +17,7 @@ from flax import struct
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from qos_jax.errors import InputError
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.engine import EngineSpec, ExpertState
@@ -93,6 +94,9 @@ def replay_many(
     block_size: int = BLOCK_SIZE_TOKENS,
 ) -> list[Replayed]:
     """Replays several traces, each with its assignment, on copies of the same experts side by side; see ``replay``."""
+    for name, value in (("token_budget", token_budget), ("block_size", block_size)):
+        if value < 1:
+            raise InputError(f"{name} is {value}, must be at least 1")
     experts = checked_experts(experts)
     num_experts = len(experts.step_base_s)
     traces = [checked_trace(trace, num_experts) for trace in traces]
@@ -227,8 +231,8 @@ def _hand_out(state: ExpertState) -> tuple[dict[str, Array], tuple[Array, Array]
     slots = state.slots
     rows = {
         "index": jnp.where(slots.finished, slots.payload, -1),
-        "finish_s": slots.finish_s - slots.arrival_s,
-        "first_token_s": slots.first_token_s - slots.arrival_s,
+        "finish_s": slots.finish_s,
+        "first_token_s": slots.first_token_s,
         "preemptions": slots.preemptions,
     }
     zero = jnp.zeros_like(state.busy_s)

@@ -57,7 +57,8 @@ def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
     if arrival_s.ndim != 1:
         raise InputError(f"trace.arrival_s has shape {arrival_s.shape}, must be [J], one time per request")
     if not np.isfinite(arrival_s).all():
-        raise InputError(f"trace.arrival_s[{np.argmin(np.isfinite(arrival_s))}] is not finite")
+        at = int(np.isfinite(arrival_s).argmin())
+        raise InputError(f"trace.arrival_s[{at}] is {arrival_s[at]}, must be finite")
     back = np.diff(arrival_s) < 0
     if back.any():
         at = int(back.argmax()) + 1

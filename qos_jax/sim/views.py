@@ -63,6 +63,7 @@ def flat_view(obs: Observation) -> Array:
     may take (latency limit times predicted tokens), and the mean of their predicted scores; 0 where there are none.
     Every value is finite and cut to +-``FLAT_LIMIT``.
     """
+    obs = jax.tree.map(jnp.asarray, obs)
     arrived, experts, requests = obs.arrived, obs.experts, obs.requests
     profile = experts.profile
     limit_s = jnp.maximum(arrived.latency_limit_s, _NO_TIME_S)
@@ -85,7 +86,7 @@ def flat_view(obs: Observation) -> Array:
         **_summed_up("waiting", requests, requests.waiting),
     }
     num_experts = experts.running.shape[0]
-    columns = [jnp.broadcast_to(jnp.asarray(each[name], jnp.float32), num_experts) for name in FLAT_EXPERT]
+    columns = [jnp.broadcast_to(each[name], num_experts) for name in FLAT_EXPERT]
     flat = jnp.concatenate([jnp.stack([shared[name] for name in FLAT_ARRIVED]), jnp.stack(columns, -1).ravel()])
     return jnp.clip(flat.astype(jnp.float32), -FLAT_LIMIT, FLAT_LIMIT)
 

@@ -117,7 +117,7 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Answers]:
     """Takes the finished requests and the experts' integrals out of the world."""
     experts, slots = world.experts, world.experts.slots
     done = slots.finished
-    latency_s = slots.finish_s - slots.arrival_s + jnp.asarray(profile.network_s)[:, None]
+    latency_s = slots.finish_s + jnp.asarray(profile.network_s)[:, None]
     latency_per_token_s = latency_s / jnp.maximum(slots.output_tokens, 1)
     in_time = done & (latency_per_token_s <= slots.payload.latency_limit_s)
     answers = Answers(
