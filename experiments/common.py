@@ -12,7 +12,7 @@ from absl import app, flags, logging
 
 from qos_jax import presets
 from qos_jax.errors import InputError
-from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.workload.tables import QualityTable, read_mix_instruct, read_npz
 from qos_jax.workload.traces import ArrivalTrace, read_trace, with_gaps
 
@@ -24,12 +24,16 @@ def define_world_flags() -> None:
     flags.DEFINE_string("preset", "paper-3", f"World: {', '.join(presets.PRESETS)}.")
     flags.DEFINE_list("experts", None, "Other experts than the preset's: LLM@GPU,LLM@GPU,...")
     flags.DEFINE_string(
-        "arrivals", None, "poisson, gamma:CV, mmpp:BURST:SECONDS or sinusoidal:AMPLITUDE:PERIOD_S; the preset's by default."
+        "arrivals",
+        None,
+        "poisson, gamma:CV, mmpp:BURST:SECONDS or sinusoidal:AMPLITUDE:PERIOD_S; the preset's by default.",
     )
     flags.DEFINE_string("trace", None, "File of recorded arrivals (Azure, BurstGPT, Mooncake or plain csv), instead.")
     flags.DEFINE_enum("trace_part", "all", ["all", "first", "second"], "Half of the trace to take, by time.")
     flags.DEFINE_string("quality_table", None, "Table of real prompts and answers: .npz, or mix-instruct JSON lines.")
-    flags.DEFINE_string("score_column", "quality_bertscore_minilm", "Column of scores in the table; of mix-instruct, bertscore.")
+    flags.DEFINE_string(
+        "score_column", "quality_bertscore_minilm", "Column of scores in the table; of mix-instruct, bertscore."
+    )
     flags.DEFINE_float("test_fraction", 0.5, "Share of the table's prompts that are kept for testing.")
     flags.DEFINE_enum("table_part", "test", ["all", "train", "test"], "Part of the table to draw from.")
     flags.DEFINE_string("prediction", None, "realistic, perfect, none or r2:SCORE:LENGTH; the preset's by default.")

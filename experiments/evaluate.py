@@ -5,19 +5,16 @@ python -m experiments.evaluate --preset=paper-3 --routers=all --load=0.3,0.6,0.9
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Sequence
 
 from absl import flags
 from tqdm import tqdm
 
 from experiments import common
 from qos_jax.errors import InputError
-from qos_jax.evaluation import Run, Scenario, evaluate
-from qos_jax.report import results_of, terminal_table, write_report
-from qos_jax.routers import Router, make_router, router_names
+from qos_jax.evaluation import Scenario, evaluate
+from qos_jax.report import results_of, terminal_table
 
 FLAGS = flags.FLAGS
 _DEFAULT_LOADS = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)

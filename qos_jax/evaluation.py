@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from qos_jax.routers.base import Router
 from qos_jax.sim.capacity import sample_requests
-from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.metrics import metrics_of
 from qos_jax.sim.replay import Replayed, replay_many
 from qos_jax.sim.types import Request, RequestTrace

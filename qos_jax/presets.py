@@ -17,7 +17,7 @@ import numpy as np
 from qos_jax.errors import InputError
 from qos_jax.sim.capacity import saturation_rate
 from qos_jax.sim.engine import EngineSpec
-from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.validation import checked_experts
 from qos_jax.sim.world import WorldSpec
 from qos_jax.workload.arrivals import ArrivalProcess, parse_arrivals

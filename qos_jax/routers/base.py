@@ -1,5 +1,8 @@
 import dataclasses
-from typing import Any,Callable
+from collections.abc import Callable
+from typing import Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Router:
     name: str

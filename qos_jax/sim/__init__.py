@@ -1,0 +1,1 @@
+"""The world: experts, engine, environment, replay, metrics."""

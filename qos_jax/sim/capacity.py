@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import Request, RequestTrace, Workload
 from qos_jax.sim.validation import checked_experts

@@ -14,7 +14,9 @@ from qos_jax.sim.types import ExpertProfile
 
 def iteration_s(experts: ExpertProfile, prefill_tokens: Array, requests: Array, kv_tokens: Array) -> Array:
     """Returns the duration [s] of one iteration; all arguments have the shape of the experts, counts as integers."""
-    prefill_s = jnp.where(prefill_tokens > 0, experts.prefill_base_s + experts.prefill_per_token_s * prefill_tokens, 0.0)
+    prefill_s = jnp.where(
+        prefill_tokens > 0, experts.prefill_base_s + experts.prefill_per_token_s * prefill_tokens, 0.0
+    )
     step_s = jnp.maximum(experts.step_base_s, prefill_s)
     return step_s + experts.per_sequence_s * requests + experts.per_kv_token_s * kv_tokens
 

@@ -42,8 +42,7 @@ class EngineSpec:
     block_size: int = BLOCK_SIZE_TOKENS  # tokens per KV block
 
 
-@struct.dataclass
-class Slots:
+class Slots(struct.PyTreeNode):
     """Requests on the experts in arrival order. A slot is empty where ``output_tokens`` is 0, finished where all are out."""
 
     prompt_tokens: Array  # [L, S] int32
@@ -77,8 +76,7 @@ class Slots:
         return (self.output_tokens > 0) & ~self.live
 
 
-@struct.dataclass
-class ExpertState:
+class ExpertState(struct.PyTreeNode):
     """The state of every expert, and its integrals since they were last set to zero."""
 
     slots: Slots

@@ -22,8 +22,7 @@ from qos_jax.sim.types import ExpertProfile, Observation, Request, Workload
 from qos_jax.sim.world import World, WorldSpec, collect, dispatch, empty_world, observe, pass_time
 
 
-@struct.dataclass
-class EnvParams:
+class EnvParams(struct.PyTreeNode):
     """Everything about a world that may change without a recompilation."""
 
     experts: ExpertProfile  # [N] each
@@ -37,8 +36,7 @@ class EnvParams:
         return self.replace(workload=self.workload.with_rate(load * self.saturation_per_s))
 
 
-@struct.dataclass
-class EnvState:
+class EnvState(struct.PyTreeNode):
     """The world, the request that waits for a decision, and where the workload stands."""
 
     time: Array  # [] int32 requests decided in this episode

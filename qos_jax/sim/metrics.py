@@ -53,7 +53,9 @@ def metrics_of(
         "score": _mean(chosen(trace.score, assignment)[counted][answered]),
         "latency_per_token_s": _mean(per_token_s[answered]),
         **{
-            f"latency_per_token_p{p}_s": float(np.percentile(per_token_s[answered], p)) if answered.any() else float("nan")
+            f"latency_per_token_p{p}_s": float(np.percentile(per_token_s[answered], p))
+            if answered.any()
+            else float("nan")
             for p in (50, 95, 99)
         },
         "ttft_s": _mean((first_s - trace.arrival_s[counted])[answered]),

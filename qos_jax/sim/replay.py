@@ -27,8 +27,7 @@ from qos_jax.sim.validation import checked_assignment, checked_experts, checked_
 _CHUNK = 64  # requests of one lane between two compactions
 
 
-@struct.dataclass
-class Replayed:
+class Replayed(struct.PyTreeNode):
     """The log of a trace, and what the experts used for it."""
 
     log: RequestLog
@@ -36,8 +35,7 @@ class Replayed:
     kv_block_s: np.ndarray  # [N] blocks x s held
 
 
-@struct.dataclass
-class LaneRequests:
+class LaneRequests(struct.PyTreeNode):
     """The requests of each lane in order of arrival, padded behind; time first, as a scan wants it."""
 
     gap_s: Array  # [J, L] s since the lane's previous request
@@ -45,8 +43,7 @@ class LaneRequests:
     output_tokens: Array  # [J, L] int32, 0 for padding
 
 
-@struct.dataclass
-class LaneLog:
+class LaneLog(struct.PyTreeNode):
     """What happened on each lane; times count from the request's arrival."""
 
     finish_s: np.ndarray  # [J, L] s, NaN where dropped or padding

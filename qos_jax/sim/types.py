@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 from flax import struct
 from jax import Array
-from jax.typing import ArrayLike
+
+AnyArray = Any  # NumPy's or JAX's
 
 BLOCK_SIZE_TOKENS = 16
 TOKEN_BUDGET = 2048
 LLAMA_7B_BLOCK_GB = BLOCK_SIZE_TOKENS * 524_288 / 1e9  # 32 layers x 2 x 4096 x fp16, for one KV block
 
 
-@struct.dataclass
-class ExpertProfile:
+class ExpertProfile(struct.PyTreeNode):
     """What sets the timing, the memory and the energy of each expert: one LLM on its GPU.
 
     One iteration takes ``max(step_base_s, [P > 0] (prefill_base_s + prefill_per_token_s P)) + per_sequence_s B +
@@ -27,22 +27,21 @@ class ExpertProfile:
     requests.
     """
 
-    step_base_s: ArrayLike  # [N] s, reading the weights once: floor of every iteration
-    prefill_base_s: ArrayLike  # [N] s
-    prefill_per_token_s: ArrayLike  # [N] s/token
-    per_sequence_s: ArrayLike  # [N] s/request
-    per_kv_token_s: ArrayLike  # [N] s/token
-    kv_blocks: ArrayLike  # [N] blocks of KV memory
-    max_running: ArrayLike  # [N] requests in one iteration
-    max_waiting: ArrayLike  # [N] requests in the queue
-    network_s: ArrayLike = 0.0  # [N] s, added to the latency only
-    idle_w: ArrayLike = 0.0  # [N] W while no iteration runs
-    busy_w: ArrayLike = 0.0  # [N] W while an iteration runs
-    kv_block_gb: ArrayLike = LLAMA_7B_BLOCK_GB  # [N] GB (10^9 bytes) of one KV block
+    step_base_s: AnyArray  # [N] s, reading the weights once: floor of every iteration
+    prefill_base_s: AnyArray  # [N] s
+    prefill_per_token_s: AnyArray  # [N] s/token
+    per_sequence_s: AnyArray  # [N] s/request
+    per_kv_token_s: AnyArray  # [N] s/token
+    kv_blocks: AnyArray  # [N] blocks of KV memory
+    max_running: AnyArray  # [N] requests in one iteration
+    max_waiting: AnyArray  # [N] requests in the queue
+    network_s: AnyArray = 0.0  # [N] s, added to the latency only
+    idle_w: AnyArray = 0.0  # [N] W while no iteration runs
+    busy_w: AnyArray = 0.0  # [N] W while an iteration runs
+    kv_block_gb: AnyArray = LLAMA_7B_BLOCK_GB  # [N] GB (10^9 bytes) of one KV block
 
 
-@struct.dataclass
-class Request:
+class Request(struct.PyTreeNode):
     """One request: what its user sent, what each expert would answer, and what the router is told beforehand."""
 
     prompt_tokens: Array  # [] int32 tokens
@@ -53,21 +52,19 @@ class Request:
     predicted_tokens: Array  # [N] tokens
 
 
-@struct.dataclass
-class RequestTrace:
+class RequestTrace(struct.PyTreeNode):
     """Requests in order of arrival. The fields that only a router or a QoS metric reads may be left out."""
 
-    arrival_s: ArrayLike  # [J] s, not decreasing
-    prompt_tokens: ArrayLike  # [J] tokens, at least 1
-    output_tokens: ArrayLike  # [J, N] tokens, at least 1
-    score: ArrayLike | None = None  # [J, N] in [0, 1]
-    latency_limit_s: ArrayLike | None = None  # [J] s/token
-    predicted_score: ArrayLike | None = None  # [J, N]
-    predicted_tokens: ArrayLike | None = None  # [J, N] tokens
+    arrival_s: AnyArray  # [J] s, not decreasing
+    prompt_tokens: AnyArray  # [J] tokens, at least 1
+    output_tokens: AnyArray  # [J, N] tokens, at least 1
+    score: AnyArray | None = None  # [J, N] in [0, 1]
+    latency_limit_s: AnyArray | None = None  # [J] s/token
+    predicted_score: AnyArray | None = None  # [J, N]
+    predicted_tokens: AnyArray | None = None  # [J, N] tokens
 
 
-@struct.dataclass
-class RequestLog:
+class RequestLog(struct.PyTreeNode):
     """What happened to each request of a trace; NaN times where it was dropped."""
 
     finish_s: np.ndarray  # [J] s, when its last token left the GPU (network_s is not in it)
@@ -85,9 +82,11 @@ class Workload(Protocol):
     def next(self, key: Array, state: Any) -> tuple[Array, Request, Any]:
         """Returns the gap to the next arrival [s], that request, and the state after it."""
 
+    def with_rate(self, rate_per_s: Array | float) -> Workload:
+        """Returns the same workload at another mean arrival rate [requests/s]."""
 
-@struct.dataclass
-class ArrivedView:
+
+class ArrivedView(struct.PyTreeNode):
     """What a router knows of the request it must place now."""
 
     prompt_tokens: Array  # [] int32 tokens
@@ -96,8 +95,7 @@ class ArrivedView:
     predicted_tokens: Array  # [N] tokens
 
 
-@struct.dataclass
-class ExpertView:
+class ExpertView(struct.PyTreeNode):
     """What a router knows of each expert."""
 
     profile: ExpertProfile  # [N] each
@@ -106,8 +104,7 @@ class ExpertView:
     kv_used_blocks: Array  # [N] int32 blocks held
 
 
-@struct.dataclass
-class RequestView:
+class RequestView(struct.PyTreeNode):
     """What a router knows of the requests that are on the experts, in arrival order; read only where a mask is set."""
 
     running: Array  # [N, S] bool
@@ -121,8 +118,7 @@ class RequestView:
     predicted_tokens: Array  # [N, S] tokens, at least generated_tokens + 1
 
 
-@struct.dataclass
-class Observation:
+class Observation(struct.PyTreeNode):
     """Everything a router may look at: the arrays of the heterogeneous graph of arrived, expert and request nodes."""
 
     arrived: ArrivedView

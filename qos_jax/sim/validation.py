@@ -31,7 +31,9 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
         lowest = 1 if name in ("kv_blocks", "max_running") else 0
         bad = ~np.isfinite(values) | (values < lowest)
         if bad.any():
-            raise InputError(f"experts.{name} is {values[bad][0]} for expert {bad.argmax()}, must be finite and >= {lowest}")
+            raise InputError(
+                f"experts.{name} is {values[bad][0]} for expert {bad.argmax()}, must be finite and >= {lowest}"
+            )
         if name in _COUNTS:
             if (values != np.floor(values)).any():
                 raise InputError(f"experts.{name} is {values.tolist()}, must be whole numbers")

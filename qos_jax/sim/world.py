@@ -7,7 +7,6 @@ environment and the evaluator are both made of them.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,7 @@ class WorldSpec:
     history: int = 0  # snapshots kept for a router that sees metrics late; 0: it sees them fresh
 
 
-@struct.dataclass
-class SlotPayload:
+class SlotPayload(struct.PyTreeNode):
     """What the engine keeps for us beside each request on an expert."""
 
     score: Array  # [N, S] true quality there
@@ -40,8 +38,7 @@ class SlotPayload:
     predicted_tokens: Array  # [N, S] tokens
 
 
-@struct.dataclass
-class Snapshots:
+class Snapshots(struct.PyTreeNode):
     """The last ``history`` looks at the experts, and how old each is."""
 
     age_s: Array  # [H] s
@@ -49,16 +46,14 @@ class Snapshots:
     looks: tuple[ExpertView, RequestView]  # leaves [H, ...]; the profile is left out
 
 
-@struct.dataclass
-class World:
+class World(struct.PyTreeNode):
     """Experts with the requests on them, and what a late-seeing router remembers."""
 
     experts: ExpertState  # payload: SlotPayload
     snapshots: Snapshots | None
 
 
-@struct.dataclass
-class Answers:
+class Answers(struct.PyTreeNode):
     """Sums over the requests that finished in an interval, and what the experts used in it."""
 
     finished: Array  # [] int32 requests
@@ -77,14 +72,14 @@ def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
     experts = engine.init_state(spec.engine, (spec.num_experts,), SlotPayload(zero, zero, zero, zero), dtype)
     if spec.history == 0:
         return World(experts, None)
-    looks = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _look(spec, World(experts, None))
-    )
+    looks = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _look(spec, World(experts, None)))
     age_s = jnp.full((spec.history,), jnp.inf, dtype)
     return World(experts, Snapshots(age_s, jnp.int32(0), looks))
 
 
-def dispatch(spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, action: Array) -> tuple[World, Array]:
+def dispatch(
+    spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, action: Array
+) -> tuple[World, Array]:
     """Sends ``request`` to expert ``action`` [] int32; ``num_experts`` drops it, and so does an expert that cannot take it.
 
     Returns the world and [] bool: the request was dropped.
@@ -172,7 +167,9 @@ def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
         profile=(),
         running=jnp.sum(running, -1, dtype=jnp.int32),
         waiting=jnp.sum(waiting, -1, dtype=jnp.int32),
-        kv_used_blocks=jnp.sum(jnp.where(running, blocks_of(slots.computed, spec.engine.block_size), 0), -1, dtype=jnp.int32),
+        kv_used_blocks=jnp.sum(
+            jnp.where(running, blocks_of(slots.computed, spec.engine.block_size), 0), -1, dtype=jnp.int32
+        ),
     )
     return experts, requests
 

@@ -1,0 +1,1 @@
+"""What the world is fed: arrivals, contents, predictions, tables, profiles."""
