@@ -8,16 +8,21 @@ from __future__ import annotations
 import shlex
 import sys
 
+import jax
+import numpy as np
 from absl import flags
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import common
+from qos_jax import plots
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Scenario, evaluate
 from qos_jax.report import results_of, terminal_table
 
 FLAGS = flags.FLAGS
 _DEFAULT_LOADS = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)
+_WINDOW_S = 3.0  # of one expert's iterations, to be looked at closely
 
 
 def define_flags() -> None:
@@ -36,23 +41,57 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Evaluates, prints a table and writes the report."""
     del argv
-    rates = common.numbers("rate", FLAGS.rate)
-    loads = common.numbers("load", FLAGS.load)
+    rates, loads = common.numbers("rate", FLAGS.rate), common.numbers("load", FLAGS.load)
     if rates and loads:
         raise InputError("--load and --rate are both given: give one")
-    env, params, config = common.world_from_flags(rate_per_s=rates[0] if rates else None)
+    env, params, config = common.world_from_flags()
     routers = _routers(env.spec.num_experts)
     saturation_per_s = float(params.saturation_per_s)
     rates = rates or [load * saturation_per_s for load in loads or _DEFAULT_LOADS]
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.seeds)
-    scenarios = [Scenario(rate / saturation_per_s, rate, seed) for rate in rates for seed in seeds]
+    scenarios = [Scenario(round(rate / saturation_per_s, 4), rate, seed) for rate in rates for seed in seeds]
     warmup = int(FLAGS.warmup * FLAGS.requests)
-    with tqdm(total=len(routers), unit="router", dynamic_ncols=True) as bar:
-        bar.set_description(f"{len(scenarios)} scenarios x {FLAGS.requests} requests")
-        runs = evaluate(
-            env, params, routers, scenarios, FLAGS.requests, warmup=warmup, progress=lambda _: bar.update()
-        )  # fmt: skip
     config |= {"saturation_per_s": saturation_per_s, "rates_per_s": rates, "seeds": list(seeds)}
     config |= {"requests": FLAGS.requests, "warmup": warmup}
+
+    with tqdm(total=len(routers), unit="router", dynamic_ncols=True) as bar:
+        bar.set_description(f"{len(scenarios)} x {FLAGS.requests} requests; the first router compiles")
+        runs = evaluate(env, params, routers, scenarios, FLAGS.requests, warmup=warmup, progress=lambda _: bar.update())
     results = results_of(runs, config, shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]))
     print(terminal_table(results))
+    report = write_report(FLAGS.out, results, _figures(env, params, runs, results), title=f"Routers on {FLAGS.preset}")
+    print(f"written: {report}")
+
+
+def _routers(num_experts: int) -> list[Router]:
+    names = router_names(num_experts) if FLAGS.routers == ["all"] else FLAGS.routers
+    return [make_router(name, num_experts) for name in names]
+
+
+def _figures(env: Environment, params: EnvParams, runs: Sequence[Run], results: dict[str, Any]) -> dict[str, Figure]:
+    """Draws the pictures; those of one load are at the load nearest to 0.9."""
+    experts = jax.tree.map(np.asarray, params.experts)
+    load = min({run.scenario.load for run in runs}, key=lambda load: abs(load - 0.9))
+    at_load = [run for run in runs if run.scenario.load == load]
+    shown = [run for run in at_load if run.router.name in plots.HIGHLIGHTED or run.router.kind != "heuristic"] or at_load
+    best = max((run for run in at_load if run.router.kind != "oracle"), key=lambda run: run.metrics["qos"], default=runs[0])
+    limit_s = float(np.mean(best.trace.latency_limit_s))
+    busiest = int(np.argmax(best.replayed.busy_s))
+    middle_s = float(best.trace.arrival_s[len(best.trace.arrival_s) // 2])
+    window = iterations_of(
+        experts, best.trace, best.assignment, busiest, middle_s, middle_s + _WINDOW_S,
+        token_budget=env.spec.engine.token_budget, block_size=env.spec.engine.block_size,
+    )  # fmt: skip
+    figures = {
+        "qos_against_load": plots.qos_against_load(results["summary"]),
+        "latency_cdf": plots.latency_cdf(shown, experts, limit_s),
+        "routing_shares": plots.routing_shares(at_load, env.expert_names),
+        "expert_timelines": plots.expert_timelines(best, experts, env.expert_names),
+        "iterations": plots.iteration_gantt(window, env.expert_names[busiest]),
+    }
+    return figures
+
+
+if __name__ == "__main__":
+    define_flags()
+    common.run(main)

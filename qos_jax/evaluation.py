@@ -1,8 +1,8 @@
 """Evaluation: what every router makes of the same requests.
 
-For each load and seed one trace of requests is drawn; every router decides on that very trace (common random numbers), and
-each one's decisions are replayed by the exact engine into a log of all requests, from which all metrics come. Oracles decide
-on the same observation with truths in the place of predictions.
+For each load and seed one trace of requests is drawn; every router decides on that very trace (common random numbers),
+and each one's decisions are replayed by the exact engine into a log of all requests, from which all metrics come.
+Oracles decide on the same observation with truths in the place of predictions.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def rollout(
 ) -> Array:
     """Lets one of the routers decide on a known sequence of requests.
 
-    All routers are compiled into one program and ``which`` picks one at run time, as to compile the engine for each of them
-    would take far longer than to run it.
+    All routers are compiled into one program and ``which`` picks one at run time, as to compile the engine for each of
+    them would take far longer than to run it.
 
     Args:
       spec: shapes of the world.

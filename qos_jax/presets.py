@@ -1,7 +1,7 @@
 """Named worlds, and ``make``, which builds one of them or a variation of it.
 
-A load rho is a fraction of the fleet's saturation rate: the requests per second that it finishes when every expert always has
-some waiting (``qos_jax.sim.capacity``). The rates of the presets as they stand are written down here, as
+A load rho is a fraction of the fleet's saturation rate: the requests per second that it finishes when every expert
+always has some waiting (``qos_jax.sim.capacity``). The rates of the presets as they stand are written down here, as
 ``python -m experiments.saturation`` prints them; a variation's is simulated when a load is asked for.
 """
 
@@ -96,10 +96,10 @@ def make(
 
     Args:
       name: one of ``PRESETS``.
-      load: arrival rate as a fraction of the fleet's saturation rate; 0.8 where neither this nor ``rate_per_s`` is given.
+      load: arrival rate as a fraction of the fleet's saturation rate; 0.8 without it and ``rate_per_s``.
       rate_per_s: arrival rate [requests/s].
       check: adds invariants to each step, see ``Environment``.
-      quality_table: draws requests from this table instead of the built-in generator; it must know the preset's LLMs.
+      quality_table: draws requests from this table, which must know the preset's LLMs, not from the built-in generator.
       arrivals: law of arrivals, as ``parse_arrivals`` reads it or as a process, whose rate is replaced.
       prediction: what routers are told, as ``parse_prediction`` reads it or as a model.
       **overrides: other values for the fields of ``Preset``.
@@ -123,7 +123,7 @@ def make(
         allow_drop=bool(preset.allow_drop),
         history=int(history),
     )
-    env = Environment(spec, check=check)
+    env = Environment(spec, expert_names=tuple(f"{llm} @ {gpu}" for llm, gpu in preset.experts), check=check)
     workload = RequestWorkload(
         arrivals=_arrivals(preset.arrivals if arrivals is None else arrivals),
         content=_content(preset, quality_table),

@@ -172,7 +172,7 @@ def test_a_dqn_learns_to_route() -> None:
     model = stable_baselines3.DQN(
         "MlpPolicy", env, seed=0, gamma=0.5, learning_rate=1e-3, learning_starts=200, target_update_interval=200,
         exploration_fraction=0.5, device="cpu",
-    ).learn(4000)  # fmt: skip
+    ).learn(3000)  # fmt: skip
     env.action_space.seed(0)
     held_out = range(1000, 1010)
     learned = mean_qos(lambda obs: int(model.predict(obs, deterministic=True)[0]), env, held_out)

@@ -30,9 +30,9 @@ def sample_requests(workload: Workload, key: Array, num_requests: int) -> tuple[
 def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert: int = 4000, seed: int = 0) -> float:
     """Returns the rate [requests/s] at which the fleet finishes requests when every expert always has some waiting.
 
-    Measured by simulation: each expert is offered its share of the workload at twice the rate that it could finish without
-    prefill and KV reads, and drops what its queue does not hold; the middle 80 % of its completions give its rate, and the
-    fleet's is the sum. A load rho means arrivals at rho times this rate.
+    Measured by simulation: each expert is offered its share of the workload at twice the rate that it could finish
+    without prefill and KV reads, and drops what its queue does not hold; the middle 80 % of its completions give its
+    rate, and the fleet's is the sum. A load rho means arrivals at rho times this rate.
     """
     num_experts = env.spec.num_experts
     experts = checked_experts(params.experts)

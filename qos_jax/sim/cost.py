@@ -1,7 +1,8 @@
 """How long iterations take, and the closed forms over stretches of equal batches.
 
-A decode stretch is a run of iterations with the same ``B`` requests, all decoding, so that each adds ``B`` cached tokens to
-the next: iteration ``i`` takes ``alpha + beta i`` seconds, and ``k`` of them ``alpha k + beta k (k - 1) / 2``.
+A decode stretch is a run of iterations with the same ``B`` requests, all decoding, so that each adds ``B`` cached
+tokens to the next: iteration ``i`` takes ``alpha + beta i`` seconds, and ``k`` of them ``alpha k + beta k (k - 1) /
+2``.
 """
 
 from __future__ import annotations

@@ -7,14 +7,15 @@ without making them less exact:
   waiting ones in arrival order. One array of slots in that order serves both queues, a request is running if it has
   computed tokens, and every scheduling rule is a condition on a prefix sum over the slots.
 * Between two scheduling events the batch only decodes, so a whole stretch is one closed form (``qos_jax.sim.cost``).
-* Finished requests stay where they are until room is needed (``compact``), and whoever keeps the books may read them there.
+* Finished requests stay where they are until room is needed (``compact``), and whoever keeps the books may read them
+  there.
 
-Times are relative to "now", the time to which the experts were last advanced, so float32 stays exact for runs of any length;
-what a request took is fixed relative to its arrival when it happens.
+Times are relative to "now", the time to which the experts were last advanced, so float32 stays exact for runs of any
+length; what a request took is fixed relative to its arrival when it happens.
 
 Shapes: ``L`` stands for any leading axes (environments, experts); a lane is one expert of one environment. The public
-functions are ``custom_vmap``: a batched call is the same program with more lanes, so that its loops and branches look at all
-lanes at once instead of turning into selects.
+functions are ``custom_vmap``: a batched call is the same program with more lanes, so that its loops and branches look
+at all lanes at once instead of turning into selects.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class EngineSpec:
 
 
 class Slots(struct.PyTreeNode):
-    """Requests on the experts in arrival order. A slot is empty where ``output_tokens`` is 0, finished where all are out."""
+    """Requests on the experts in arrival order; a slot is empty where ``output_tokens`` is 0."""
 
     prompt_tokens: Array  # [L, S] int32
     output_tokens: Array  # [L, S] int32
@@ -150,7 +151,7 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
         arrival_s=put(slots.arrival_s, 0.0),
         payload=jax.tree.map(put, slots.payload, payload),
     )
-    # The clock is never behind now: an expert with no work starts now, a busy one sees the request at its next boundary.
+    # The clock is never behind now: an idle expert starts now, a busy one sees the request at its next boundary.
     return state.replace(slots=slots)
 
 
@@ -223,8 +224,8 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     live = slots.live & active[..., None]
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
 
-    # Running requests come first. All but the last of them decode (a prompt is cut only where the budget ends, and nothing
-    # is admitted behind it), so that one may take what the others leave; it is 1 at least, as each was admitted within it.
+    # Running requests come first. All but the last of them decode (a prompt is cut only where the budget ends, and
+    # nothing is admitted behind it), so that one may take what the others leave: 1 at least, as it was admitted.
     queued_tokens = jnp.where(waiting, jnp.minimum(known, spec.token_budget), 0)
     count, queued_tokens_so_far = _prefix_sums(live, queued_tokens)
     take = jnp.where(running, jnp.minimum(missing, spec.token_budget + 1 - _total(running)[..., None]), 0)
@@ -283,7 +284,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 def _decode_stretch(
     spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array, horizon_s: Array
 ) -> tuple[ExpertState, Array]:
-    """Jumps over the iterations of the ``active`` [L] lanes up to the next completion, the horizon or the end of memory.
+    """Jumps over the iterations of the ``active`` [L] lanes to the next completion, the horizon or the end of memory.
 
     Every request of an active lane that runs is decoding, and none can be admitted. Returns the state and [L] bool: the
     lane may jump again. The blocks x s integral takes every iteration of the stretch at the stretch's mean duration.

@@ -1,10 +1,10 @@
 """The environment: one step is one arriving request, by the contract of gymnax 1.0.
 
-``reset(key, params) -> (obs, state)`` and ``step(key, state, action, params) -> (obs, state, reward, terminated, truncated,
-info)``, pure and for one environment: ``jax.vmap`` over keys, over params or over both makes many. Everything in ``params``
-is traced, so a sweep over loads, limits, profiles or arrival laws compiles once. An episode never terminates; it is truncated
-after ``params.max_steps_in_episode`` requests, the next one begins by itself, and ``info["final_observation"]`` is what to
-bootstrap from.
+``reset(key, params) -> (obs, state)`` and ``step(key, state, action, params) -> (obs, state, reward, terminated,
+truncated, info)``, pure and for one environment: ``jax.vmap`` over keys, over params or over both makes many.
+Everything in ``params`` is traced, so a sweep over loads, limits, profiles or arrival laws compiles once. An episode
+never terminates; it is truncated after ``params.max_steps_in_episode`` requests, the next one begins by itself, and
+``info["final_observation"]`` is what to bootstrap from.
 """
 
 from __future__ import annotations
@@ -48,15 +48,24 @@ class EnvState(struct.PyTreeNode):
 class Environment:
     """The decision process of the router. Instances are immutable and hash by their spec."""
 
-    def __init__(self, spec: WorldSpec, *, check: bool = False) -> None:
-        """Makes the environment; ``check`` adds invariants to each step, to be run under ``checkify.checkify``."""
+    def __init__(self, spec: WorldSpec, *, expert_names: tuple[str, ...] = (), check: bool = False) -> None:
+        """Makes the environment.
+
+        Args:
+          spec: what fixes its shapes.
+          expert_names: names of the experts, for people.
+          check: adds invariants to each step, to be run under ``checkify.checkify``.
+        """
         self.spec = spec
+        self.expert_names = expert_names or tuple(f"expert {i}" for i in range(spec.num_experts))
         self.check = check
 
     def __hash__(self) -> int:
+        """Makes equal environments one static argument of jit."""
         return hash((self.spec, self.check))
 
     def __eq__(self, other: object) -> bool:
+        """Compares what fixes the compiled program."""
         return isinstance(other, Environment) and (self.spec, self.check) == (other.spec, other.check)
 
     @property
@@ -81,8 +90,8 @@ class Environment:
     ) -> tuple[Observation, EnvState, Array, Array, Array, dict[str, Any]]:
         """Sends the waiting request to expert ``action`` [] int32 (N drops it) and runs the world to the next arrival.
 
-        The reward is the QoS of the requests that finish before that arrival. ``info`` holds ``answers`` (sums over these
-        requests, see ``world.Answers``), ``dropped``, ``gap_s``, ``final_observation`` and the two flags.
+        The reward is the QoS of the requests that finish before that arrival. ``info`` holds ``answers`` (sums over
+        these requests, see ``world.Answers``), ``dropped``, ``gap_s``, ``final_observation`` and the two flags.
         """
         key_step, key_reset = jax.random.split(key)
         next_obs, next_state, reward, info = self._step(key_step, state, action, params)

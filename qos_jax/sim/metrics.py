@@ -33,9 +33,9 @@ def metrics_of(
 ) -> dict[str, float]:
     """Returns the metrics of a run by name.
 
-    Means are over the requests from number ``warmup`` on: QoS, violation and drop rate over all of them (a drop has QoS 0 and
-    is a violation), scores and times over those that were answered. What concerns the experts (KV memory, energy) is over
-    the whole run, from the first arrival to the last token.
+    Means are over the requests from number ``warmup`` on: QoS, violation and drop rate over all of them (a drop has QoS
+    0 and is a violation), scores and times over those that were answered. What concerns the experts (KV memory, energy)
+    is over the whole run, from the first arrival to the last token.
     """
     counted = slice(warmup, None)
     log = replayed.log

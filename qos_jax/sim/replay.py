@@ -1,7 +1,8 @@
 """Replay: what a fixed assignment of a known trace to experts leads to, request by request.
 
-Experts do not see each other, so every expert replays its own requests and all run side by side as lanes of one program.
-The requests of a lane come in chunks; behind each chunk the finished ones are handed out and the slots compacted.
+Experts do not see each other, so every expert replays its own requests and all run side by side as lanes of one
+program. The requests of a lane come in chunks; behind each chunk the finished ones are handed out and the slots
+compacted.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.engine import EngineSpec, ExpertState
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, RequestLog, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, AnyArray, ExpertProfile, RequestLog, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
 
 _CHUNK = 64  # requests of one lane between two compactions
@@ -38,9 +38,9 @@ class Replayed(struct.PyTreeNode):
 class LaneRequests(struct.PyTreeNode):
     """The requests of each lane in order of arrival, padded behind; time first, as a scan wants it."""
 
-    gap_s: Array  # [J, L] s since the lane's previous request
-    prompt_tokens: Array  # [J, L] int32
-    output_tokens: Array  # [J, L] int32, 0 for padding
+    gap_s: AnyArray  # [J, L] s since the lane's previous request
+    prompt_tokens: AnyArray  # [J, L] int32
+    output_tokens: AnyArray  # [J, L] int32, 0 for padding
 
 
 class LaneLog(struct.PyTreeNode):
@@ -57,7 +57,7 @@ class LaneLog(struct.PyTreeNode):
 def replay(
     experts: ExpertProfile,
     trace: RequestTrace,
-    assignment: ArrayLike,
+    assignment: AnyArray,
     *,
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
@@ -72,8 +72,8 @@ def replay(
       block_size: tokens per KV block.
 
     Returns:
-      The log of the J requests. The engine runs in float32, or in float64 where jax_enable_x64 is set; absolute times are
-      added on the host in float64.
+      The log of the J requests. The engine runs in float32, or in float64 where jax_enable_x64 is set; absolute times
+      are added on the host in float64.
 
     Raises:
       InputError: a field of the arguments is not usable.
@@ -85,7 +85,7 @@ def replay(
 def replay_many(
     experts: ExpertProfile,
     traces: Sequence[RequestTrace],
-    assignments: Sequence[ArrayLike],
+    assignments: Sequence[AnyArray],
     *,
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
@@ -190,7 +190,7 @@ def _in_chunks(values: np.ndarray, chunks: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnums=0)
 def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) -> Any:
-    """Scans over chunks. Returns the finished requests by chunk, [chunks + 1, L, S], the dropped ones, and the integrals."""
+    """Scans over chunks; returns the finished requests by chunk [chunks + 1, L, S], the dropped ones, the integrals."""
     dtype = jnp.result_type(float)
     experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else jnp.int32), experts)
     requests = requests.replace(gap_s=requests.gap_s.astype(dtype))
@@ -224,7 +224,7 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) ->
 
 
 def _hand_out(state: ExpertState) -> tuple[dict[str, Array], tuple[Array, Array], ExpertState]:
-    """Returns the finished requests of each slot (index -1 elsewhere), the integrals, and the state with these at zero."""
+    """Returns the finished request of each slot (index -1 elsewhere), the integrals, and the state with these at 0."""
     slots = state.slots
     rows = {
         "index": jnp.where(slots.finished, slots.payload, -1),

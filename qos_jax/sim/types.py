@@ -1,7 +1,7 @@
 """The nouns of the simulated world: expert profiles, requests, traces and logs.
 
-Every array field states its shape and unit. ``N`` is the number of experts, ``J`` the number of requests, ``S`` the number
-of request slots of one expert. Leading batch axes are always allowed in front.
+Every array field states its shape and unit. ``N`` is the number of experts, ``J`` the number of requests, ``S`` the
+number of request slots of one expert. Leading batch axes are always allowed in front.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class RequestTrace(struct.PyTreeNode):
     arrival_s: AnyArray  # [J] s, not decreasing
     prompt_tokens: AnyArray  # [J] tokens, at least 1
     output_tokens: AnyArray  # [J, N] tokens, at least 1
-    score: AnyArray | None = None  # [J, N] in [0, 1]
-    latency_limit_s: AnyArray | None = None  # [J] s/token
-    predicted_score: AnyArray | None = None  # [J, N]
-    predicted_tokens: AnyArray | None = None  # [J, N] tokens
+    score: AnyArray = None  # [J, N] in [0, 1]
+    latency_limit_s: AnyArray = None  # [J] s/token
+    predicted_score: AnyArray = None  # [J, N]
+    predicted_tokens: AnyArray = None  # [J, N] tokens
 
 
 class RequestLog(struct.PyTreeNode):
@@ -98,7 +98,7 @@ class ArrivedView(struct.PyTreeNode):
 class ExpertView(struct.PyTreeNode):
     """What a router knows of each expert."""
 
-    profile: ExpertProfile  # [N] each
+    profile: Any  # ExpertProfile, [N] each
     running: Array  # [N] int32 requests
     waiting: Array  # [N] int32 requests
     kv_used_blocks: Array  # [N] int32 blocks held

@@ -65,7 +65,8 @@ def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
     if back.any():
         at = int(back.argmax()) + 1
         raise InputError(
-            f"trace.arrival_s[{at}] is {arrival_s[at]}, before request {at - 1} at {arrival_s[at - 1]}: sort the trace by arrival"
+            f"trace.arrival_s[{at}] is {arrival_s[at]}, before request {at - 1} at {arrival_s[at - 1]}: "
+            "sort the trace by arrival"
         )
     num_requests = arrival_s.shape[0]
     prompt_tokens = _checked_tokens("prompt_tokens", trace.prompt_tokens, (num_requests,))

@@ -1,7 +1,7 @@
-"""The world between two decisions: a request is sent to an expert, time passes, answers come back, the router looks again.
+"""The world between two decisions: a request is sent, time passes, answers come back, the router looks again.
 
-Each function is for one environment, takes and returns plain pytrees, and knows nothing of episodes, rewards or traces; the
-environment and the evaluator are both made of them.
+Each function is for one environment, takes and returns plain pytrees, and knows nothing of episodes, rewards or traces;
+the environment and the evaluator are both made of them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
 def dispatch(
     spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, action: Array
 ) -> tuple[World, Array]:
-    """Sends ``request`` to expert ``action`` [] int32; ``num_experts`` drops it, and so does an expert that cannot take it.
+    """Sends ``request`` to expert ``action`` [] int32; ``num_experts`` drops it, as does an expert that cannot take it.
 
     Returns the world and [] bool: the request was dropped.
     """
@@ -164,7 +164,7 @@ def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
         predicted_tokens=jnp.maximum(slots.payload.predicted_tokens, slots.generated + 1),
     )
     experts = ExpertView(
-        profile=(),
+        profile=None,  # the same for every look, so it is put in by the caller
         running=jnp.sum(running, -1, dtype=jnp.int32),
         waiting=jnp.sum(waiting, -1, dtype=jnp.int32),
         kv_used_blocks=jnp.sum(

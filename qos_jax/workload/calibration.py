@@ -62,10 +62,10 @@ def _law(bertscore: float, *, lengths_of: str) -> AnswerLaw:
 
 # mix-instruct by its own model names. Scores: [Blender], BERTScore / 100; mpt-7b is not in its table: 62.96 is what the
 # published mean of a random pick among all twelve, 66.36, leaves for it.
-# Lengths: [AlpacaEval], as those of mix-instruct's candidates are not published. LLMs that were not measured are put beside
-# their nearest relative: mpt-7b-instruct and dolly (both fine-tuned on dolly-15k's short answers) beside falcon, koala
-# (distilled from the same chats) beside vicuna, the plain mpt-7b, which rambles on, beside the longest, moss and stablelm
-# (open assistants of that year) beside oasst, flan-t5 at the short end.
+# Lengths: [AlpacaEval], as those of mix-instruct's candidates are not published. LLMs that were not measured are put
+# beside their nearest relative: mpt-7b-instruct and dolly (both fine-tuned on dolly-15k's short answers) beside falcon,
+# koala (distilled from the same chats) beside vicuna, the plain mpt-7b, which rambles on, beside the longest, moss and
+# stablelm (open assistants of that year) beside oasst, flan-t5 at the short end.
 MIX_INSTRUCT = {
     "oasst-sft-4-pythia-12b-epoch-3.5": _law(74.68, lengths_of="oasst-sft-pythia-12b"),
     "vicuna-13b-1.1": _law(69.60, lengths_of="vicuna-13b"),
@@ -81,8 +81,8 @@ MIX_INSTRUCT = {
     "flan-t5-xxl": _law(64.92, lengths_of="alpaca-7b"),
 }
 
-# The 300 ShareGPT requests of the measured vLLM run (casys-kaist/LLMServingSim 5daddb2), Llama-3.1-8B on an RTX 4090: mean
-# and SD of the log prompt and log output tokens, and the largest of each. Its answers were not scored.
+# The 300 ShareGPT requests of the measured vLLM run (casys-kaist/LLMServingSim 5daddb2), Llama-3.1-8B on an RTX 4090:
+# mean and SD of the log prompt and log output tokens, and the largest of each. Its answers were not scored.
 SHAREGPT_RUN_LOG_PROMPT = (6.598, 0.550)
 SHAREGPT_RUN_LOG_OUTPUT = (6.470, 0.150)
 SHAREGPT_RUN_MOST_TOKENS = (4000, 1024)

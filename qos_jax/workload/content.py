@@ -153,7 +153,7 @@ def generated_content(experts: Sequence[str], limits: LatencyLimits | None = Non
 
 
 def sharegpt_run_content(num_experts: int, limits: LatencyLimits | None = None) -> GeneratedContent:
-    """Builds a generator with the lengths of the measured vLLM run; every answer scores 1, so QoS is the share in time."""
+    """Builds a generator with the lengths of the measured vLLM run; answers score 1, so QoS is the share in time."""
     log_prompt, log_output = calibration.SHAREGPT_RUN_LOG_PROMPT, calibration.SHAREGPT_RUN_LOG_OUTPUT
     most_prompt, most_output = calibration.SHAREGPT_RUN_MOST_TOKENS
     return GeneratedContent(
