@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +19,11 @@ from tqdm import tqdm
 from experiments import common
 from qos_jax import plots
 from qos_jax.errors import InputError
-from qos_jax.evaluation import Scenario, evaluate
-from qos_jax.report import results_of, terminal_table
+from qos_jax.evaluation import Run, Scenario, evaluate
+from qos_jax.report import results_of, terminal_table, write_report
+from qos_jax.routers import Router, make_router, router_names
+from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.iterations import iterations_of
 
 FLAGS = flags.FLAGS
 _DEFAULT_LOADS = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)
@@ -73,8 +78,9 @@ def _figures(env: Environment, params: EnvParams, runs: Sequence[Run], results: 
     experts = jax.tree.map(np.asarray, params.experts)
     load = min({run.scenario.load for run in runs}, key=lambda load: abs(load - 0.9))
     at_load = [run for run in runs if run.scenario.load == load]
-    shown = [run for run in at_load if run.router.name in plots.HIGHLIGHTED or run.router.kind != "heuristic"] or at_load
-    best = max((run for run in at_load if run.router.kind != "oracle"), key=lambda run: run.metrics["qos"], default=runs[0])
+    notable = [run for run in at_load if run.router.name in plots.HIGHLIGHTED or run.router.kind != "heuristic"]
+    honest = [run for run in at_load if run.router.kind != "oracle"]
+    best = max(honest or at_load, key=lambda run: run.metrics["qos"])
     limit_s = float(np.mean(best.trace.latency_limit_s))
     busiest = int(np.argmax(best.replayed.busy_s))
     middle_s = float(best.trace.arrival_s[len(best.trace.arrival_s) // 2])
@@ -84,7 +90,7 @@ def _figures(env: Environment, params: EnvParams, runs: Sequence[Run], results: 
     )  # fmt: skip
     figures = {
         "qos_against_load": plots.qos_against_load(results["summary"]),
-        "latency_cdf": plots.latency_cdf(shown, experts, limit_s),
+        "latency_cdf": plots.latency_cdf(notable or at_load, experts, limit_s),
         "routing_shares": plots.routing_shares(at_load, env.expert_names),
         "expert_timelines": plots.expert_timelines(best, experts, env.expert_names),
         "iterations": plots.iteration_gantt(window, env.expert_names[busiest]),

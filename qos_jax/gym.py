@@ -1,12 +1,11 @@
 """The environment as gymnasium has it, for agents from other libraries; needs the extra ``gym``.
 
 Observations are ``flat_view``s. Actions 0 .. N - 1 send the request to that expert, N drops it, and so does an action
-that the ``action_mask`` in the info forbids. The reward is the QoS of the requests that finished since the last one.
+that the ``action_mask`` in the info forbids. The reward of a step is the QoS of the requests that finish in it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -30,13 +29,15 @@ except ImportError as error:
 
 Info = dict[str, Any]
 
+_ANSWERS = ("finished", "score", "latency_per_token_s", "violations", "busy_s", "kv_block_s")
+
 
 class RouterVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, ArrayLike, np.ndarray]):
     """``num_envs`` environments in one compiled program, reset in the step that truncates them (``SAME_STEP``).
 
     All randomness of environment i follows from ``reset(seed=s)`` by ``fold_in(key(s), i)``, for any ``num_envs``. The
-    info has ``action_mask`` [E, N + 1], and of a step also ``dropped`` [E], ``gap_s`` [E] and the sums of
-    ``world.Answers``; where an episode ended, ``final_info`` has them all and ``final_obs`` is there, as in gymnasium.
+    info has ``action_mask`` [E, N + 1], and of a step also ``dropped`` [E], ``gap_s`` [E] and what ``world.Answers`` says
+    of the world; where an episode ended, ``final_info`` has them all and ``final_obs`` is there, as in gymnasium.
     """
 
     def __init__(self, env: Environment, params: EnvParams, num_envs: int) -> None:
@@ -137,7 +138,7 @@ def _step(env: Environment, keys: Array, states: EnvState, actions: Array, param
     def one(key: Array, state: EnvState, action: Array) -> tuple[Any, ...]:
         key, key_step = jax.random.split(key)
         obs, state, reward, terminated, truncated, info = env.step(key_step, state, action, params)
-        answers = {field.name: getattr(info["answers"], field.name) for field in dataclasses.fields(info["answers"])}
+        answers = {name: getattr(info["answers"], name) for name in _ANSWERS}
         happened = {"dropped": info["dropped"], "gap_s": info["gap_s"], **answers}
         return key, state, _seen(obs), _seen(info["final_observation"]), happened, reward, terminated, truncated
 

@@ -31,8 +31,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from qos_jax.errors import InputError
 from qos_jax.evaluation import Run, summarise
+from qos_jax.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +129,8 @@ def write_report(
     files = {f"{name}.png": picture for name, picture in pictures.items()}
     files["results.json"] = json.dumps(results, indent=1, allow_nan=False).encode()
     files["report.html"] = _html(results, pictures, captions, title).encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            _write_whole(folder / name, content)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error}): name a folder that can") from error
+    for name, content in files.items():
+        write_whole(folder / name, content)
     return folder / "report.html"
 
 
@@ -247,16 +243,6 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file under another name first, so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _html(results: Mapping[str, Any], pictures: Mapping[str, bytes], captions: Mapping[str, str], title: str) -> str:

@@ -84,6 +84,7 @@ class ExpertState(struct.PyTreeNode):
     clock_s: Array  # [L] s, relative to now: when the next iteration may start
     busy_s: Array  # [L] s of iterations
     kv_block_s: Array  # [L] blocks x s held during iterations
+    passes: Array  # [L] int32 passes through the engine's loops, a measure of its work and not of the world's
 
 
 def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtype: Any = jnp.float32) -> ExpertState:
@@ -95,7 +96,7 @@ def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtyp
         jax.tree.map(lambda leaf: jnp.zeros(shape, jnp.asarray(leaf).dtype), payload),
     )  # fmt: skip
     zero = jnp.zeros(lanes, dtype)
-    return ExpertState(slots, zero, zero, zero)
+    return ExpertState(slots, zero, zero, zero, jnp.zeros(lanes, jnp.int32))
 
 
 def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, duration_s: Array) -> ExpertState:
@@ -277,6 +278,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         clock_s=clock_s,
         busy_s=state.busy_s + duration_s,
         kv_block_s=state.kv_block_s + duration_s * held_blocks,
+        passes=state.passes + 1,
     )
     return state, steady
 
@@ -318,6 +320,7 @@ def _decode_stretch(
         clock_s=clock_s,
         busy_s=state.busy_s + duration_s,
         kv_block_s=state.kv_block_s + duration_s * block_iterations / jnp.maximum(iterations, 1),
+        passes=state.passes + 1,
     )
     return state, again
 

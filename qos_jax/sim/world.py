@@ -63,6 +63,7 @@ class Answers(struct.PyTreeNode):
     violations: Array  # [] int32 requests beyond their limit
     busy_s: Array  # [N] s
     kv_block_s: Array  # [N] blocks x s
+    passes: Array  # [] int32 passes through the engine's loops
 
 
 def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
@@ -123,12 +124,14 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Answers]:
         violations=jnp.sum(done & ~in_time, dtype=jnp.int32),
         busy_s=experts.busy_s,
         kv_block_s=experts.kv_block_s,
+        passes=jnp.max(experts.passes),
     )
     zero = jnp.zeros_like(experts.busy_s)
     slots = slots.replace(
         output_tokens=jnp.where(done, 0, slots.output_tokens), generated=jnp.where(done, 0, slots.generated)
     )
-    return world.replace(experts=experts.replace(slots=slots, busy_s=zero, kv_block_s=zero)), answers
+    experts = experts.replace(slots=slots, busy_s=zero, kv_block_s=zero, passes=jnp.zeros_like(experts.passes))
+    return world.replace(experts=experts), answers
 
 
 def observe(

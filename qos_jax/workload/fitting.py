@@ -22,7 +22,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
@@ -31,6 +30,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from qos_jax.errors import InputError
+from qos_jax.files import write_whole
 from qos_jax.sim.cost import iteration_s
 from qos_jax.sim.types import TOKEN_BUDGET, ExpertProfile
 
@@ -193,16 +193,7 @@ def save_profile(path: str, profile: dict[str, Any]) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    text = json.dumps(profile, indent=2, allow_nan=False) + "\n"
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        pathlib.Path(temporary).write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    write_whole(path, json.dumps(profile, indent=2, allow_nan=False) + "\n")
 
 
 def load_profile(path: str) -> dict[str, float]:

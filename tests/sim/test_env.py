@@ -123,13 +123,22 @@ def test_jit_eager_and_vmap_agree(played: dict[str, Any]) -> None:
     step = jax.jit(env.step)
     over_keys = jax.jit(jax.vmap(env.step, (0, None, None, None)))(keys, state, action, params)
     over_params = jax.jit(jax.vmap(env.step, (None, None, None, 0)))(keys[1], state, action, WORLDS)
-    agree = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
+
+    def agree(ours: Any, theirs: Any) -> None:
+        ours, theirs = map(without_passes, (ours, theirs))
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
     for i in range(NUM_ENVS):
         agree(row(over_keys, i), step(keys[i], state, action, params))
         agree(row(over_params, i), step(keys[1], state, action, row(WORLDS, i)))
-        _, next_state, reward, *_ = step(keys[i], row(states, i), actions[i], row(WORLDS, i))
-        agree((next_state, reward), row((played["next_state"], played["reward"]), i, at))
+        expected = (row(played[name], i, at) for name in ("next_obs", "next_state", "reward"))
+        agree(step(keys[i], row(states, i), actions[i], row(WORLDS, i))[:3], tuple(expected))
     agree(env.step(keys[1], state, action, params), row(over_keys, 1))
+
+
+def without_passes(out: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a step returns but for the passes of the engine's loops, which go on until the whole batch is done."""
+    return tuple(x | {"answers": x["answers"].replace(passes=0)} if isinstance(x, dict) else x for x in out)
 
 
 def test_one_trace_serves_every_value_of_the_parameters() -> None:

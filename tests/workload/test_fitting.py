@@ -317,7 +317,7 @@ def test_a_profile_is_written_wholly_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         fitting.save_profile(path, {"timing": {"step_base_s": float("nan")}})
     assert fitting.load_profile(path) == PROFILE["timing"]
-    for bad in (tmp_path, tmp_path / "nowhere" / "profile.json"):
+    for bad in (tmp_path, tmp_path / "profile.json" / "below.json"):
         with pytest.raises(InputError, match="cannot be written"):
             fitting.save_profile(str(bad), PROFILE)
     assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]

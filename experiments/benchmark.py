@@ -1,0 +1,162 @@
+"""Measures speed, as ratios taken in one run: the simulator against a plain-Python and a compiled scalar loop.
+
+python -m experiments.benchmark --suite=sim --out=benchmark.json
+
+Run from a checkout: the plain-Python loop is the one that the tests hold the engine to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")  # one device a core
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from experiments import common, native
+from qos_jax.files import write_whole
+from qos_jax.presets import make
+from qos_jax.report import versions
+from qos_jax.sim.capacity import sample_requests
+from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.sim.types import RequestTrace
+from tests.reference import Job, ReferenceExpert
+
+FLAGS = flags.FLAGS
+_ENVIRONMENTS_PER_BLOCK = 16
+_CASES = (  # preset, environments, load
+    *(("paper-3", num_envs, 0.8) for num_envs in (1, 16, 256, 1024, 4096)),
+    ("paper-3", 1024, 1.1),
+    ("paper-6", 1024, 0.8),
+    ("edge-8", 1024, 0.8),
+    ("edge-8", 1024, 1.1),
+    ("edge-64", 64, 0.8),
+)
+
+
+def define_flags() -> None:
+    """Defines the flags of this program."""
+    flags.DEFINE_enum("suite", "sim", ["sim"], "What to measure.")
+    flags.DEFINE_integer("requests", 400_000, "Requests of each case, over all environments.", lower_bound=10_000)
+    flags.DEFINE_string("out", "benchmark.json", "File for the results.")
+
+
+def main(argv: list[str]) -> None:
+    """Measures each case, prints a line for it and writes all of them."""
+    del argv
+    loops: dict[tuple[str, float], tuple[float, float]] = {}
+    rows = []
+    for preset, num_envs, load in _CASES:
+        env, params = make(preset, load=load)
+        if (preset, load) not in loops:
+            loops[preset, load] = _python_rate(env, params), _native_rate(env, params)
+        row = _simulator_row(env, params, num_envs, max(FLAGS.requests // num_envs, 50))
+        python_rate, native_rate = loops[preset, load]
+        row = {"case": f"{preset} x {num_envs} at {load}", "num_envs": num_envs, "load": load} | row
+        row["ratio_python"] = row["requests_per_cpu_s"] / python_rate
+        row["ratio_native"] = row["requests_per_cpu_s"] / native_rate
+        row |= {"python_requests_per_s": python_rate, "native_requests_per_s": native_rate}
+        rows.append(row)
+        print(
+            f"{row['case']:26} {row['requests_per_s']:10,.0f} requests/s  {row['requests_per_cpu_s']:10,.0f} per CPU-s"
+            f"  x{row['ratio_python']:6.0f} Python  x{row['ratio_native']:.3f} native"
+            f"  {row['trips_per_step']:5.1f} passes/step  compile {row['compile_s']:.1f} s",
+            flush=True,
+        )
+    write_whole(FLAGS.out, json.dumps({"versions": versions(), "rows": rows}, indent=1))
+
+
+def _simulator_row(env: Environment, params: EnvParams, num_envs: int, steps: int) -> dict[str, Any]:
+    devices = min(jax.device_count(), num_envs)
+    mesh = jax.make_mesh((devices,), ("env",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    spec = PartitionSpec("env")
+    keys = jax.device_put(jax.random.split(jax.random.key(0), num_envs), NamedSharding(mesh, spec))
+    many = jax.shard_map(_episodes(env, params, steps), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    start = time.perf_counter()
+    program = jax.jit(many).lower(keys).compile()
+    compile_s = time.perf_counter() - start
+    (_, passes), wall_s, cpu_s = _timed(lambda: jax.block_until_ready(program(keys)))
+    state = jax.eval_shape(lambda key: env.reset(key, params)[1], jax.random.key(0))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return {
+        "experts": env.spec.num_experts,
+        "router": "shortest_queue",
+        "requests_per_s": num_envs * steps / wall_s,
+        "requests_per_cpu_s": num_envs * steps / cpu_s,
+        "trips_per_step": float(np.mean(passes)) / steps,
+        "compile_s": compile_s,
+        "bytes_per_env": size,
+    }
+
+
+def _episodes(env: Environment, params: EnvParams, steps: int) -> Callable[[Array], tuple[Array, Array]]:
+    """Returns what plays one episode for each key [E] with the shortest queue: QoS and loop passes [E]."""
+
+    def play(key: Array) -> tuple[Array, Array]:
+        def step(carry: Any, key: Array) -> Any:
+            obs, state = carry
+            action = jnp.argmin(obs.experts.running + obs.experts.waiting)
+            obs, state, reward, _, _, info = env.step(key, state, action, params)
+            return (obs, state), (reward, info["answers"].passes)
+
+        key_reset, key_steps = jax.random.split(key)
+        _, (reward, passes) = lax.scan(step, env.reset(key_reset, params), jax.random.split(key_steps, steps))
+        return jnp.sum(reward), jnp.sum(passes)
+
+    return lambda keys: lax.map(play, keys, batch_size=_ENVIRONMENTS_PER_BLOCK)
+
+
+def _trace(params: EnvParams, num_requests: int) -> RequestTrace:
+    gaps_s, requests = sample_requests(params.workload, jax.random.key(1), num_requests)
+    arrival_s = np.cumsum(np.asarray(gaps_s, np.float64))
+    return RequestTrace(arrival_s, np.asarray(requests.prompt_tokens), np.asarray(requests.output_tokens))
+
+
+def _native_rate(env: Environment, params: EnvParams) -> float:
+    """Returns the requests per second of the compiled scalar loop on one core, requests drawn beforehand."""
+    del env
+    trace = _trace(params, 100_000)
+    experts = jax.tree.map(np.asarray, params.experts)
+    native.simulate(experts, trace)
+    _, wall_s, _ = _timed(lambda: native.simulate(experts, trace))
+    return 100_000 / wall_s
+
+
+def _python_rate(env: Environment, params: EnvParams) -> float:
+    """Returns the requests per second of the plain-Python loop, iteration by iteration, on one core."""
+    num_requests = 600
+    trace = _trace(params, num_requests)
+    experts = jax.tree.map(lambda x: np.asarray(x).tolist(), params.experts)
+    fleet = [ReferenceExpert(experts, n, 2048, 16) for n in range(env.spec.num_experts)]
+
+    def serve() -> None:
+        for j in range(num_requests):
+            now_s = float(trace.arrival_s[j])
+            for expert in fleet:
+                expert.run_until(now_s)
+            chosen = min(range(len(fleet)), key=lambda n: len(fleet[n].running) + len(fleet[n].waiting))
+            fleet[chosen].offer(Job(int(trace.prompt_tokens[j]), int(trace.output_tokens[j, chosen])), now_s)
+
+    _, wall_s, _ = _timed(serve)
+    return num_requests / wall_s
+
+
+def _timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Returns the result, wall-clock seconds and CPU seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+if __name__ == "__main__":
+    define_flags()
+    common.run(main)
