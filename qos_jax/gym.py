@@ -36,8 +36,8 @@ class RouterVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, ArrayLike, np.ndarr
     """``num_envs`` environments in one compiled program, reset in the step that truncates them (``SAME_STEP``).
 
     All randomness of environment i follows from ``reset(seed=s)`` by ``fold_in(key(s), i)``, for any ``num_envs``. The
-    info has ``action_mask`` [E, N + 1], and of a step also ``dropped`` [E], ``gap_s`` [E] and what ``world.Answers`` says
-    of the world; where an episode ended, ``final_info`` has them all and ``final_obs`` is there, as in gymnasium.
+    info has ``action_mask`` [E, N + 1], and of a step also ``dropped`` [E], ``gap_s`` [E] and sums over its answers:
+    ``world.Answers``; where an episode ended, ``final_info`` has them all and ``final_obs`` is there, as in gymnasium.
     """
 
     def __init__(self, env: Environment, params: EnvParams, num_envs: int) -> None:

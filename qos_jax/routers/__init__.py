@@ -1,0 +1,54 @@
+"""Every router by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from qos_jax.errors import InputError
+from qos_jax.routers import heuristics
+from qos_jax.routers.base import Router
+from qos_jax.routers.impact import impact_greedy
+
+__all__ = ["Router", "make_router", "router_names"]
+
+_ROUTERS: dict[str, Callable[[], Router]] = {
+    "random": heuristics.random,
+    "round_robin": heuristics.round_robin,
+    "shortest_queue": heuristics.shortest_queue,
+    "shortest_tokens": heuristics.shortest_tokens,
+    "least_kv": heuristics.least_kv,
+    "power_of_two": heuristics.power_of_two,
+    "vllm_dp": heuristics.vllm_dp,
+    "latency_headroom": heuristics.latency_headroom,
+    "bert_router": heuristics.bert_router,
+    "bert_router_feasible": heuristics.bert_router_feasible,
+    "impact_greedy": impact_greedy,
+    "impact_greedy_no_drop": partial(impact_greedy, "impact_greedy_no_drop", price=-math.inf),
+    "oracle_score": partial(heuristics.bert_router, "oracle_score", kind="oracle", sees="true_scores"),
+    "oracle_impact": partial(impact_greedy, "oracle_impact", kind="oracle", sees="true_scores_and_tokens"),
+}
+_MOST_SINGLES = 8  # in a larger fleet, to compare all experts alone says little
+
+
+def router_names(num_experts: int) -> list[str]:
+    """Returns the names of all routers for a fleet, with each of its experts alone if they are few."""
+    singles = [f"expert_{i}" for i in range(num_experts)] if num_experts <= _MOST_SINGLES else []
+    return [*_ROUTERS, *singles]
+
+
+def make_router(name: str, num_experts: int) -> Router:
+    """Builds a router.
+
+    Raises:
+      InputError: there is no router of this name for a fleet of this size.
+    """
+    if name in _ROUTERS:
+        return _ROUTERS[name]()
+    expert = name.removeprefix("expert_")
+    if name != expert and expert.isdecimal() and int(expert) < num_experts:
+        return heuristics.single_expert(int(expert))
+    raise InputError(
+        f"router {name!r} is unknown; choose all, {', '.join(_ROUTERS)}, or expert_0 to expert_{num_experts - 1}"
+    )
