@@ -61,6 +61,7 @@ def replay(
     *,
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
+    dtype: Any = np.float64,
 ) -> RequestLog:
     """Replays ``trace`` with request j on expert ``assignment[j]``; -1 drops the request before it reaches an expert.
 
@@ -70,15 +71,18 @@ def replay(
       assignment: [J] int, expert of each request.
       token_budget: tokens that one iteration may take.
       block_size: tokens per KV block.
+      dtype: of the engine's times, float64 or float32, whatever jax_enable_x64 says. In float32, as environments run, a
+        request may be seen by an expert one iteration early or late where rounding decides.
 
     Returns:
-      The log of the J requests. The engine runs in float32, or in float64 where jax_enable_x64 is set; absolute times
-      are added on the host in float64.
+      The log of the J requests; absolute times are added on the host in float64.
 
     Raises:
       InputError: a field of the arguments is not usable.
     """
-    (replayed,) = replay_many(experts, [trace], [assignment], token_budget=token_budget, block_size=block_size)
+    (replayed,) = replay_many(
+        experts, [trace], [assignment], token_budget=token_budget, block_size=block_size, dtype=dtype
+    )
     return replayed.log
 
 
@@ -89,6 +93,7 @@ def replay_many(
     *,
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
+    dtype: Any = np.float64,
 ) -> list[Replayed]:
     """Replays several traces, each with its assignment, on copies of the same experts side by side; see ``replay``."""
     for name, value in (("token_budget", token_budget), ("block_size", block_size)):
@@ -106,7 +111,7 @@ def replay_many(
     columns = [_lanes(*each, num_experts, length) for each in zip(traces, assignments, positions, strict=True)]
     requests = jax.tree.map(lambda *lanes: np.concatenate(lanes, axis=1), *columns)
     fleets = jax.tree.map(lambda x: np.tile(x, len(traces)), experts)
-    log = replay_lanes(fleets, requests, token_budget=token_budget, block_size=block_size)
+    log = replay_lanes(fleets, requests, token_budget=token_budget, block_size=block_size, dtype=dtype)
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
     ]
@@ -155,6 +160,7 @@ def replay_lanes(
     *,
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
+    dtype: Any = np.float64,
 ) -> LaneLog:
     """Replays every lane to its end; ``experts`` has one entry per lane [L].
 
@@ -166,7 +172,8 @@ def replay_lanes(
     held = 64
     while True:
         spec = EngineSpec(held + _CHUNK, token_budget, block_size)
-        rows, dropped, integrals, overflow = _replay(spec, experts, requests)
+        with jax.enable_x64(np.dtype(dtype) == np.float64):
+            rows, dropped, integrals, overflow = _replay(spec, experts, requests)
         if not overflow:
             break
         held *= 2

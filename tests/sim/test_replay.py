@@ -26,13 +26,8 @@ REPLICAS, REPLICA_REQUESTS, WARM_UP_REQUESTS = 16, 2048, 300
 any_world = settings(deadline=None, max_examples=60)
 
 
-def replay(world: World) -> RequestLog:
-    return qos_jax.replay(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
-
-
-def replay_float64(world: World) -> RequestLog:
-    with jax.enable_x64(True):
-        return replay(world)
+def replay(world: World, dtype: Any = np.float64) -> RequestLog:
+    return qos_jax.replay(world.experts, world.trace, world.assignment, token_budget=world.token_budget, dtype=dtype)
 
 
 def reference(world: World) -> ReferenceRun:
@@ -53,7 +48,7 @@ class TestAgreesWithTheReference:
     @pytest.mark.parametrize("kind", KINDS)
     def test_in_float64_on_every_request(self, kind: str) -> None:
         for world, expected in batches(kind):
-            log = replay_float64(world)
+            log = replay(world)
             np.testing.assert_array_equal(log.dropped, expected.dropped)
             np.testing.assert_array_equal(log.preemptions, expected.preemptions)
             np.testing.assert_allclose(log.finish_s, expected.finish_s, rtol=1e-9)
@@ -63,7 +58,7 @@ class TestAgreesWithTheReference:
         agrees = []
         for kind in KINDS.keys() - {"crowd"}:  # whose program takes long to compile
             for world, expected in batches(kind):
-                log = replay(world)
+                log = replay(world, np.float32)
                 error_s = np.abs([log.finish_s - expected.finish_s, log.first_token_s - expected.first_token_s]).max(0)
                 in_time = error_s <= iterations_at_the_end_s(world, expected)
                 agrees.append(np.where(expected.dropped, log.dropped, in_time))
@@ -72,7 +67,7 @@ class TestAgreesWithTheReference:
     @any_world
     @given(small_worlds())
     def test_to_the_last_bit_where_times_are_exact_sums(self, world: World) -> None:
-        log, expected = replay_float64(world), reference(world)
+        log, expected = replay(world), reference(world)
         np.testing.assert_array_equal(log.dropped, expected.dropped)
         np.testing.assert_array_equal(log.preemptions, expected.preemptions)
         np.testing.assert_array_equal(log.finish_s, expected.finish_s)
@@ -84,7 +79,29 @@ class TestAgreesWithTheReference:
         trace = RequestTrace(arrival_s, np.full(4, 20), np.full((4, 1), 50))
         world = World(profile(step_base_s=0.017), trace, np.zeros(4, np.int32))
         latency_s = reference(world).finish_s - arrival_s
-        np.testing.assert_allclose(replay(world).finish_s - arrival_s, latency_s, rtol=1e-5)
+        np.testing.assert_allclose(replay(world, np.float32).finish_s - arrival_s, latency_s, rtol=1e-5)
+
+
+    @pytest.mark.slow
+    def test_in_float32_after_a_million_requests_without_a_pause(self) -> None:
+        rng, count = np.random.default_rng(0), 1_000_000
+        arrival_s = np.cumsum(rng.exponential(1 / 6.5, count))
+        prompt_tokens = np.clip(np.exp(rng.normal(3.2, 0.9, count)), 1, 512).astype(int)
+        output_tokens = np.clip(np.exp(rng.normal(4.26, 1.0, (count, 1))), 1, 512).astype(int)
+        experts = profile(
+            step_base_s=0.024, prefill_base_s=0.016, prefill_per_token_s=0.000126, per_sequence_s=0.00011,
+            per_kv_token_s=0.94e-6, kv_blocks=3361, max_running=32, max_waiting=32,
+        )  # fmt: skip
+        world = World(experts, RequestTrace(arrival_s, prompt_tokens, output_tokens), np.zeros(count, np.int32))
+        exact, rounded = replay(world), replay(world, np.float32)
+        error_s = np.abs([rounded.finish_s - exact.finish_s, rounded.first_token_s - exact.first_token_s]).max(0)
+        assert (rounded.dropped == exact.dropped).mean() >= 0.999
+        # The expert is never idle, so once rounding has moved an arrival to another iteration the phases stay apart. An
+        # iteration takes 27 to 33 ms here, prefill included up to 40.
+        assert np.nanmean(error_s <= 0.033) >= 0.998
+        assert np.nanmean(error_s <= 0.040) >= 0.999
+        halves = np.nanmean(error_s[: count // 2]), np.nanmean(error_s[count // 2 :])
+        assert halves[1] == pytest.approx(halves[0], rel=0.2)
 
 
 def iterations_at_the_end_s(world: World, run: ReferenceRun) -> np.ndarray:
@@ -103,7 +120,7 @@ class TestEveryLog:
     @any_world
     @given(small_worlds())
     def test_accounts_for_every_request(self, world: World) -> None:
-        log = replay_float64(world)
+        log = replay(world)
         done = np.isfinite(log.finish_s)
         np.testing.assert_array_equal(done, ~log.dropped)
         np.testing.assert_array_equal(done, np.isfinite(log.first_token_s))
@@ -114,7 +131,7 @@ class TestEveryLog:
     @any_world
     @given(small_worlds())
     def test_orders_arrival_first_token_and_finish(self, world: World) -> None:
-        log = replay_float64(world)
+        log = replay(world)
         done = ~log.dropped
         output_tokens = world.trace.output_tokens[np.flatnonzero(done), world.assignment[done]]
         shortest_iteration_s = np.asarray(world.experts.step_base_s)[world.assignment[done]]
@@ -125,7 +142,7 @@ class TestEveryLog:
     @any_world
     @given(small_worlds())
     def test_serves_first_come_first(self, world: World) -> None:
-        log = replay_float64(world)
+        log = replay(world)
         for n in range(2):
             mine = (world.assignment == n) & ~log.dropped
             assert (np.diff(log.first_token_s[mine]) >= 0).all()
@@ -137,14 +154,14 @@ class TestEveryLog:
         trace = world.trace.replace(output_tokens=world.trace.output_tokens[:, order])
         new_index = np.array([*np.argsort(order), -1])
         permuted = World(experts, trace, new_index[world.assignment], world.token_budget)
-        jax.tree.map(np.testing.assert_array_equal, replay_float64(permuted), replay_float64(world))
+        jax.tree.map(np.testing.assert_array_equal, replay(permuted), replay(world))
 
     @any_world
     @given(small_worlds())
     def test_drops_from_an_empty_system_exactly_what_never_fits(self, world: World) -> None:
         arrival_s = 1e6 * np.arange(len(world.assignment))
         experts = world.experts.replace(max_waiting=np.maximum(world.experts.max_waiting, 1))
-        log = replay_float64(World(experts, world.trace.replace(arrival_s=arrival_s), world.assignment))
+        log = replay(World(experts, world.trace.replace(arrival_s=arrival_s), world.assignment))
         sent = world.assignment >= 0
         output_tokens = world.trace.output_tokens[np.flatnonzero(sent), world.assignment[sent]]
         blocks = np.ceil((world.trace.prompt_tokens[sent] + output_tokens) / 16)
@@ -262,7 +279,7 @@ class TestRealSystem:
             max_running=256,
         )
         trace = RequestTrace(run["arrival_time"], run["input_toks"], run["output_toks"][:, None])
-        log = replay_float64(World(experts, trace, np.zeros(len(rows), np.int32)))
+        log = replay(World(experts, trace, np.zeros(len(rows), np.int32)))
 
         # The client and the server have clocks of their own: the server queues a request no sooner than it arrives.
         arrival_s = run["arrival_time"] + (run["queued_ts"] - run["arrival_time"]).min()
