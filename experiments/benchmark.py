@@ -59,9 +59,9 @@ def main(argv: list[str]) -> None:
         env, params = make(preset, load=load)
         if (preset, load) not in loops:
             loops[preset, load] = _python_rate(env, params), _native_rate(env, params)
-        row = _simulator_row(env, params, num_envs, max(FLAGS.requests // num_envs, 50))
         python_rate, native_rate = loops[preset, load]
-        row = {"case": f"{preset} x {num_envs} at {load}", "num_envs": num_envs, "load": load} | row
+        row: dict[str, Any] = {"case": f"{preset} x {num_envs} at {load}", "num_envs": num_envs, "load": load}
+        row |= _simulator_row(env, params, num_envs, max(FLAGS.requests // num_envs, 50))
         row["ratio_python"] = row["requests_per_cpu_s"] / python_rate
         row["ratio_native"] = row["requests_per_cpu_s"] / native_rate
         row |= {"python_requests_per_s": python_rate, "native_requests_per_s": native_rate}

@@ -22,7 +22,7 @@ from qos_jax.errors import InputError
 from qos_jax.evaluation import Run, Scenario, evaluate
 from qos_jax.report import results_of, terminal_table, write_report
 from qos_jax.routers import Router, make_router, router_names
-from qos_jax.sim.env import EnvParams, Environment
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.iterations import iterations_of
 
 FLAGS = flags.FLAGS

@@ -37,4 +37,9 @@ def best_legal(obs: Observation, value: Array) -> Array:
 
 def by_value(name: str, value: Callable[[Observation], Array], **fields: Any) -> Router:
     """Builds a router without memory that takes the legal expert of the highest value [N]."""
-    return Router(name, fields.pop("kind", "heuristic"), tuple, lambda key, obs, _: (best_legal(obs, value(obs)), ()), **fields)
+    return Router(
+        name=name,
+        init=tuple,
+        act=lambda key, obs, memory: (best_legal(obs, value(obs)), memory),
+        **({"kind": "heuristic"} | fields),
+    )

@@ -1,10 +1,12 @@
 """Routers that follow a rule, from chance to the paper's baselines; the first expert wins a tie.
 
-Loads are counted in requests, in predicted tokens or in KV memory, and none of them looks at scores; the BERT routers look
-at scores, and at latency only if they are told to care for what is feasible.
+Loads are counted in requests, in predicted tokens or in KV memory, whatever the scores; the BERT routers look at
+scores, and at latency only if they care for what is feasible.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,13 +88,13 @@ def latency_headroom() -> Router:
     return by_value("latency_headroom", lambda obs: -impact(obs).latency_per_token_s)
 
 
-def bert_router(name: str = "bert_router", **fields: str) -> Router:
+def bert_router(name: str = "bert_router", **fields: Any) -> Router:
     """Takes the best predicted score; the paper's BERT Router."""
     return by_value(name, lambda obs: obs.arrived.predicted_score, **fields)
 
 
 def bert_router_feasible() -> Router:
-    """Takes the best predicted score among the experts predicted to meet the limit; the most headroom if there is none."""
+    """Takes the best predicted score among the experts predicted to meet the limit, else the most headroom."""
 
     def value(obs: Observation) -> Array:
         margin_s = obs.arrived.latency_limit_s - impact(obs).latency_per_token_s

@@ -1,12 +1,18 @@
 """What placing the arrived request on each expert would do: to itself, and to the requests that are already there.
 
-The estimate follows the cost model with predicted lengths in the place of true ones, in O(slots): every request left on an
-expert is taken to keep decoding beside the new one for as long as both have tokens left. Lengths are lognormal and poorly
-predicted, so a request that has outrun its prediction is taken to have as much left as it has emitted, and violations are
-judged softly, by a logistic of the predicted latency per token.
+The estimate follows the cost model of the simulator with predicted lengths in the place of true ones, in O(slots):
+
+* A request has left what is predicted, more the longer it has run: predictions are weak, and one that has outrun its
+  prediction is long. Places that fall free are taken to be filled again, as the load will hardly end with this request.
+* The time of a request is a delay that it meets once (waiting for a place, prefill) and a time for each of its tokens.
+  It keeps its limit if the time per token does, judged softly, and if it is long enough to spread the delay, which for
+  a lognormal length around the prediction is close to a logistic in the logarithm.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +20,12 @@ from flax import struct
 from jax import Array
 
 from qos_jax.routers.base import Router, best_legal
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation
+from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, Observation
 
-WIDTH_S = 1.0e-3  # s/token; see BUILD_NOTES.md for how width and price were tuned
-PRICE = 0.3  # QoS
+WIDTH_S = 1.0e-3  # s/token, and
+PRICE = 0.0  # QoS: tuned on training seeds by experiments.tune_impact
+LENGTH_CV = 1.1  # of an output length given its prediction: a lognormal with 3/4 of a log variance of 1 unexplained
 
 
 class Impact(struct.PyTreeNode):
@@ -35,91 +43,147 @@ class Impact(struct.PyTreeNode):
         return self.qos + self.qos_change
 
 
-def impact(obs: Observation, width_s: float = WIDTH_S) -> Impact:
+class _Load(struct.PyTreeNode):
+    """What is on the experts, and what it holds up."""
+
+    there: Array  # [N, S] bool
+    left: Array  # [N, S] tokens
+    length: Array  # [N, S] tokens emitted and left
+    cost_s: Array  # [N, S] s that each request adds to an iteration
+    wait: Array  # [N] iterations until a place and memory are free for one more
+    share: Array  # [N] of the requests there that are in the batch at a time
+    stall_before_s: Array  # [N] s of prefill that lie ahead
+    stall_after_s: Array  # [N] s, with the arrived request's
+
+
+def impact(obs: Observation, width_s: float = WIDTH_S, length_cv: float = LENGTH_CV) -> Impact:
     """Returns the predicted impact of each placement.
 
     Args:
       obs: what the router sees.
       width_s: width of the logistic that turns a margin to the limit [s/token] into a probability.
+      length_cv: coefficient of variation of an output length given its prediction, above 0.
     """
-    arrived, profile, seen = obs.arrived, obs.experts.profile, obs.requests
-    prompt, tokens = arrived.prompt_tokens.astype(jnp.float32), arrived.predicted_tokens  # [], [N]
-    there = seen.running | seen.waiting
-    emitted = seen.generated_tokens.astype(jnp.float32)
-    left = jnp.where(there, jnp.maximum(seen.predicted_tokens - emitted, emitted), 0.0)
-    context = seen.prompt_tokens + emitted
+    load = _load(obs, length_cv)
+    latency_per_token_s, delay_per_token_s = _own_latency(obs, load)
+    margin_s = obs.arrived.latency_limit_s - (latency_per_token_s - delay_per_token_s)
+    spread = jnp.log(jnp.maximum(margin_s, 1e-6) / jnp.maximum(delay_per_token_s, 1e-9))
+    steepness = 1.81 / math.sqrt(math.log1p(length_cv**2))  # a logistic's with the spread of the lognormal
+    in_time = jax.nn.sigmoid(margin_s / width_s) * jax.nn.sigmoid(steepness * spread)
 
-    wait = _wait_iterations(obs, left, context, prompt)
-    stall_s = _step_s(profile, prompt) - profile.step_base_s
-    cost_s = jnp.where(there, _wide(profile.per_sequence_s) + _wide(profile.per_kv_token_s) * context, 0.0)
-    shared = jnp.minimum(left, _wide(wait + tokens))  # iterations that each request spends beside this one, or before it
-    others_s = jnp.sum(shared * (cost_s + _wide(profile.per_kv_token_s) * shared / 2.0), -1)
-    batch_share = jnp.minimum(profile.max_running / jnp.maximum(obs.experts.running + obs.experts.waiting, 1), 1.0)
-    own_s = tokens * (profile.per_sequence_s + profile.per_kv_token_s * (prompt + tokens / 2.0))
-    latency_s = stall_s + (wait + tokens) * profile.step_base_s + batch_share * others_s + own_s + profile.network_s
-    latency_per_token_s = latency_s / tokens
-    in_time = _in_time(arrived.latency_limit_s - latency_per_token_s, width_s)
-
-    before_s = (seen.age_s + left * _wide(profile.step_base_s + batch_share * jnp.sum(cost_s, -1))) / (emitted + left)
-    beside = jnp.minimum(left, _wide(tokens)) * (left > _wide(wait))
-    slower_s = _wide(stall_s) + beside * (
-        _wide(profile.per_sequence_s) + _wide(profile.per_kv_token_s) * (prompt + beside / 2.0)
-    )
-    margin_s = seen.latency_limit_s - before_s
-    lost = _in_time(margin_s, width_s) - _in_time(margin_s - slower_s / (emitted + left), width_s)
-    lost = jnp.where(there, lost, 0.0)
+    margin_s, slower_s = _effect_on_others(obs, load)
+    lost = jax.nn.sigmoid(margin_s / width_s) - jax.nn.sigmoid((margin_s - slower_s) / width_s)
+    lost = jnp.where(load.there, lost, 0.0)
     return Impact(
         latency_per_token_s=latency_per_token_s,
         in_time=in_time,
-        qos=arrived.predicted_score * in_time,
-        qos_change=-jnp.sum(lost * seen.predicted_score, -1),
+        qos=obs.arrived.predicted_score * in_time,
+        qos_change=-jnp.sum(lost * obs.requests.predicted_score, -1),
         violations_change=jnp.sum(lost, -1),
     )
 
 
-def impact_greedy(name: str = "impact_greedy", width_s: float = WIDTH_S, price: float = PRICE, **fields: str) -> Router:
+def impact_greedy(
+    name: str = "impact_greedy", *, width_s: float = WIDTH_S, price: float = PRICE, **fields: Any
+) -> Router:
     """Takes the placement that adds most to the expected QoS of all requests.
 
     Args:
       name: of the router.
       width_s: see ``impact``.
-      price: the request is dropped where that is legal and no placement adds as much as this, what its place is worth to
-        those who come later; minus infinity never drops.
+      length_cv: see ``impact``.
+      price: the request is dropped where that is legal and every placement adds less than this; minus infinity never
+        drops.
       **fields: other fields of the router.
     """
 
     def act(key: Array, obs: Observation, memory: tuple[()]) -> tuple[Array, tuple[()]]:
         del key
-        net = impact(obs, width_s).net
-        best = best_legal(obs, net)
-        worthless = jnp.max(jnp.where(obs.action_mask[:-1], net, -jnp.inf)) < price
-        return jnp.where(worthless & obs.action_mask[-1], net.shape[0], best).astype(jnp.int32), memory
+        net = impact(obs, width_s, length_cv).net
+        best = jnp.max(jnp.where(obs.action_mask[:-1], net, -jnp.inf))
+        drop = (best < price) & obs.action_mask[-1]
+        return jnp.where(drop, net.shape[0], best_legal(obs, net)), memory
 
-    return Router(name, fields.pop("kind", "heuristic"), tuple, act, **fields)
+    return Router(name=name, init=tuple, act=act, **({"kind": "heuristic"} | fields))
 
 
-def _wait_iterations(obs: Observation, left: Array, context: Array, prompt: Array) -> Array:
-    """Returns how many iterations [N] the request waits until a place in the batch and memory are free.
+def _load(obs: Observation, length_cv: float) -> _Load:
+    seen, experts, profile = obs.requests, obs.experts, obs.experts.profile
+    there = seen.running | seen.waiting
+    emitted = seen.generated_tokens.astype(jnp.float32)
+    left = jnp.where(there, jnp.hypot(seen.predicted_tokens - emitted, length_cv * emitted), 0.0)
+    known = seen.prompt_tokens + seen.generated_tokens
+    missing = known - seen.computed_tokens
+    to_prefill = jnp.sum(jnp.where(there & ~((emitted > 0) & (missing == 1)), missing, 0), -1)
+    cost_s = _wide(profile.per_sequence_s) + _wide(profile.per_kv_token_s) * (known - 1)
 
-    A full batch of M requests with L tokens left in all frees a place about every L / (M requests) iterations.
-    """
-    profile = obs.experts.profile
-    requests = (obs.experts.running + obs.experts.waiting).astype(jnp.float32)
+    requests = (experts.running + experts.waiting).astype(jnp.float32)
+    crowd = jnp.maximum(requests, 1.0)
+    # A full batch of M requests with L tokens left in all frees a place about every L / (M requests) iterations.
     excess = jnp.maximum(requests + 1.0 - profile.max_running, 0.0)
-    for_place = jnp.sum(left, -1) * excess / (jnp.maximum(requests, 1.0) * profile.max_running)
-    blocks = jnp.where(left > 0, jnp.ceil(context / BLOCK_SIZE_TOKENS), 0.0)
-    held = jnp.sum(blocks, -1)
-    excess = jnp.maximum(held + jnp.ceil(prompt / BLOCK_SIZE_TOKENS) - profile.kv_blocks, 0.0)
-    for_memory = jnp.sum(blocks * left, -1) * excess / (jnp.maximum(held, 1.0) * profile.kv_blocks)
-    return jnp.maximum(for_place, for_memory)
+    wait_for_place = jnp.sum(left, -1) * excess / (crowd * profile.max_running)
+    blocks = jnp.where(there, blocks_of(known, BLOCK_SIZE_TOKENS), 0)
+    held, own_blocks = jnp.sum(blocks, -1), blocks_of(obs.arrived.prompt_tokens, BLOCK_SIZE_TOKENS)
+    excess = jnp.maximum(held + own_blocks - profile.kv_blocks, 0)
+    wait_for_memory = jnp.sum(blocks * left, -1) * excess / (jnp.maximum(held, 1.0) * profile.kv_blocks)
+    places = jnp.minimum((profile.max_running - 1.0) / crowd, (profile.kv_blocks - own_blocks) / jnp.maximum(held, 1.0))
+    return _Load(
+        there=there,
+        left=left,
+        length=emitted + left,
+        cost_s=jnp.where(there, cost_s, 0.0),
+        wait=jnp.maximum(wait_for_place, wait_for_memory),
+        share=jnp.clip(places, 0.0, 1.0),
+        stall_before_s=_prefill_s(profile, to_prefill),
+        stall_after_s=_prefill_s(profile, to_prefill + obs.arrived.prompt_tokens),
+    )
 
 
-def _step_s(profile: ExpertProfile, prefill_tokens: Array) -> Array:
-    return jnp.maximum(profile.step_base_s, profile.prefill_base_s + profile.prefill_per_token_s * prefill_tokens)
+def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:
+    """Returns the latency per token [N] of the arrived request, and the part of it that it meets once."""
+    profile, tokens, prompt = obs.experts.profile, obs.arrived.predicted_tokens, obs.arrived.prompt_tokens
+    requests = (obs.experts.running + obs.experts.waiting).astype(jnp.float32)
+    all_cost_s = jnp.sum(load.cost_s, -1)
+    horizon = load.wait + tokens  # iterations
+    stay = jnp.minimum(load.left, _wide(horizon))
+    growth_s = _wide(profile.per_kv_token_s) * (stay - 1.0) / 2.0
+    others_s = jnp.sum(jnp.where(load.there, stay * (load.cost_s + growth_s), 0.0), -1)
+    refilled = requests * horizon - jnp.sum(stay, -1)
+    others_s += refilled * all_cost_s / jnp.maximum(requests, 1.0)
+    own_s = profile.per_sequence_s * tokens + profile.per_kv_token_s * (tokens - 1.0) * (prompt + (tokens - 2.0) / 2.0)
+    latency_s = load.stall_after_s + horizon * profile.step_base_s + load.share * others_s + own_s + profile.network_s
+    delay_s = load.stall_after_s + load.wait * (profile.step_base_s + load.share * all_cost_s)
+    return latency_s / tokens, delay_s / tokens
 
 
-def _in_time(margin_s: Array, width_s: float) -> Array:
-    return jax.nn.sigmoid(margin_s / width_s)
+def _effect_on_others(obs: Observation, load: _Load) -> tuple[Array, Array]:
+    """Returns the margin to its limit of each request there, and by how much it shrinks, both [N, S] s/token."""
+    seen, profile = obs.requests, obs.experts.profile
+    iteration_s = _wide(profile.step_base_s + load.share * jnp.sum(load.cost_s, -1)) - _wide(load.share) * load.cost_s
+    turn = jnp.cumsum(seen.waiting, -1) / (_wide(obs.experts.waiting) + 1.0)
+    end = jnp.where(seen.waiting, _wide(load.wait) * turn, 0.0) + load.left  # iterations from now
+    own_s = load.left * (load.cost_s + _wide(profile.per_kv_token_s) * (load.left - 1.0) / 2.0)
+    remaining_s = _wide(load.stall_before_s + profile.network_s) + end * iteration_s + own_s
+    margin_s = seen.latency_limit_s - (seen.age_s + remaining_s) / jnp.maximum(load.length, 1.0)
+
+    beside = jnp.clip(end - _wide(load.wait), 0.0, _wide(obs.arrived.predicted_tokens))
+    decoding = jnp.maximum(beside - 1.0, 0.0)
+    slower_s = jnp.where(beside > 0, _wide(load.stall_after_s - load.stall_before_s), 0.0)
+    slower_s += _wide(profile.per_sequence_s) * beside
+    slower_s += _wide(profile.per_kv_token_s) * decoding * (obs.arrived.prompt_tokens + (decoding - 1.0) / 2.0)
+    return margin_s, slower_s / jnp.maximum(load.length, 1.0)
+
+
+def _prefill_s(profile: ExpertProfile, tokens: Array) -> Array:
+    """Returns by how much [N] s so many prompt tokens lengthen iterations that would else only decode."""
+
+    def step_s(tokens: Array | int) -> Array:
+        prefill_s = profile.prefill_base_s + profile.prefill_per_token_s * tokens
+        return jnp.maximum(profile.step_base_s, jnp.where(jnp.asarray(tokens) > 0, prefill_s, 0.0))
+
+    full = jnp.maximum(jnp.ceil(tokens / TOKEN_BUDGET) - 1.0, 0.0)  # iterations that use up the budget
+    last = jnp.maximum(tokens - full * TOKEN_BUDGET, 0.0)
+    return full * step_s(TOKEN_BUDGET) + step_s(last) - profile.step_base_s
 
 
 def _wide(per_expert: Array) -> Array:
