@@ -84,7 +84,12 @@ def impact(obs: Observation, width_s: float = WIDTH_S, length_cv: float = LENGTH
 
 
 def impact_greedy(
-    name: str = "impact_greedy", *, width_s: float = WIDTH_S, price: float = PRICE, **fields: Any
+    name: str = "impact_greedy",
+    *,
+    width_s: float = WIDTH_S,
+    length_cv: float = LENGTH_CV,
+    price: float = PRICE,
+    **fields: Any,
 ) -> Router:
     """Takes the placement that adds most to the expected QoS of all requests.
 
