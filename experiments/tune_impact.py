@@ -8,6 +8,7 @@ Evaluation uses seeds from 1000 on, so nothing here is seen again.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -34,7 +35,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Prints the mean QoS of each setting by preset, and over all."""
     del argv
-    told = {"kind": "oracle", "sees": "true_scores_and_tokens", "length_cv": 0.05} if FLAGS.oracle else {}
+    told: dict[str, Any] = {"kind": "oracle", "sees": "true_scores_and_tokens", "length_cv": 0.05} if FLAGS.oracle else {}
     settings = list(itertools.product(FLAGS.widths_ms, FLAGS.prices))
     routers = [
         impact_greedy(f"{width}/{price}", width_s=float(width) / 1e3, price=float(price), **told)

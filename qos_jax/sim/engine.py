@@ -198,12 +198,13 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
 
     def schedule_then_decode(state: ExpertState) -> ExpertState:
         state, steady = iterate(spec, experts, state, busy(state))
-        state, _ = lax.while_loop(
-            lambda carry: jnp.any(carry[1]),
-            lambda carry: _decode_stretch(spec, experts, carry[0], carry[1], horizon_s),
-            (state, steady & busy(state)),
-        )
-        return state
+        none_wait = ~jnp.any(state.slots.waiting, -1)  # so that completions admit nobody
+
+        def decode(carry: tuple[ExpertState, Array]) -> tuple[ExpertState, Array]:
+            state, again = _decode_stretch(spec, experts, *carry, horizon_s)
+            return state, again & none_wait
+
+        return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, (state, steady & busy(state)))[0]
 
     return lax.while_loop(lambda state: jnp.any(busy(state)), schedule_then_decode, state)
 
@@ -244,10 +245,11 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 
     scheduled = take > 0
     decoding = scheduled & (slots.generated > 0) & (missing == 1)
+    requests = _total(scheduled)
     duration_s = iteration_s(
         experts,
         prefill_tokens=_total(jnp.where(decoding, 0, take)),
-        requests=_total(scheduled),
+        requests=requests,
         kv_tokens=_total(jnp.where(decoding, slots.computed, 0)),
     )
     duration_s = jnp.where(active, duration_s, 0.0)
@@ -262,11 +264,11 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     finish_s = jnp.where(finished, age_s, slots.finish_s)
     held_blocks = _total(jnp.where(live, blocks_of(computed, spec.block_size), 0))
 
-    in_batch = running | admitted
-    full = _total(in_batch & ~finished) >= experts.max_running
-    no_memory = jnp.any(welcome & ~fits, -1) & ~jnp.any(finished, -1)
+    completions = _total(finished)
+    full = requests - completions >= experts.max_running
+    no_memory = jnp.any(welcome & ~fits, -1) & (completions == 0)
     closed = ~jnp.any(waiting & ~admitted, -1) | full | no_memory
-    steady = closed & jnp.all(emitted | ~in_batch, -1)
+    steady = closed & jnp.all(emitted | ~(running | admitted), -1)
     state = ExpertState(
         slots=slots.replace(
             generated=generated,
@@ -288,8 +290,8 @@ def _decode_stretch(
 ) -> tuple[ExpertState, Array]:
     """Jumps over the iterations of the ``active`` [L] lanes to the next completion, the horizon or the end of memory.
 
-    Every request of an active lane that runs is decoding, and none can be admitted. Returns the state and [L] bool: the
-    lane may jump again. The blocks x s integral takes every iteration of the stretch at the stretch's mean duration.
+    Every request of an active lane that runs is decoding, and none can be admitted. Returns the state and [L] bool: if
+    nobody waits, the lane may jump again. The blocks x s integral takes all iterations at the stretch's mean duration.
     """
     slots = state.slots
     running = slots.running & active[..., None]
@@ -300,7 +302,13 @@ def _decode_stretch(
     growth_s = experts.per_kv_token_s * requests
     duration_s = jnp.where(active, horizon_s - state.clock_s, 1.0)
     iterations = iterations_started(first_s, growth_s, duration_s, jnp.min(left_tokens, -1))
-    iterations = _within_memory(spec, experts, slots, running, jnp.where(active, iterations, 0))
+    iterations = jnp.where(active, iterations, 0)
+    most_blocks = requests + (kv_tokens + requests * iterations) // spec.block_size
+    iterations = lax.cond(
+        jnp.any(most_blocks > experts.kv_blocks),
+        lambda: _within_memory(spec, experts, slots, running, iterations),
+        lambda: iterations,
+    )
 
     duration_s = stretch_s(first_s, growth_s, iterations)
     clock_s = state.clock_s + duration_s
@@ -309,8 +317,8 @@ def _decode_stretch(
     finished = running & (generated == slots.output_tokens)
     block_iterations = blocks_summed(computed, spec.block_size) - blocks_summed(slots.computed, spec.block_size)
     block_iterations = _total(jnp.where(running, block_iterations, 0))
-    again = jnp.any(finished, -1) & (clock_s < horizon_s) & jnp.any(running & ~finished, -1)
-    again &= ~jnp.any(slots.waiting, -1)
+    completions = _total(finished)
+    again = (completions > 0) & (completions < requests) & (clock_s < horizon_s)
     state = ExpertState(
         slots=slots.replace(
             generated=generated,
