@@ -35,7 +35,9 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Prints the mean QoS of each setting by preset, and over all."""
     del argv
-    told: dict[str, Any] = {"kind": "oracle", "sees": "true_scores_and_tokens", "length_cv": 0.05} if FLAGS.oracle else {}
+    told: dict[str, Any] = (
+        {"kind": "oracle", "sees": "true_scores_and_tokens", "length_cv": 0.05} if FLAGS.oracle else {}
+    )
     settings = list(itertools.product(FLAGS.widths_ms, FLAGS.prices))
     routers = [
         impact_greedy(f"{width}/{price}", width_s=float(width) / 1e3, price=float(price), **told)

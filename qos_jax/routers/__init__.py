@@ -28,7 +28,13 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     "impact_greedy_no_drop": partial(impact_greedy, "impact_greedy_no_drop", price=-math.inf),
     "oracle_score": partial(heuristics.bert_router, "oracle_score", kind="oracle", sees="true_scores"),
     "oracle_impact": partial(
-        impact_greedy, "oracle_impact", width_s=0.5e-3, length_cv=0.05, kind="oracle", sees="true_scores_and_tokens"
+        impact_greedy,
+        "oracle_impact",
+        width_s=1.5e-3,
+        length_cv=0.05,
+        price=0.3,
+        kind="oracle",
+        sees="true_scores_and_tokens",
     ),
 }
 _MOST_SINGLES = 8  # in a larger fleet, to compare all experts alone says little

@@ -23,8 +23,8 @@ from qos_jax.routers.base import Router, best_legal
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, Observation
 
-WIDTH_S = 1.0e-3  # s/token, and
-PRICE = 0.0  # QoS: tuned on training seeds by experiments.tune_impact
+WIDTH_S = 2.0e-3  # s/token. This width and
+PRICE = 0.2  # QoS were tuned on training seeds of paper-3 and edge-8, see BUILD_NOTES.md
 LENGTH_CV = 1.1  # of an output length given its prediction: a lognormal with 3/4 of a log variance of 1 unexplained
 
 

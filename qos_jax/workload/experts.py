@@ -107,6 +107,17 @@ GPUS = {
     "H100": Gpu(84.94, 5.70, 0.189, 4.84, 0.0184, 0.0069, idle_w=121.7, busy_w=700.0),
 }
 
+# Pairs that were measured themselves, as experiments.fit_profile prints them for [LLMServingSim]; see docs/profiles.md.
+MEASURED = {
+    ("llama-3.1-8b", "RTX 4090"): {
+        "step_base_s": 16.875e-3,
+        "prefill_base_s": 9.17229e-3,
+        "prefill_per_token_s": 8.90011e-5,
+        "per_sequence_s": 4.19692e-5,
+        "per_kv_token_s": 1.49256e-7,
+    },
+}
+
 
 def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_waiting: int = 32) -> ExpertProfile:
     """Builds the profile of N experts.
@@ -133,12 +144,18 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
     size = np.array([llm.matrix_params / _LLAMA_7B.matrix_params for llm in llms])
     kv_bytes = np.array([float(llm.kv_bytes_per_token) for llm in llms])
     gpu_columns = {f.name: np.array([getattr(gpu, f.name) for gpu in gpus]) for f in dataclasses.fields(Gpu)}
+    timing = {
+        "step_base_s": gpu_columns["step_base_ms"] * size / 1e3,
+        "prefill_base_s": gpu_columns["prefill_base_ms"] * size / 1e3,
+        "prefill_per_token_s": gpu_columns["prefill_ms_per_token"] * size / 1e3,
+        "per_sequence_s": gpu_columns["per_sequence_ms"] / 1e3,
+        "per_kv_token_s": gpu_columns["kv_ms_per_1000_tokens"] * kv_bytes / _LLAMA_7B.kv_bytes_per_token / 1e6,
+    }
+    for expert, pair in enumerate(pairs):
+        for name, value in MEASURED.get((pair[0], pair[1]), {}).items():
+            timing[name][expert] = value
     return ExpertProfile(
-        step_base_s=gpu_columns["step_base_ms"] * size / 1e3,
-        prefill_base_s=gpu_columns["prefill_base_ms"] * size / 1e3,
-        prefill_per_token_s=gpu_columns["prefill_ms_per_token"] * size / 1e3,
-        per_sequence_s=gpu_columns["per_sequence_ms"] / 1e3,
-        per_kv_token_s=gpu_columns["kv_ms_per_1000_tokens"] * kv_bytes / _LLAMA_7B.kv_bytes_per_token / 1e6,
+        **timing,
         kv_blocks=np.array([_kv_blocks(*pair) for pair in pairs]),
         max_running=np.full(len(pairs), max_running),
         max_waiting=np.full(len(pairs), max_waiting),

@@ -133,7 +133,9 @@ def test_unsure_length_spreads_the_chance_to_make_up_for_a_wait() -> None:
 
 
 @settings(max_examples=40)
-@given(st.lists(crowds, min_size=2, max_size=2), st.integers(1, 500), st.floats(1.0, 500.0), st.sampled_from([1, 4, 64]))
+@given(
+    st.lists(crowds, min_size=2, max_size=2), st.integers(1, 500), st.floats(1.0, 500.0), st.sampled_from([1, 4, 64])
+)
 def test_one_more_request_never_helps_those_already_there(
     requests: list[list[Seen]], prompt_tokens: int, tokens: float, max_running: int
 ) -> None:

@@ -81,7 +81,6 @@ class TestAgreesWithTheReference:
         latency_s = reference(world).finish_s - arrival_s
         np.testing.assert_allclose(replay(world, np.float32).finish_s - arrival_s, latency_s, rtol=1e-5)
 
-
     @pytest.mark.slow
     def test_in_float32_after_a_million_requests_without_a_pause(self) -> None:
         rng, count = np.random.default_rng(0), 1_000_000
