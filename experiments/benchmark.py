@@ -33,13 +33,14 @@ from tests.reference import Job, ReferenceExpert
 
 FLAGS = flags.FLAGS
 _ENVIRONMENTS_PER_BLOCK = 16
-_CASES = (  # preset, environments, load
-    *(("paper-3", num_envs, 0.8) for num_envs in (1, 16, 256, 1024, 4096)),
-    ("paper-3", 1024, 1.1),
-    ("paper-6", 1024, 0.8),
-    ("edge-8", 1024, 0.8),
-    ("edge-8", 1024, 1.1),
-    ("edge-64", 64, 0.8),
+_CASES = (  # preset, environments, load, answers so many times as long
+    *(("paper-3", num_envs, 0.8, 1) for num_envs in (1, 16, 256, 1024, 4096)),
+    ("paper-3", 1024, 1.1, 1),
+    ("paper-3", 1024, 0.8, 8),
+    ("paper-6", 1024, 0.8, 1),
+    ("edge-8", 1024, 0.8, 1),
+    ("edge-8", 1024, 1.1, 1),
+    ("edge-64", 64, 0.8, 1),
 )
 
 
@@ -53,26 +54,39 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Measures each case, prints a line for it and writes all of them."""
     del argv
-    loops: dict[tuple[str, float], tuple[float, float]] = {}
+    loops: dict[tuple[str, float, int], tuple[float, float]] = {}
     rows = []
-    for preset, num_envs, load in _CASES:
+    for preset, num_envs, load, stretch in _CASES:
         env, params = make(preset, load=load)
-        if (preset, load) not in loops:
-            loops[preset, load] = _python_rate(env, params), _native_rate(env, params)
-        python_rate, native_rate = loops[preset, load]
-        row: dict[str, Any] = {"case": f"{preset} x {num_envs} at {load}", "num_envs": num_envs, "load": load}
+        params = _with_longer_answers(params, stretch)
+        if (preset, load, stretch) not in loops:
+            loops[preset, load, stretch] = _python_rate(env, params), _native_rate(params)
+        python_rate, native_rate = loops[preset, load, stretch]
+        case = f"{preset} x {num_envs} at {load}" + (f", {stretch} x tokens" if stretch > 1 else "")
+        row: dict[str, Any] = {"case": case, "num_envs": num_envs, "load": load}
         row |= _simulator_row(env, params, num_envs, max(FLAGS.requests // num_envs, 50))
         row["ratio_python"] = row["requests_per_cpu_s"] / python_rate
         row["ratio_native"] = row["requests_per_cpu_s"] / native_rate
         row |= {"python_requests_per_s": python_rate, "native_requests_per_s": native_rate}
         rows.append(row)
         print(
-            f"{row['case']:26} {row['requests_per_s']:10,.0f} requests/s  {row['requests_per_cpu_s']:10,.0f} per CPU-s"
+            f"{row['case']:34} {row['requests_per_s']:10,.0f} requests/s  {row['requests_per_cpu_s']:10,.0f} per CPU-s"
             f"  x{row['ratio_python']:6.0f} Python  x{row['ratio_native']:.3f} native"
             f"  {row['trips_per_step']:5.1f} passes/step  compile {row['compile_s']:.1f} s",
             flush=True,
         )
     write_whole(FLAGS.out, json.dumps({"versions": versions(), "rows": rows}, indent=1))
+
+
+def _with_longer_answers(params: EnvParams, stretch: int) -> EnvParams:
+    """Returns a world whose answers are so many times as long, and whose requests come so many times as rarely."""
+    workload: Any = params.workload
+    content = workload.content
+    content = content.replace(
+        log_length_mean=content.log_length_mean + np.log(stretch), max_output_tokens=content.max_output_tokens * stretch
+    )
+    slower = workload.with_rate(workload.arrivals.rate_per_s / stretch)
+    return params.replace(workload=slower.replace(content=content))
 
 
 def _simulator_row(env: Environment, params: EnvParams, num_envs: int, steps: int) -> dict[str, Any]:
@@ -121,9 +135,8 @@ def _trace(params: EnvParams, num_requests: int) -> RequestTrace:
     return RequestTrace(arrival_s, np.asarray(requests.prompt_tokens), np.asarray(requests.output_tokens))
 
 
-def _native_rate(env: Environment, params: EnvParams) -> float:
+def _native_rate(params: EnvParams) -> float:
     """Returns the requests per second of the compiled scalar loop on one core, requests drawn beforehand."""
-    del env
     trace = _trace(params, 100_000)
     experts = jax.tree.map(np.asarray, params.experts)
     native.simulate(experts, trace)
@@ -133,7 +146,7 @@ def _native_rate(env: Environment, params: EnvParams) -> float:
 
 def _python_rate(env: Environment, params: EnvParams) -> float:
     """Returns the requests per second of the plain-Python loop, iteration by iteration, on one core."""
-    num_requests = 600
+    num_requests = 3000
     trace = _trace(params, num_requests)
     experts = jax.tree.map(lambda x: np.asarray(x).tolist(), params.experts)
     fleet = [ReferenceExpert(experts, n, 2048, 16) for n in range(env.spec.num_experts)]

@@ -32,7 +32,7 @@ def define_world_flags() -> None:
     flags.DEFINE_enum("trace_part", "all", ["all", "first", "second"], "Half of the trace to take, by time.")
     flags.DEFINE_string("quality_table", None, "Table of real prompts and answers: .npz, or mix-instruct JSON lines.")
     flags.DEFINE_string(
-        "score_column", "quality_bertscore_minilm", "Column of scores in the table; of mix-instruct, bertscore."
+        "score_column", None, "Scores to take: quality_bertscore_minilm of .npz, bertscore of JSON lines."
     )
     flags.DEFINE_float("test_fraction", 0.5, "Share of the table's prompts that are kept for testing.")
     flags.DEFINE_enum("table_part", "test", ["all", "train", "test"], "Part of the table to draw from.")
@@ -74,8 +74,8 @@ def world_from_flags(**overrides: Any) -> tuple[Environment, EnvParams, dict[str
 def read_table(path: str) -> QualityTable:
     """Reads a quality table by the ending of its name."""
     if path.endswith(".npz"):
-        return read_npz(path, FLAGS.score_column, clip_scores=True)
-    return read_mix_instruct(path)
+        return read_npz(path, FLAGS.score_column or "quality_bertscore_minilm", clip_scores=True)
+    return read_mix_instruct(path, FLAGS.score_column or "bertscore")
 
 
 def run(main: Callable[[list[str]], None]) -> None:

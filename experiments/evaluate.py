@@ -26,7 +26,7 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.iterations import iterations_of
 
 FLAGS = flags.FLAGS
-_DEFAULT_LOADS = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.3)
+_DEFAULT_LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3)
 _WINDOW_S = 3.0  # of one expert's iterations, to be looked at closely
 
 

@@ -19,28 +19,33 @@ from absl import flags
 from experiments import common
 from qos_jax.workload import fitting
 
-_DENSE = flags.DEFINE_string("dense", None, "csv of the dense kernels by tokens.", required=True)
-_ATTENTION = flags.DEFINE_string("attention", None, "csv of the attention kernel by batch.", required=True)
-_PER_SEQUENCE = flags.DEFINE_string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", 32, "Layers of the model.", lower_bound=1)
-_MAX_KV_TOKENS = flags.DEFINE_integer(
-    "max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", lower_bound=1
-)
-_NAME = flags.DEFINE_string("name", None, "Name of the profile; left out: that of the file.")
-_OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this program."""
+    flags.DEFINE_string("dense", None, "csv of the dense kernels by tokens.", required=True)
+    flags.DEFINE_string("attention", None, "csv of the attention kernel by batch.", required=True)
+    flags.DEFINE_string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
+    flags.DEFINE_integer("num_layers", 32, "Layers of the model.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", lower_bound=1
+    )
+    flags.DEFINE_string("name", None, "Name of the profile; left out: that of the file.")
+    flags.DEFINE_string("out", None, "File to write.", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
     """Fits, writes the profile and prints it with its errors."""
     del argv
-    tables = fitting.read_tables(_DENSE.value, _ATTENTION.value, _PER_SEQUENCE.value)
-    iterations = fitting.assemble(tables, _NUM_LAYERS.value, _MAX_KV_TOKENS.value)
+    tables = fitting.read_tables(FLAGS.dense, FLAGS.attention, FLAGS.per_sequence)
+    iterations = fitting.assemble(tables, FLAGS.num_layers, FLAGS.max_kv_tokens)
     timing, affine = fitting.fit_timing(iterations), fitting.fit_affine(iterations)
     forms = {"hinge": timing, "affine": affine}
     errors = {form: fitting.relative_errors(fitted, iterations) for form, fitted in forms.items()}
-    sources = {"dense": _DENSE.value, "attention": _ATTENTION.value, "per_sequence": _PER_SEQUENCE.value}
+    sources = {"dense": FLAGS.dense, "attention": FLAGS.attention, "per_sequence": FLAGS.per_sequence}
     profile = {
-        "name": _NAME.value or pathlib.Path(_OUT.value).stem,
+        "name": FLAGS.name or pathlib.Path(FLAGS.out).stem,
         "timing": timing,
         "units": fitting.TIMING_UNITS,
         "errors": errors,
@@ -50,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         "command": shlex.join(["python", "-m", "experiments.fit_profile", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "numpy", "scipy")},
     }
-    fitting.save_profile(_OUT.value, profile)
+    fitting.save_profile(FLAGS.out, profile)
     for name, unit in fitting.TIMING_UNITS.items():
         print(f"{name:20} {timing[name]:.6g} {unit}")
     for note in tables.notes:
@@ -67,4 +72,5 @@ def _source(path: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    define_flags()
     common.run(main)

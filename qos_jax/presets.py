@@ -42,7 +42,7 @@ class Preset:
     prediction: str = "realistic"
     allow_drop: bool = True
     staleness_s: float = 0.0  # s, how late the router sees metrics, at least
-    history: int | None = None  # snapshots kept for that; by default enough for twice the arrivals of that time
+    history: int | None = None  # snapshots kept for that, one per arrival; 64 by default
     requests: int = 5000  # of an episode
     content: str = "mix-instruct"  # law of prompts and answers: mix-instruct, or sharegpt-run for the measured vLLM run
 
@@ -117,6 +117,8 @@ def make(
     history = preset.history
     if history is None:
         history = 0 if preset.staleness_s == 0 else 64
+    if preset.staleness_s > 0 and history < 1:
+        raise InputError(f"history is {history}, must be at least 1 for staleness_s {preset.staleness_s}")
     spec = WorldSpec(
         num_experts=len(preset.experts),
         engine=EngineSpec(slots=int(preset.max_running + preset.max_waiting)),
