@@ -159,7 +159,8 @@ def test_decisions_and_earnings_are_those_of_the_environment() -> None:
         assert latency_per_token_s == pytest.approx(metrics["latency_per_token_s"], rel=1e-4)
         assert (answers.violations.sum() + dropped.sum()) / REQUESTS == pytest.approx(metrics["violation_rate"])
         np.testing.assert_allclose(answers.busy_s.sum(0), run.replayed.busy_s, rtol=1e-4)
-        np.testing.assert_allclose(answers.kv_block_s.sum(0), run.replayed.kv_block_s, rtol=1e-4)
+        # Memory is integrated at the mean duration between two events, and the environment has more of these.
+        np.testing.assert_allclose(answers.kv_block_s.sum(0), run.replayed.kv_block_s, rtol=1e-3)
 
 
 def test_the_world_presses_on_the_queues() -> None:

@@ -147,14 +147,13 @@ def _load(obs: Observation, length_cv: float) -> _Load:
 def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:
     """Returns the latency per token [N] of the arrived request, and the part of it that it meets once."""
     profile, tokens, prompt = obs.experts.profile, obs.arrived.predicted_tokens, obs.arrived.prompt_tokens
-    requests = (obs.experts.running + obs.experts.waiting).astype(jnp.float32)
     all_cost_s = jnp.sum(load.cost_s, -1)
     horizon = load.wait + tokens  # iterations
     stay = jnp.minimum(load.left, _wide(horizon))
-    growth_s = _wide(profile.per_kv_token_s) * (stay - 1.0) / 2.0
-    others_s = jnp.sum(jnp.where(load.there, stay * (load.cost_s + growth_s), 0.0), -1)
-    refilled = requests * horizon - jnp.sum(stay, -1)
-    others_s += refilled * all_cost_s / jnp.maximum(requests, 1.0)
+    # Whoever leaves is followed by one that costs what it costs now; the mean cost of all would make the estimate fall
+    # when a cheap request joins.
+    growth_s = profile.per_kv_token_s * jnp.sum(jnp.where(load.there, stay * (stay - 1.0) / 2.0, 0.0), -1)
+    others_s = horizon * all_cost_s + growth_s
     own_s = profile.per_sequence_s * tokens + profile.per_kv_token_s * (tokens - 1.0) * (prompt + (tokens - 2.0) / 2.0)
     latency_s = load.stall_after_s + horizon * profile.step_base_s + load.share * others_s + own_s + profile.network_s
     delay_s = load.stall_after_s + load.wait * (profile.step_base_s + load.share * all_cost_s)

@@ -120,7 +120,7 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     slots = state.slots
     order = jnp.argsort(~slots.live, axis=-1, stable=True)
     used = jnp.arange(spec.slots) < jnp.sum(slots.live, -1, dtype=jnp.int32, keepdims=True)
-    slots = jax.tree.map(lambda x: jnp.where(used, jnp.take_along_axis(x, order, -1), 0), slots)
+    slots = jax.tree.map(lambda x: jnp.where(used, jnp.take_along_axis(x, order, -1), jnp.zeros_like(x)), slots)
     return state.replace(slots=slots)
 
 

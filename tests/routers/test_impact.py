@@ -130,10 +130,10 @@ def test_in_time_is_the_share_of_lengths_that_spread_the_prefill_enough() -> Non
     all_lengths, typical = (
         observation(*idle, profile=profile, prompt_tokens=2000, predicted_tokens=tokens) for tokens in (lengths, 60.0)
     )
-    exact_s = estimate_of(all_lengths, width_s=1e-5, length_cv=1.1).latency_per_token_s
+    exact_s = np.asarray(estimate_of(all_lengths, width_s=1e-5, length_cv=1.1).latency_per_token_s)
     for limit_s in (0.0215, 0.022, 0.023, 0.025, 0.03, 0.04, 0.1):
         obs = typical.replace(arrived=typical.arrived.replace(latency_limit_s=jnp.float32(limit_s)))
-        in_time = float(estimate_of(obs, width_s=1e-5, length_cv=1.1).in_time[0])
+        in_time = estimate_of(obs, width_s=1e-5, length_cv=1.1).in_time[0]
         assert in_time == pytest.approx(np.mean(exact_s <= limit_s), abs=0.04), limit_s
 
 
