@@ -20,6 +20,7 @@ from experiments import common
 from qos_jax import plots
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Run, Scenario, evaluate
+from qos_jax.files import writable_folder
 from qos_jax.report import results_of, terminal_table, write_report
 from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
@@ -51,8 +52,9 @@ def main(argv: list[str]) -> None:
         raise InputError("--load and --rate are both given: give one")
     env, params, config = common.world_from_flags()
     routers = _routers(env.spec.num_experts)
+    folder = writable_folder(FLAGS.out)
     saturation_per_s = float(params.saturation_per_s)
-    rates = rates or [load * saturation_per_s for load in loads or _DEFAULT_LOADS]
+    rates = list(dict.fromkeys(rates or [load * saturation_per_s for load in loads or _DEFAULT_LOADS]))
     seeds = range(FLAGS.first_seed, FLAGS.first_seed + FLAGS.seeds)
     scenarios = [Scenario(round(rate / saturation_per_s, 4), rate, seed) for rate in rates for seed in seeds]
     warmup = int(FLAGS.warmup * FLAGS.requests)
@@ -64,12 +66,14 @@ def main(argv: list[str]) -> None:
         runs = evaluate(env, params, routers, scenarios, FLAGS.requests, warmup=warmup, progress=lambda _: bar.update())
     results = results_of(runs, config, shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]))
     print(terminal_table(results))
-    report = write_report(FLAGS.out, results, _figures(env, params, runs, results), title=f"Routers on {FLAGS.preset}")
+    report = write_report(folder, results, _figures(env, params, runs, results), title=f"Routers on {FLAGS.preset}")
     print(f"written: {report}")
 
 
 def _routers(num_experts: int) -> list[Router]:
-    names = router_names(num_experts) if FLAGS.routers == ["all"] else FLAGS.routers
+    names = router_names(num_experts) if FLAGS.routers == ["all"] else list(dict.fromkeys(FLAGS.routers))
+    if not names:
+        raise InputError(f"--routers= names none; choose all, or from {', '.join(router_names(num_experts))}")
     return [make_router(name, num_experts) for name in names]
 
 

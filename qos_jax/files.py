@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 
 from qos_jax.errors import InputError
+
+
+def writable_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Makes a folder, so that one that cannot be written to is known before the work and not after it.
+
+    Raises:
+      InputError: the folder cannot be made or written to.
+    """
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+    return folder
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -86,7 +86,8 @@ def test_every_row_names_every_metric(results: dict[str, Any]) -> None:
         assert set(row) == {*labels, *METRICS}
         assert (row["kind"], row["load"], row["requests"]) == ("heuristic", 0.5, 180)
         assert 0.6 < row["qos"] <= row["score"] < 0.8
-        assert row["drop_rate"] == row["violation_rate"] == 0.0
+        assert row["drop_rate"] == 0.0
+        assert row["violation_rate"] < 0.05
         assert 0.02 < row["latency_per_token_s"] < row["latency_per_token_p99_s"] < 0.03
     assert rows[0]["qos"] != rows[1]["qos"]
 
@@ -124,8 +125,8 @@ def quality_table(path: pathlib.Path, **columns: Any) -> pathlib.Path:
 def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Program, tmp_path: pathlib.Path) -> None:
     trace, table = azure_trace(tmp_path / "azure.csv"), quality_table(tmp_path / "table.npz")
     status = program(
-        TABLE_EXPERTS, f"--trace={trace}", f"--quality_table={table}", "--routers=expert_0,expert_1", "--rate=2",
-        "--requests=40", "--seeds=1", "--warmup=0", "--latency_limit=0.06", f"--out={tmp_path / 'out'}",
+        TABLE_EXPERTS, f"--trace={trace}", f"--quality_table={table}", "--latency_limit=0.06", "--rate=2,2",
+        "--routers=expert_0,expert_1,expert_0", "--requests=40", "--seeds=1", "--warmup=0", f"--out={tmp_path / 'out'}",
     )  # fmt: skip
     assert status == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -133,6 +134,8 @@ def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Progra
     assert (config["trace"], config["quality_table"]) == ("azure.csv", "table.npz")
     assert config["experts"] == [["alpaca-7b", "A40"], ["chatglm2-6b", "A40"]]
     assert [(row["router"], row["qos"]) for row in results["rows"]] == [("expert_0", 0.25), ("expert_1", 0.75)]
+    # Two answers side by side take .5 s in every 1 s; Poisson arrivals would keep the expert busy for .6 s.
+    assert 2 * results["rows"][0]["busy_fraction"] == pytest.approx(0.5, abs=0.03)
     # Batches of at most 32 answers of 20 tokens at 24 ms an iteration, and of 40 tokens at 22 ms.
     assert 30 < config["saturation_per_s"] < 32 / (20 * 0.024) + 32 / (40 * 0.0217)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
@@ -140,6 +143,7 @@ def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Progra
 
 BAD_ARGUMENTS = {
     "router": ("--routers=round_robin,psychic", "'psychic'"),
+    "no router": ("--routers=", "--routers= names none"),
     "expert": ("--routers=expert_7", "'expert_7'"),
     "preset": ("--preset=paper-9", "'paper-9'"),
     "load": ("--load=0.5,-1", "--load=0.5,-1"),
@@ -150,7 +154,7 @@ BAD_ARGUMENTS = {
     "no trace": ("--trace={here}/absent.csv", "/absent.csv: cannot be read"),
     "table for a trace": ("--trace={here}/table.npz", "/table.npz: is not UTF-8"),
     "no table": ("--quality_table={here}/absent.npz", "/absent.npz"),
-    "scores": (f"{TABLE_EXPERTS} --quality_table={{here}}/nan.npz", "score nan of alpaca-7b"),
+    "scores": (f"{TABLE_EXPERTS} --quality_table={{here}}/nan.npz", "score nan of vicuna-7b"),
     "table of other LLMs": ("--quality_table={here}/table.npz", "'alpaca-native'"),
     "LLM without GPU": ("--experts=alpaca-7b", "--experts=alpaca-7b"),
     "LLM too large": ("--experts=vicuna-13b@A30", "vicuna-13b with 26 GB of weights does not fit A30"),

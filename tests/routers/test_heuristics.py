@@ -52,7 +52,7 @@ def counts(name: str, obs: Observation) -> np.ndarray:
     [
         ("shortest_queue", ([R, R, R], [R, R, W], [R, W], [R, R, R]), 2),
         ("shortest_queue", ([W, W], [R], [R], []), 3),
-        ("vllm_dp", ([R, R, R], [W], [R, W], [W, W]), 0),  # 3 running weigh less than one that waits,
+        ("vllm_dp", ([W], [R, R, R], [R, W], [W, W]), 1),  # 3 running weigh less than one that waits,
         ("vllm_dp", ([R] * 5, [W], [R, W], [W, W]), 1),  # 5 more,
         ("vllm_dp", ([W], [R] * 4, [R, W], [W, W]), 0),  # 4 the same
         ("least_kv", ([R, R, R], [R, R], [R], [R, R]), 2),
@@ -92,10 +92,10 @@ def test_latency_headroom_knows_how_fast_the_experts_are() -> None:
 
 
 class TestBertRouterFeasible:
-    def idle(self, limit_s: float, legal: list[bool] | None = None) -> Observation:
+    def idle(self, limit_s: float) -> Observation:
         """Four experts that take 22, 28, 34 and 41 ms per token; the slowest is best."""
         arrived = {"predicted_score": [0.1, 0.5, 0.3, 0.9], "prompt_tokens": 1, "predicted_tokens": 1e3}
-        return observation(*IDLE, profile=small_experts(4), latency_limit_s=limit_s, legal=legal, **arrived)
+        return observation(*IDLE, profile=small_experts(4), latency_limit_s=limit_s, **arrived)
 
     @pytest.mark.parametrize(("limit_s", "expected"), [(0.06, 3), (0.038, 1), (0.025, 0)])
     def test_takes_the_best_score_among_those_that_meet_the_limit(self, limit_s: float, expected: int) -> None:
@@ -106,7 +106,9 @@ class TestBertRouterFeasible:
         assert choice("bert_router_feasible", obs) == choice("latency_headroom", obs) == 0
 
     def test_an_illegal_expert_is_not_feasible(self) -> None:
-        assert choice("bert_router_feasible", self.idle(0.025, [False, False, True, True, True])) == 2
+        fastest_last = reordered(self.idle(0.025), [3, 2, 1, 0])
+        obs = fastest_last.replace(action_mask=fastest_last.action_mask.at[3].set(False))
+        assert choice("bert_router_feasible", obs) == choice("latency_headroom", obs) == 2
 
 
 def test_a_single_expert_gets_everything_and_what_it_cannot_take_is_dropped() -> None:
@@ -159,7 +161,8 @@ class TestRoundRobin:
         assert self.turns(*[second_full] * 5) == [0, 2, 0, 2, 0]
 
     def test_a_drop_costs_nobody_a_turn(self) -> None:
-        assert self.turns([True] * 3, [False] * 3, [False] * 3, [True] * 3) == [0, 3, 3, 1]
+        free, full = [True] * 3, [False] * 3
+        assert self.turns(free, free, full, full, free) == [0, 1, 3, 3, 2]
 
 
 @pytest.mark.parametrize("first", [0, 2])
