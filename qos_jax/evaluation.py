@@ -196,9 +196,9 @@ def _traces(gaps_s: Array, requests: Request, count: int) -> list[RequestTrace]:
 
 def summarise(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
     """Returns mean and Student's t interval over seeds; with one seed the interval is NaN."""
-    finite = np.asarray(values, np.float64)
-    mean = float(finite.mean())
-    if len(finite) < 2:
+    samples = np.asarray(values, np.float64)
+    mean = float(samples.mean())
+    if len(samples) < 2:
         return {"mean": mean, "low": float("nan"), "high": float("nan")}
-    half = scipy.stats.t.ppf((1 + confidence) / 2, len(finite) - 1) * finite.std(ddof=1) / np.sqrt(len(finite))
+    half = scipy.stats.t.ppf((1 + confidence) / 2, len(samples) - 1) * samples.std(ddof=1) / np.sqrt(len(samples))
     return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}

@@ -78,6 +78,7 @@ PRESETS = {
 }
 
 _DEFAULT_LOAD = 0.8
+_LARGEST = 2**30  # counts stay within int32
 _FLEET_FIELDS = {"experts", "max_running", "content"}  # what the saturation rate depends on
 
 
@@ -154,16 +155,19 @@ def _preset(name: str, overrides: dict[str, Any]) -> Preset:
     if unknown:
         raise InputError(f"preset field {unknown[0]!r} is unknown; choose from {', '.join(sorted(known))}")
     preset = dataclasses.replace(PRESETS[name], **overrides)
-    for field, lowest in (("max_running", 1), ("max_waiting", 0), ("requests", 1), ("staleness_s", 0)):
+    for field, lowest in (("max_running", 1), ("max_waiting", 1), ("requests", 1), ("history", 0)):
         value = getattr(preset, field)
-        if not (np.isfinite(value) and value >= lowest):
-            raise InputError(f"{field} is {value}, must be at least {lowest}")
+        whole = isinstance(value, int | np.integer) and lowest <= value <= _LARGEST
+        if not whole and not (field == "history" and value is None):
+            raise InputError(f"{field} is {value!r}, must be a whole number from {lowest} to {_LARGEST}")
+    _positive("staleness_s", preset.staleness_s, or_zero=True)
     return preset
 
 
-def _positive(name: str, value: float) -> float:
-    if not (np.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value}, must be a finite number above 0")
+def _positive(name: str, value: float, *, or_zero: bool = False) -> float:
+    number = isinstance(value, int | float | np.number) and np.isfinite(value)
+    if not number or value < 0 or (value == 0 and not or_zero):
+        raise InputError(f"{name} is {value!r}, must be a finite number {'of at least' if or_zero else 'above'} 0")
     return float(value)
 
 
