@@ -228,17 +228,17 @@ def test_extremes_are_finite(limit_s: float) -> None:
 
 @settings(max_examples=60)
 @given(
-    there=st.lists(runners(), max_size=3),
+    there=st.lists(runners(), max_size=2),
     added=runners(),
     prompt_tokens=st.integers(1, 300),
     predicted_tokens=st.floats(1.0, 300.0),
     latency_limit_s=st.floats(0.02, 0.08),
 )
 def test_one_more_that_runs_makes_it_slower(there: list[Seen], added: Seen, **arrived: Any) -> None:
-    """In each of the four places that there are."""
+    """As long as there is a place for everyone."""
     estimate = estimate_of(observation(there, [*there, added], profile=equal_experts(2, kv_blocks=400), **arrived))
     assert estimate.latency_per_token_s[1] > estimate.latency_per_token_s[0]
-    assert estimate.in_time[1] <= estimate.in_time[0] + 2e-3  # a little more if its context is shorter than the others'
+    assert estimate.in_time[1] <= estimate.in_time[0]
 
 
 @settings(max_examples=60)
