@@ -53,12 +53,12 @@ def round_robin() -> Router:
 
 
 def power_of_two() -> Router:
-    """Draws two experts by lot and takes the one with fewer requests."""
+    """Draws two experts by lot and takes the one with fewer requests; a tie is broken by lot, too."""
 
     def act(key: Array, obs: Observation, memory: tuple[()]) -> tuple[Array, tuple[()]]:
         lots = jnp.where(obs.action_mask[:-1], _lots(key, obs), -1.0)
         drawn = lots >= jnp.sort(lots)[-2] if lots.shape[0] > 1 else lots >= 0
-        return best_legal(obs, jnp.where(drawn, -requests_on(obs), -jnp.inf)), memory
+        return best_legal(obs, jnp.where(drawn, 0.5 * lots - requests_on(obs), -jnp.inf)), memory
 
     return Router("power_of_two", "heuristic", tuple, act)
 

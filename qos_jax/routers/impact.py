@@ -150,8 +150,8 @@ def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:
     all_cost_s = jnp.sum(load.cost_s, -1)
     horizon = load.wait + tokens  # iterations
     stay = jnp.minimum(load.left, _wide(horizon))
-    # Whoever leaves is followed by one that costs what it costs now; the mean cost of all would make the estimate fall
-    # when a cheap request joins.
+    # Whoever leaves is followed by one that costs what it costs now; with the mean cost of all in its place, the
+    # estimate would fall when a cheap request joins a batch that is not full.
     growth_s = profile.per_kv_token_s * jnp.sum(jnp.where(load.there, stay * (stay - 1.0) / 2.0, 0.0), -1)
     others_s = horizon * all_cost_s + growth_s
     own_s = profile.per_sequence_s * tokens + profile.per_kv_token_s * (tokens - 1.0) * (prompt + (tokens - 2.0) / 2.0)
