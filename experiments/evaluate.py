@@ -86,19 +86,21 @@ def _figures(env: Environment, params: EnvParams, runs: Sequence[Run], results: 
     honest = [run for run in at_load if run.router.kind != "oracle"]
     best = max(honest or at_load, key=lambda run: run.metrics["qos"])
     limit_s = float(np.mean(best.trace.latency_limit_s))
-    busiest = int(np.argmax(best.replayed.busy_s))
-    middle_s = float(best.trace.arrival_s[len(best.trace.arrival_s) // 2])
-    window = iterations_of(
-        experts, best.trace, best.assignment, busiest, middle_s, middle_s + _WINDOW_S,
-        token_budget=env.spec.engine.token_budget, block_size=env.spec.engine.block_size,
-    )  # fmt: skip
     figures = {
         "qos_against_load": plots.qos_against_load(results["summary"]),
         "latency_cdf": plots.latency_cdf(notable or at_load, experts, limit_s),
         "routing_shares": plots.routing_shares(at_load, env.expert_names),
         "expert_timelines": plots.expert_timelines(best, experts, env.expert_names),
-        "iterations": plots.iteration_gantt(window, env.expert_names[busiest]),
     }
+    busiest = int(np.argmax(best.replayed.busy_s))
+    served_s = best.trace.arrival_s[(best.assignment == busiest) & ~best.replayed.log.dropped]
+    if served_s.size:
+        start_s = float(served_s[served_s.size // 2]) - 1e-3
+        window = iterations_of(
+            experts, best.trace, best.assignment, busiest, start_s, start_s + _WINDOW_S,
+            token_budget=env.spec.engine.token_budget, block_size=env.spec.engine.block_size,
+        )  # fmt: skip
+        figures["iterations"] = plots.iteration_gantt(window, env.expert_names[busiest])
     return figures
 
 
