@@ -134,7 +134,7 @@ def evaluate(
     gaps_s, requests = _sample_scenarios(params, rates, keys, num_requests)
     traces = _traces(gaps_s, requests, len(scenarios))
 
-    together = tuple(routers)
+    together, experts = tuple(routers), jax.tree.map(np.asarray, params.experts)
 
     def run(which: int) -> list[Run]:
         router = together[which]
@@ -144,10 +144,9 @@ def evaluate(
         assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
         engine_spec = env.spec.engine
         replays = replay_many(
-            params.experts, traces, assignments,
+            experts, traces, assignments,
             token_budget=engine_spec.token_budget, block_size=engine_spec.block_size,
         )  # fmt: skip
-        experts = jax.tree.map(np.asarray, params.experts)
         runs = [
             Run(router, *each, metrics_of(experts, *each[1:], warmup))
             for each in zip(scenarios, traces, assignments, replays, strict=True)

@@ -73,7 +73,6 @@ def impact(obs: Observation, width_s: float = WIDTH_S, length_cv: float = LENGTH
 
     margin_s, slower_s = _effect_on_others(obs, load)
     lost = jax.nn.sigmoid(margin_s / width_s) - jax.nn.sigmoid((margin_s - slower_s) / width_s)
-    lost = jnp.where(load.there, lost, 0.0)
     return Impact(
         latency_per_token_s=latency_per_token_s,
         in_time=in_time,
