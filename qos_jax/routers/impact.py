@@ -1,18 +1,22 @@
 """What placing the arrived request on each expert would do: to itself, and to the requests that are already there.
 
-The estimate follows the cost model of the simulator with predicted lengths in the place of true ones, in O(slots):
+The analytic form follows the cost model of the simulator with predicted lengths in the place of true ones, in O(slots):
 
 * A request has left what is predicted, more the longer it has run: predictions are weak, and one that has outrun its
   prediction is long. Places that fall free are taken to be filled again, as the load will hardly end with this request.
 * The time of a request is a delay that it meets once (waiting for a place, prefill) and a time for each of its tokens.
   It keeps its limit if the time per token does, judged softly, and if it is long enough to spread the delay, which for
   a lognormal length around the prediction is close to a logistic in the logarithm.
+
+The rollout form runs the simulator itself on two copies of each expert, with the request and without it, until both are
+idle. All have the lengths that are expected of them, and nobody arrives any more.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +24,27 @@ from flax import struct
 from jax import Array
 
 from qos_jax.routers.base import Router, best_legal
+from qos_jax.routers.imagination import LENGTH_CV, imagine, imagine_request, tokens_left
+from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.engine import EngineSpec, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, Observation
+from qos_jax.sim.world import SlotPayload
 
 WIDTH_S = 2.0e-3  # s/token. This width and
 PRICE = 0.2  # QoS were tuned on training seeds of paper-3 and edge-8, see BUILD_NOTES.md
-LENGTH_CV = 1.1  # of an output length given its prediction: a lognormal with 3/4 of a log variance of 1 unexplained
+
+Form = Literal["analytic", "rollout"]
 
 
 class Impact(struct.PyTreeNode):
     """What is predicted for each expert if it is given the arrived request."""
 
-    latency_per_token_s: Array  # [N] s/token, of the request itself
+    latency_per_token_s: Array  # [N] s/token, of the request itself; infinite if the rollout cannot place it
     in_time: Array  # [N] probability that it meets its limit
     qos: Array  # [N] its expected QoS
-    qos_change: Array  # [N] change of the expected QoS of the requests there, at most 0
-    violations_change: Array  # [N] change of their expected violations, at least 0
+    qos_change: Array  # [N] change of the expected QoS of the requests there: seldom a gain, in the analytic form never
+    violations_change: Array  # [N] change of their expected violations
 
     @property
     def net(self) -> Array:
@@ -56,30 +65,25 @@ class _Load(struct.PyTreeNode):
     stall_after_s: Array  # [N] s, with the arrived request's
 
 
-def impact(obs: Observation, width_s: float = WIDTH_S, length_cv: float = LENGTH_CV) -> Impact:
+def impact(
+    obs: Observation, width_s: Array | float = WIDTH_S, length_cv: float = LENGTH_CV, form: Form = "analytic"
+) -> Impact:
     """Returns the predicted impact of each placement.
 
     Args:
       obs: what the router sees.
       width_s: width of the logistic that turns a margin to the limit [s/token] into a probability.
-      length_cv: coefficient of variation of an output length given its prediction, above 0.
+      length_cv: coefficient of variation of an output length given its prediction; above 0 in the analytic form.
+      form: "analytic" for the closed form, "rollout" for two runs of the simulator; see the module.
     """
-    load = _load(obs, length_cv)
-    latency_per_token_s, delay_per_token_s = _own_latency(obs, load)
-    margin_s = obs.arrived.latency_limit_s - (latency_per_token_s - delay_per_token_s)
-    spread = jnp.log(jnp.maximum(margin_s, 1e-6) / jnp.maximum(delay_per_token_s, 1e-9))
-    steepness = 1.81 / math.sqrt(math.log1p(length_cv**2))  # a logistic's with the spread of the lognormal
-    in_time = jax.nn.sigmoid(margin_s / width_s) * jax.nn.sigmoid(steepness * spread)
+    return (_by_rollout if form == "rollout" else _by_formula)(obs, width_s, length_cv)
 
-    margin_s, slower_s = _effect_on_others(obs, load)
-    lost = jax.nn.sigmoid(margin_s / width_s) - jax.nn.sigmoid((margin_s - slower_s) / width_s)
-    return Impact(
-        latency_per_token_s=latency_per_token_s,
-        in_time=in_time,
-        qos=obs.arrived.predicted_score * in_time,
-        qos_change=-jnp.sum(lost * obs.requests.predicted_score, -1),
-        violations_change=jnp.sum(lost, -1),
-    )
+
+def in_flight_qos(obs: Observation, width_s: Array | float = WIDTH_S, length_cv: float = LENGTH_CV) -> Array:
+    """Returns the expected QoS [] of all requests on the experts, if nobody arrives any more; see ``impact``."""
+    margin_s, _ = _effect_on_others(obs, _load(obs, length_cv))
+    there = obs.requests.running | obs.requests.waiting
+    return jnp.sum(jnp.where(there, jax.nn.sigmoid(margin_s / width_s) * obs.requests.predicted_score, 0.0))
 
 
 def impact_greedy(
@@ -111,11 +115,64 @@ def impact_greedy(
     return Router(name=name, init=tuple, act=act, **({"kind": "heuristic"} | fields))
 
 
+def _by_formula(obs: Observation, width_s: Array | float, length_cv: float) -> Impact:
+    load = _load(obs, length_cv)
+    latency_per_token_s, delay_per_token_s = _own_latency(obs, load)
+    margin_s = obs.arrived.latency_limit_s - (latency_per_token_s - delay_per_token_s)
+    spread = jnp.log(jnp.maximum(margin_s, 1e-6) / jnp.maximum(delay_per_token_s, 1e-9))
+    steepness = 1.81 / math.sqrt(math.log1p(length_cv**2))  # a logistic's with the spread of the lognormal
+    in_time = jax.nn.sigmoid(margin_s / width_s) * jax.nn.sigmoid(steepness * spread)
+
+    margin_s, slower_s = _effect_on_others(obs, load)
+    lost = jax.nn.sigmoid(margin_s / width_s) - jax.nn.sigmoid((margin_s - slower_s) / width_s)
+    return Impact(
+        latency_per_token_s=latency_per_token_s,
+        in_time=in_time,
+        qos=obs.arrived.predicted_score * in_time,
+        qos_change=-jnp.sum(lost * obs.requests.predicted_score, -1),
+        violations_change=jnp.sum(lost, -1),
+    )
+
+
+def _by_rollout(obs: Observation, width_s: Array | float, length_cv: float) -> Impact:
+    slots, scores = _drained(obs, length_cv), obs.requests.predicted_score
+    taken = slots.output_tokens > 0
+    latency_s = slots.finish_s + _wide(jnp.broadcast_to(obs.experts.profile.network_s, scores.shape[:-1]))
+    latency_per_token_s = latency_s / jnp.maximum(slots.output_tokens, 1)
+    margin_s = slots.payload.latency_limit_s - latency_per_token_s
+    without, beside = jnp.where(taken, jax.nn.sigmoid(margin_s / width_s), 0.0)
+
+    own = taken[1] & ~taken[0]
+    in_time = jnp.sum(jnp.where(own, beside, 0.0), -1)
+    own_latency_s = jnp.sum(jnp.where(own, latency_per_token_s[1], 0.0), -1)
+    change = jnp.where(own, 0.0, beside - without)[:, :-1]
+    return Impact(
+        latency_per_token_s=jnp.where(jnp.any(own, -1), own_latency_s, jnp.inf),
+        in_time=in_time,
+        qos=obs.arrived.predicted_score * in_time,
+        qos_change=jnp.sum(change * scores, -1),
+        violations_change=-jnp.sum(change, -1),
+    )
+
+
+def _drained(obs: Observation, length_cv: float) -> Slots:
+    """Returns the requests [2, N, S + 1] when all is done: without the arrived one, and with it on every expert."""
+    profile, request = obs.experts.profile, imagine_request(obs, length_cv)
+    without = imagine(obs, length_cv).experts
+    without = without.replace(slots=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), without.slots))
+    fits = blocks_of(request.prompt_tokens + request.output_tokens, BLOCK_SIZE_TOKENS) <= profile.kv_blocks
+    payload = SlotPayload(request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens)
+    beside = engine.push(without, fits, request.prompt_tokens, request.output_tokens, payload)
+    pair = jax.tree.map(lambda *each: jnp.stack(each), without, beside)
+    spec = EngineSpec(obs.requests.running.shape[-1] + 1)
+    return jax.vmap(partial(engine.drain, spec, profile))(pair).slots
+
+
 def _load(obs: Observation, length_cv: float) -> _Load:
     seen, experts, profile = obs.requests, obs.experts, obs.experts.profile
     there = seen.running | seen.waiting
     emitted = seen.generated_tokens.astype(jnp.float32)
-    left = jnp.where(there, jnp.hypot(seen.predicted_tokens - emitted, length_cv * emitted), 0.0)
+    left = jnp.where(there, tokens_left(seen, length_cv), 0.0)
     known = seen.prompt_tokens + seen.generated_tokens
     missing = known - seen.computed_tokens
     to_prefill = jnp.sum(jnp.where(there & ~((emitted > 0) & (missing == 1)), missing, 0), -1)

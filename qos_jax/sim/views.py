@@ -63,17 +63,34 @@ def flat_view(obs: Observation) -> Array:
     may take (latency limit times predicted tokens), and the mean of their predicted scores; 0 where there are none.
     Every value is finite and cut to +-``FLAT_LIMIT``.
     """
+    shared, each = arrived_columns(obs), expert_columns(obs)
+    flat = jnp.concatenate(
+        [
+            jnp.stack([shared[name] for name in FLAT_ARRIVED]),
+            jnp.stack([each[name] for name in FLAT_EXPERT], -1).ravel(),
+        ]
+    )
+    return jnp.clip(flat.astype(jnp.float32), -FLAT_LIMIT, FLAT_LIMIT)
+
+
+def arrived_columns(obs: Observation) -> dict[str, Array]:
+    """Returns what ``flat_view`` says of the arrived request: scalars by ``FLAT_ARRIVED``, not cut yet."""
+    arrived = jax.tree.map(jnp.asarray, obs.arrived)
+    return {
+        "prompt_tokens": log_tokens(arrived.prompt_tokens),
+        "latency_limit": jnp.maximum(arrived.latency_limit_s, _NO_TIME_S) / _LATENCY_LIMIT_S,
+    }
+
+
+def expert_columns(obs: Observation) -> dict[str, Array]:
+    """Returns what ``flat_view`` says of each expert: columns [N] by ``FLAT_EXPERT``, not cut yet."""
     obs = jax.tree.map(jnp.asarray, obs)
     arrived, experts, requests = obs.arrived, obs.experts, obs.requests
     profile = experts.profile
     limit_s = jnp.maximum(arrived.latency_limit_s, _NO_TIME_S)
-    shared = {
-        "prompt_tokens": _log_tokens(arrived.prompt_tokens),
-        "latency_limit": limit_s / _LATENCY_LIMIT_S,
-    }
-    each = {
+    columns = {
         "predicted_score": arrived.predicted_score,
-        "predicted_tokens": _log_tokens(arrived.predicted_tokens),
+        "predicted_tokens": log_tokens(arrived.predicted_tokens),
         "running": experts.running / profile.max_running,
         "waiting": experts.waiting / jnp.maximum(profile.max_waiting, 1),
         "kv_used": experts.kv_used_blocks / profile.kv_blocks,
@@ -85,10 +102,12 @@ def flat_view(obs: Observation) -> Array:
         **_summed_up("running", requests, requests.running),
         **_summed_up("waiting", requests, requests.waiting),
     }
-    num_experts = experts.running.shape[0]
-    columns = [jnp.broadcast_to(each[name], num_experts) for name in FLAT_EXPERT]
-    flat = jnp.concatenate([jnp.stack([shared[name] for name in FLAT_ARRIVED]), jnp.stack(columns, -1).ravel()])
-    return jnp.clip(flat.astype(jnp.float32), -FLAT_LIMIT, FLAT_LIMIT)
+    return {name: jnp.broadcast_to(column, experts.running.shape) for name, column in columns.items()}
+
+
+def log_tokens(tokens: Array) -> Array:
+    """Returns numbers of tokens on a logarithmic scale on which 1024 tokens are 1."""
+    return jnp.log1p(tokens) / math.log1p(_MANY_TOKENS)
 
 
 def graph_view(obs: Observation) -> dict[Relation, jraph.GraphsTuple]:
@@ -133,10 +152,6 @@ def graph_view(obs: Observation) -> dict[Relation, jraph.GraphsTuple]:
     }
 
 
-def _log_tokens(tokens: Array) -> Array:
-    return jnp.log1p(tokens) / math.log1p(_MANY_TOKENS)
-
-
 def _summed_up(name: str, requests: RequestView, here: Array) -> dict[str, Array]:
     """Returns the columns [N] of the requests where ``here`` [N, S] is set."""
     count = jnp.maximum(jnp.sum(here, -1), 1)
@@ -144,7 +159,7 @@ def _summed_up(name: str, requests: RequestView, here: Array) -> dict[str, Array
     allowed_s = jnp.maximum(requests.latency_limit_s * requests.predicted_tokens, _NO_TIME_S)
     latency = jnp.minimum(requests.age_s / allowed_s, FLAT_LIMIT)
     return {
-        f"{name}_tokens_left": _log_tokens(jnp.sum(jnp.where(here, left_tokens, 0.0), -1)),
+        f"{name}_tokens_left": log_tokens(jnp.sum(jnp.where(here, left_tokens, 0.0), -1)),
         f"{name}_latency": jnp.sum(jnp.where(here, latency, 0.0), -1) / count,
         f"{name}_score": jnp.sum(jnp.where(here, requests.predicted_score, 0.0), -1) / count,
     }
