@@ -30,9 +30,19 @@ def sample_requests(workload: Workload, key: Array, num_requests: int) -> tuple[
 def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert: int = 4000, seed: int = 0) -> float:
     """Returns the rate [requests/s] at which the fleet finishes requests when every expert always has some waiting.
 
+    It is the sum of ``saturation_rates``. A load rho means arrivals at rho times this rate.
+    """
+    return sum(saturation_rates(env, params, requests_per_expert=requests_per_expert, seed=seed))
+
+
+def saturation_rates(
+    env: Environment, params: EnvParams, *, requests_per_expert: int = 4000, seed: int = 0
+) -> list[float]:
+    """Returns the rate [requests/s] at which each expert finishes requests when it always has some waiting.
+
     Measured by simulation: each expert is offered its share of the workload at twice the rate that it could finish
     without prefill and KV reads, and drops what its queue does not hold; the middle 80 % of its completions give its
-    rate, and the fleet's is the sum. A load rho means arrivals at rho times this rate.
+    rate.
     """
     num_experts = env.spec.num_experts
     experts = checked_experts(params.experts)
@@ -47,7 +57,7 @@ def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert:
     trace = RequestTrace(arrival_s[order], np.asarray(requests.prompt_tokens), output_tokens)
     spec = env.spec.engine
     log = replay(experts, trace, assignment, token_budget=spec.token_budget, block_size=spec.block_size)
-    return sum(_middle_rate(log.finish_s[assignment == expert]) for expert in range(num_experts))
+    return [_middle_rate(log.finish_s[assignment == expert]) for expert in range(num_experts)]
 
 
 def _middle_rate(finish_s: np.ndarray) -> float:

@@ -99,7 +99,12 @@ def dispatch(
 
 def pass_time(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
     """Runs the experts for ``duration_s`` [] s and remembers what they then look like."""
-    world = world.replace(experts=engine.advance(spec.engine, profile, world.experts, duration_s))
+    experts = engine.advance(spec.engine, profile, world.experts, duration_s)
+    return remember(spec, world.replace(experts=experts), duration_s)
+
+
+def remember(spec: WorldSpec, world: World, duration_s: Array) -> World:
+    """Adds what the experts look like, ``duration_s`` [] s after the last look, for a router that sees them late."""
     if world.snapshots is None:
         return world
     seen = world.snapshots

@@ -1,0 +1,134 @@
+"""Named agents: ours, the paper's, its baseline, and what ours is without one of its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from qos_jax.agent.networks import NetworkConfig
+from qos_jax.agent.rewards import RewardWeights
+from qos_jax.agent.sac import Hyperparameters
+from qos_jax.encoder.han import HANConfig
+from qos_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """What fixes the compiled program of an agent; a change recompiles. Its ``hyper`` are only where it starts from."""
+
+    network: NetworkConfig = NetworkConfig()
+    teacher: Literal["counterfactual", "temporal_difference"] = "counterfactual"
+    num_envs: int = 128
+    chunk: int = 80  # requests of each environment per chunk; what a measured decision is followed for
+    updates: int = 40  # gradient steps per chunk
+    batch_size: int = 512
+    capacity: int = 16_384  # rows of the replay: lessons, or steps
+    prefill: int = 200  # requests of each environment routed by lot at first
+    hyper: Hyperparameters = Hyperparameters()
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+          InputError: a size is out of range.
+        """
+        for name in ("num_envs", "chunk", "updates", "batch_size", "capacity", "prefill"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.capacity % self.rows_per_chunk:
+            raise InputError(
+                f"capacity is {self.capacity}, must be a multiple of the {self.rows_per_chunk} rows of a chunk"
+            )
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows that a chunk adds to the replay."""
+        return self.num_envs * (1 if self.teacher == "counterfactual" else self.chunk)
+
+
+def _value_learner(network: NetworkConfig, hyper: Hyperparameters) -> AgentConfig:
+    return AgentConfig(
+        network, "temporal_difference", chunk=16, updates=8, batch_size=256, capacity=128 * 16 * 48, hyper=hyper
+    )
+
+
+_OURS = NetworkConfig(slots=32)  # as many as run at a time; they were three quarters of the time to train
+_PAPER = NetworkConfig(
+    readout="arrived", actor=True, with_impact=False, residual=False, slots=20, hidden=(64, 64), han=HANConfig(64, 8)
+)
+_FLAT = NetworkConfig("flat", "arrived", actor=True, with_impact=False, residual=False, hidden=(64, 64))
+_SAC_HYPER = Hyperparameters(
+    learning_rate=3e-4, final_learning_rate=3e-5, alpha=0.1, alpha_rate=1e-3, weights=RewardWeights(potential=1.0)
+)
+_PAPER_HYPER = Hyperparameters(
+    learning_rate=3e-4,
+    final_learning_rate=3e-4,
+    alpha=0.1,
+    alpha_rate=1e-3,
+    least_weight=1.0,
+    critic_entropy=1.0,
+    weights=RewardWeights(predicted_loss=1.0),
+)
+
+AGENTS: dict[str, AgentConfig] = {
+    "ours": AgentConfig(_OURS),
+    "ours_no_han": AgentConfig(replace(_OURS, encoder="pooled")),
+    "ours_no_impact": AgentConfig(replace(_OURS, with_impact=False, residual=False)),
+    "ours_no_residual": AgentConfig(replace(_OURS, residual=False)),
+    "ours_1_layer": AgentConfig(replace(_OURS, han=HANConfig(layers=1))),
+    "ours_3_layers": AgentConfig(replace(_OURS, han=HANConfig(layers=3))),
+    "sac": _value_learner(replace(_OURS, actor=True), _SAC_HYPER),
+    "sac_paper_reward": _value_learner(
+        replace(_OURS, actor=True), _SAC_HYPER.replace(weights=RewardWeights(predicted_loss=1.0))
+    ),
+    "paper": _value_learner(_PAPER, _PAPER_HYPER),
+    "baseline_rl": _value_learner(_FLAT, _PAPER_HYPER.replace(weights=RewardWeights())),
+}
+
+
+def named(name: str) -> AgentConfig:
+    """Returns the agent of this name.
+
+    Raises:
+      InputError: there is none.
+    """
+    if name not in AGENTS:
+        raise InputError(f"agent {name!r} is unknown; choose from {', '.join(AGENTS)}")
+    return AGENTS[name]
+
+
+def to_dict(config: AgentConfig) -> dict[str, Any]:
+    """Returns the configuration as plain values that JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> AgentConfig:
+    """Rebuilds the configuration that ``to_dict`` wrote.
+
+    Raises:
+      InputError: a field is unknown, missing or of the wrong kind.
+    """
+    return _rebuilt(AgentConfig(), values, "agent")
+
+
+def _rebuilt(default: Any, values: Any, path: str) -> Any:
+    """Returns an instance like ``default`` with ``values``, which must name all of its fields and no other."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} is {values!r}, must be a table of fields")
+    fields = {field.name for field in dataclasses.fields(default)}
+    for name in fields.symmetric_difference(values):
+        raise InputError(f"{path}.{name} is {'unknown' if name in values else 'missing'}")
+    return type(default)(**{name: _value(getattr(default, name), values[name], f"{path}.{name}") for name in fields})
+
+
+def _value(default: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(default):
+        return _rebuilt(default, value, path)
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    may_be = (int, type(None)) if default is None else (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, may_be) or (isinstance(value, bool) and not isinstance(default, bool)):
+        raise InputError(f"{path} is {value!r}, must be of the kind of {default!r}")
+    return value

@@ -1,0 +1,124 @@
+"""Worlds to train in that differ from one environment to the next, so that one router learns to serve them all.
+
+Loads, arrival laws, predictions, staleness and fleets are all traced numbers, so a mixture of them is one set of
+``EnvParams`` with an axis for the environments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qos_jax.errors import InputError
+from qos_jax.sim.capacity import saturation_rates
+from qos_jax.sim.engine import EngineSpec
+from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.sim.types import ExpertProfile
+from qos_jax.sim.validation import checked_experts
+from qos_jax.sim.world import WorldSpec
+from qos_jax.workload.arrivals import parse_arrivals
+from qos_jax.workload.content import generated_content, latency_limits
+from qos_jax.workload.experts import expert_profile
+from qos_jax.workload.prediction import parse_prediction
+from qos_jax.workload.workload import RequestWorkload
+
+Pair = tuple[str, str]  # LLM, GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """What the worlds are drawn from, each independently; an empty tuple keeps what is there."""
+
+    loads: tuple[float, ...] = (0.5, 1.4)  # uniform between the least and the greatest
+    arrivals: tuple[str, ...] = (
+        "poisson",
+        "gamma:2",
+        "gamma:4",
+        "mmpp:2:30",
+        "mmpp:3:10",
+        "sinusoidal:0.5:120",
+        "sinusoidal:0.8:60",
+    )
+    predictions: tuple[str, ...] = ()
+    staleness_s: tuple[float, ...] = ()  # uniform between the least and the greatest
+    pairs: tuple[Pair, ...] = ()  # every environment gets a fleet of its own, drawn from these
+    latency_limits_s: tuple[float, ...] = ()  # s/token, for fleets of their own
+
+
+def randomised(env: Environment, params: EnvParams, domain: Domain, key: Array, num_envs: int) -> EnvParams:
+    """Draws the worlds of ``num_envs`` environments.
+
+    Args:
+      env: whose shapes the worlds fit.
+      params: of one world, for whatever the domain keeps.
+      domain: what is drawn.
+      key: of the draws.
+      num_envs: how many.
+
+    Returns:
+      Parameters with a leading axis [num_envs] on every leaf.
+
+    Raises:
+      InputError: a name is unknown, staleness is asked of an environment without history, or recorded arrivals are to
+        be mixed with other laws.
+    """
+    if domain.staleness_s and max(domain.staleness_s) > 0 and env.spec.history < 1:
+        raise InputError(f"staleness_s is {domain.staleness_s}, must be 0 in an environment without history")
+    if domain.arrivals and params.workload.arrivals.recorded_gaps is not None:  # type: ignore[attr-defined]
+        raise InputError("arrivals are recorded ones, which cannot be mixed with other laws")
+    worlds = [_draw(env, params, domain, one) for one in jax.random.split(key, num_envs)]
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *worlds)
+
+
+def _draw(env: Environment, params: EnvParams, domain: Domain, key: Array) -> EnvParams:
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    if domain.pairs:
+        params = _fleet(env.spec, params, domain, rng)
+    workload: RequestWorkload = params.workload  # type: ignore[assignment]
+    if domain.arrivals:
+        rate_per_s = workload.arrivals.rate_per_s
+        law = parse_arrivals(domain.arrivals[rng.integers(len(domain.arrivals))], 1.0)
+        workload = dataclasses.replace(workload, arrivals=law.with_rate(rate_per_s))
+    if domain.predictions:
+        model = parse_prediction(domain.predictions[rng.integers(len(domain.predictions))])
+        workload = dataclasses.replace(workload, prediction=model)
+    params = params.replace(workload=workload)
+    if domain.staleness_s:
+        params = params.replace(staleness_s=jnp.float32(rng.uniform(min(domain.staleness_s), max(domain.staleness_s))))
+    if domain.loads:
+        params = params.at_load(jnp.float32(rng.uniform(min(domain.loads), max(domain.loads))))
+    return params
+
+
+def _fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.random.Generator) -> EnvParams:
+    """Returns the parameters with another fleet, and with the answers of its LLMs."""
+    chosen = [domain.pairs[i] for i in rng.integers(len(domain.pairs), size=spec.num_experts)]
+    running, waiting = (int(np.max(limit)) for limit in (params.experts.max_running, params.experts.max_waiting))
+    limit_s = float(rng.choice(domain.latency_limits_s)) if domain.latency_limits_s else 0.03
+    rates = _rates(domain.pairs, running, waiting, spec.engine)
+    content = generated_content([llm for llm, _ in chosen], latency_limits([limit_s]))
+    return params.replace(
+        experts=_profile(chosen, running, waiting),
+        workload=dataclasses.replace(params.workload, content=content),  # type: ignore[type-var]
+        saturation_per_s=jnp.float32(sum(rates[pair] for pair in chosen)),
+    )
+
+
+@cache
+def _rates(pairs: tuple[Pair, ...], running: int, waiting: int, engine: EngineSpec) -> dict[Pair, float]:
+    """Returns the saturation rate [requests/s] of each pair."""
+    env = Environment(WorldSpec(len(pairs), engine))
+    content = generated_content([llm for llm, _ in pairs])
+    workload = RequestWorkload(parse_arrivals("poisson", 1.0), content, parse_prediction("none"))
+    params = EnvParams(experts=_profile(list(pairs), running, waiting), workload=workload)
+    return dict(zip(pairs, saturation_rates(env, params), strict=True))
+
+
+def _profile(pairs: list[Pair], running: int, waiting: int) -> ExpertProfile:
+    profile = checked_experts(expert_profile(pairs, max_running=running, max_waiting=waiting), np.float32)
+    return jax.tree.map(jnp.asarray, profile)

@@ -1,0 +1,222 @@
+"""The learner: training as three pure phases, init, prefill and train_chunk, to be jitted and vmapped over seeds.
+
+A chunk lets every environment go on for some requests, adds what was learned of them to the replay, and takes some
+gradient steps. Counters stay outside (a counter in a vmapped state would turn branches on it into selects), so the
+caller says which chunk it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import Array, lax
+
+from qos_jax.agent import replay, sac
+from qos_jax.agent.configs import AgentConfig
+from qos_jax.agent.counterfactual import branch
+from qos_jax.agent.networks import Inputs, greedy, heads_of, network_of
+from qos_jax.agent.rewards import shaped_reward
+from qos_jax.agent.sac import Hyperparameters, Learned, Lesson, Step, Transition, Weights
+from qos_jax.routers.base import Router
+from qos_jax.sim.env import EnvParams
+
+_FAVOURITISM = 2.0  # of the routing by lot: SD of the log odds of each action, so that some experts are overrun
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that training changes."""
+
+    learned: Learned
+    envs: tuple[Any, Any]  # observations and states, leaves [num_envs, ...]
+    prefilled: Any  # the states that prefilling ended in, to restart from
+    replay: Any  # Lesson or Transition, leaves [capacity, ...]
+    key: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Trains an agent in an environment; build one with ``make_learner``."""
+
+    env: Any  # reset, step and observe as ``qos_jax.Environment`` has them
+    config: AgentConfig
+    inputs: Callable[[Any], Inputs]
+    network: nn.Module
+    reward: Callable[..., Array] = shaped_reward
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Requests of one chunk, over all environments."""
+        return self.config.num_envs * self.config.chunk
+
+    def init(self, key: Array, params: EnvParams, hyper: Hyperparameters) -> TrainState:
+        """Returns the state before training; ``params`` may have an axis [num_envs] on every leaf."""
+        key, key_reset, key_net = jax.random.split(key, 3)
+        keys = jax.random.split(key_reset, self.config.num_envs)
+        obs, states = jax.vmap(self.env.reset, in_axes=(0, _axis(params)))(keys, params)
+        inputs = jax.tree.map(jnp.zeros_like, self.inputs(jax.tree.map(lambda x: x[0], obs)))
+        learned = sac.learned(self.network.init(key_net, inputs), hyper)
+        rows = replay.empty(self._row(inputs), self.config.capacity)
+        return TrainState(learned, (obs, states), jax.tree.map(jnp.copy, states), rows, key)
+
+    def prefill(self, state: TrainState, params: EnvParams, hyper: Hyperparameters) -> TrainState:
+        """Routes by lot for a while, each environment with favourites of its own; returns a state to train from."""
+        del hyper
+        key, key_taste, key_steps = jax.random.split(state.key, 3)
+        legal = self._legal(state.envs[0])
+        taste = _FAVOURITISM * jax.random.normal(key_taste, legal.shape)
+
+        def step(envs: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], None]:
+            obs, states = envs
+            key_act, key_step = jax.random.split(key)
+            action = jax.random.categorical(key_act, jnp.where(self._legal(obs), taste, -jnp.inf))
+            obs, states, *_ = self._step(key_step, states, action, params)
+            return (obs, states), None
+
+        envs, _ = lax.scan(step, state.envs, jax.random.split(key_steps, self.config.prefill))
+        return state.replace(envs=envs, prefilled=jax.tree.map(jnp.copy, envs[1]), key=key)
+
+    def train_chunk(
+        self, state: TrainState, params: EnvParams, hyper: Hyperparameters, chunk: Array, progress: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Goes on for one chunk.
+
+        Args:
+          state: after ``prefill`` or the chunk before.
+          params: of the environments, as they were given to ``init``.
+          hyper: numbers of the algorithm.
+          chunk: [] int32, chunks done before.
+          progress: [] share of the training that is done.
+
+        Returns:
+          The state, and metrics [] of the chunk.
+        """
+        key, key_act, key_learn = jax.random.split(state.key, 3)
+        collect = self._measure if self.config.teacher == "counterfactual" else self._walk
+        state, rows, metrics = collect(state, params, hyper, key_act)
+        count = self.config.rows_per_chunk
+        chunks_kept = self.config.capacity // count
+        ring = replay.insert(state.replay, rows, chunk % chunks_kept * count)
+        oldest = jnp.where(chunk < chunks_kept, 0, (chunk + 1) % chunks_kept * count)
+        filled = jnp.minimum(chunk + 1, chunks_kept) * count
+
+        def learn(learned: Learned, key: Array) -> tuple[Learned, dict[str, Array]]:
+            return sac.update(self.network, hyper, learned, self._batch(ring, key, oldest, filled), progress)
+
+        learned, losses = lax.scan(learn, state.learned, jax.random.split(key_learn, self.config.updates))
+        metrics |= jax.tree.map(jnp.mean, losses)
+        return state.replace(learned=learned, replay=ring, key=key), metrics
+
+    def weights(self, state: TrainState) -> Weights:
+        """Returns what a router needs of a state."""
+        return state.learned.average
+
+    def act(self, weights: Weights, key: Array, obs: Any) -> Array:
+        """Returns the action [] int32 that is best by the learned values or policy, for one environment."""
+        del key
+        inputs = self.inputs(obs)
+        return greedy(heads_of(self.network, weights, inputs), inputs.legal)
+
+    def router(self, weights: Weights, name: str = "ours") -> Router:
+        """Returns the router that acts by ``weights``."""
+        return Router(
+            name=name,
+            kind="learned",
+            init=tuple,
+            act=lambda key, obs, memory: (self.act(weights, key, obs), memory),
+            params=weights,
+        )
+
+    def _measure(
+        self, state: TrainState, params: EnvParams, hyper: Hyperparameters, key: Array
+    ) -> tuple[TrainState, Lesson, dict[str, Array]]:
+        """Measures one decision in each environment, on the way through ``chunk`` requests."""
+        obs, envs = state.envs
+        key_restart, key_branch = jax.random.split(key)
+        again = jax.random.bernoulli(key_restart, hyper.restart, (self.config.num_envs,))
+        envs = jax.tree.map(
+            lambda old, new: jnp.where(again.reshape(-1, *[1] * (old.ndim - 1)), old, new), state.prefilled, envs
+        )
+
+        def policy(key: Array, obs: Any) -> Array:
+            return self._sample(state.learned, key, obs)
+
+        def one(key: Array, env: Any, params: EnvParams) -> tuple[Any, Any]:
+            return branch(self.env, params, policy, hyper.weights, hyper.width_s, self.config.chunk, key, env)
+
+        keys = jax.random.split(key_branch, self.config.num_envs)
+        envs, measured = jax.vmap(one, in_axes=(0, 0, _axis(params)))(keys, envs, params)
+        lessons = Lesson(replay.halved(jax.vmap(self.inputs)(measured.obs)), measured.value)
+        metrics = {
+            "qos": jnp.mean(measured.qos) / self.config.chunk,
+            "dropped": jnp.mean(measured.dropped) / self.config.chunk,
+        }
+        return state.replace(envs=(obs, envs)), lessons, metrics
+
+    def _walk(
+        self, state: TrainState, params: EnvParams, hyper: Hyperparameters, key: Array
+    ) -> tuple[TrainState, Transition, dict[str, Array]]:
+        """Steps through ``chunk`` requests in each environment; rows are ordered by request, then environment."""
+        shaped = jax.vmap(self.reward, in_axes=(None, None, _axis(params), 0, 0, 0, 0))
+
+        def step(envs: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], tuple[Transition, Array]]:
+            obs, states = envs
+            key_act, key_step = jax.random.split(key)
+            keys = jax.random.split(key_act, self.config.num_envs)
+            action = jax.vmap(lambda key, obs: self._sample(state.learned, key, obs))(keys, obs)
+            next_obs, states, reward, terminated, truncated, info = self._step(key_step, states, action, params)
+            paid = shaped(hyper.weights, hyper.gamma, params, obs, action, reward, info)
+            inputs = replay.halved(jax.vmap(self.inputs)(obs))
+            return (next_obs, states), (Transition(inputs, action, paid, terminated, truncated), reward)
+
+        envs, (rows, reward) = lax.scan(step, state.envs, jax.random.split(key, self.config.chunk))
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        return state.replace(envs=envs), rows, {"qos": jnp.mean(reward)}
+
+    def _batch(self, ring: Any, key: Array, oldest: Array, filled: Array) -> Step | Lesson:
+        """Draws a batch with replacement: to draw without took four times as long to train."""
+        shape = (self.config.batch_size,)
+        if self.config.teacher == "counterfactual":
+            lesson = replay.rows_at(ring, jax.random.randint(key, shape, 0, filled))
+            return lesson.replace(inputs=replay.restored(lesson.inputs))
+        # The newest row of each environment has no successor yet.
+        ahead = jax.random.randint(key, shape, 0, filled - self.config.num_envs)
+        index = (oldest + ahead) % self.config.capacity
+        rows = replay.rows_at(ring, index)
+        following = replay.rows_at(ring.inputs, (index + self.config.num_envs) % self.config.capacity)
+        return Step(rows.replace(inputs=replay.restored(rows.inputs)), replay.restored(following))
+
+    def _row(self, inputs: Inputs) -> Lesson | Transition:
+        inputs = replay.halved(inputs)
+        if self.config.teacher == "counterfactual":
+            return Lesson(inputs, jnp.zeros(inputs.legal.shape))
+        return Transition(inputs, jnp.int32(0), jnp.float32(0), jnp.bool_(False), jnp.bool_(False))
+
+    def _sample(self, learned: Learned, key: Array, obs: Any) -> Array:
+        """Draws an action [] from the policy for one environment."""
+        inputs = self.inputs(obs)
+        heads = heads_of(self.network, learned.params, inputs)
+        return jax.random.categorical(key, sac.policy_logits(heads, inputs.legal, learned.log_alpha))
+
+    def _step(self, key: Array, states: Any, action: Array, params: EnvParams) -> Any:
+        keys = jax.random.split(key, self.config.num_envs)
+        return jax.vmap(self.env.step, in_axes=(0, 0, 0, _axis(params)))(keys, states, action, params)
+
+    def _legal(self, obs: Any) -> Array:
+        return jax.vmap(self.inputs)(obs).legal
+
+
+def make_learner(env: Any, config: AgentConfig) -> Learner:
+    """Builds the learner of a named or own configuration."""
+    inputs, network = network_of(config.network)
+    return Learner(env, config, inputs, network)
+
+
+def _axis(params: Any) -> int | None:
+    """Returns the axis of the environments in their parameters, which may all share one set of them."""
+    return 0 if jnp.ndim(params.max_steps_in_episode) else None
