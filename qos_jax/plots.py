@@ -2,7 +2,7 @@
 
 Every function returns a matplotlib ``Figure`` of its own and leaves pyplot's global state alone; the figure's label
 (``Figure.get_label``) is its caption. A router looks the same in every figure: those in ``HIGHLIGHTED`` have their own
-colour, oracles are dashed and dark. The colours can be told apart by colour-blind readers.
+colour, learned ones stand out, oracles are dashed and dark. The colours can be told apart by colour-blind readers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ HIGHLIGHTED = {
     "bert_router_feasible": "#E69F00",
     "round_robin": "#CC79A7",
 }
+_LEARNED_COLOUR = "#C1121F"
 _SPARE_COLOURS = ("#56B4E9", "#332288", "#882255", "#117733", "#999933", "#661100", "#6699CC", "#AA4499")
 _EXPERT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#332288", "#999933")
 _ORACLE_DASHES = ((4, 2), (1, 1.5), (8, 2, 1, 2))
@@ -44,6 +45,7 @@ _ACTIVITIES: dict[Activity, tuple[str, dict[str, Any]]] = {
     Activity.PREEMPTED: ("preempted, waiting again", {"facecolor": "#CC79A7"}),
 }
 _TIMELINE_POINTS, _SAMPLES_PER_POINT = 300, 20
+_FEWEST_IN_BIN = 20
 _WIDTH_INCHES, _CHARACTERS_ACROSS, _LABEL_POINTS = 8.4, 120, 8.5
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -277,10 +279,83 @@ def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(_STYLE)
+def reliability_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws how often requests were in time against the probability that they were given, a panel per prediction.
+
+    Args:
+      rows: ``rows`` of the calibration program's results.json, of one router; the width that routes best and the one
+        whose probabilities are best are drawn.
+    """
+    predictions = list(dict.fromkeys(row["prediction"] for row in rows))
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    figure = Figure(figsize=(_WIDTH_INCHES, 0.9 + _WIDTH_INCHES / len(predictions)), layout="constrained")
+    panels = figure.subplots(1, len(predictions), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, prediction in zip(panels, predictions, strict=True):
+        axes.plot([0, 1], [0, 1], color=_PALE, linewidth=0.8, zorder=1)
+        for row in rows:
+            if row["prediction"] == prediction and (row["routing_width"] or row["best_width"]):
+                bins = [each for each in row["reliability"] if each["number"] >= _FEWEST_IN_BIN]
+                name, dashes = ("best", "-") if row["best_width"] else ("routing", (0, _ORACLE_DASHES[1]))
+                axes.plot(
+                    _column(bins, "predicted"), _column(bins, "realised"), marker="o", markersize=3, linestyle=dashes,
+                    color=_EXPERT_COLOURS[forms.index(row["form"])], label=f"{row['form']}, {name} width",
+                )  # fmt: skip
+        axes.set(title=f"predictions: {prediction}", xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
+        axes.set_xlabel("predicted probability to be in time")
+    panels[0].set_ylabel("share that was in time")
+    _legend_above(figure, panels[0])
+    figure.set_label(
+        "How often requests were in time, against the probability that the impact estimate gave them when they were "
+        "placed; on the diagonal both are equal. Solid is the width of the logistic with the best probabilities, "
+        f"dotted the one that routes best. Bins of fewer than {_FEWEST_IN_BIN} requests are left out."
+    )
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws the QoS of a policy in training against steps and against minutes, beside impact_greedy's.
+
+    Args:
+      records: of the run, see ``training``; only evaluations are read.
+
+    Raises:
+      InputError: there is no evaluation.
+    """
+    rows = [record for record in records if record["kind"] == "evaluation"]
+    if not rows:
+        raise InputError("the run has no evaluation yet, so there is no learning curve")
+    qos = np.array([row["qos"] for row in rows])  # [evaluations, seeds]
+    figure = Figure(figsize=(_WIDTH_INCHES, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names = ("steps of the environments of one seed", "minutes of training")
+    for axes, name, field, unit in zip(panels, names, ("steps", "seconds"), (1, 60), strict=True):
+        done = _column(rows, field) / unit
+        axes.axhline(rows[-1]["impact_greedy"], label="impact greedy", **_curve_look("impact_greedy", "heuristic"))
+        if qos.shape[1] > 1:
+            axes.plot(done, qos, color=_LEARNED_COLOUR, linewidth=0.7, alpha=0.5)
+        look = _curve_look("", "learned")
+        label = "learned" if qos.shape[1] == 1 else "learned, mean of the seeds"
+        axes.plot(done, qos.mean(1), label=label, marker="o", markersize=4, **look)
+        axes.set_xlabel(name)
+        axes.margins(x=0.02)
+    panels[0].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    panels[0].set_ylabel("mean QoS of a held-out request")
+    _legend_above(figure, panels[0])
+    figure.set_label(
+        "QoS of the policy on requests that it was not trained on, always the same ones, against training. Thin lines "
+        "are seeds; compilation is not counted."
+    )
+    return figure
+
+
 def _curve_look(name: str, kind: str) -> dict[str, Any]:
-    """Returns how to draw a router among many: a few in colour, oracles dashed, the others thin and grey."""
+    """Returns how to draw a router among many: learned ones thick, a few in colour, oracles dashed, others grey."""
     if kind == "oracle":
         return {"color": _INK, "linestyle": (0, _ORACLE_DASHES[0]), "linewidth": 1.2, "zorder": 3}
+    if kind == "learned":
+        return {"color": _LEARNED_COLOUR, "linewidth": 3.0, "zorder": 5}
     if name in HIGHLIGHTED:
         return {"color": HIGHLIGHTED[name], "linewidth": 2.0, "zorder": 4}
     return {"color": _PALE, "linewidth": 0.9, "zorder": 2}
@@ -289,10 +364,13 @@ def _curve_look(name: str, kind: str) -> dict[str, Any]:
 def _line_looks(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Returns how to draw each of a few routers, given their kinds: all in colour, but for the oracles in dashes."""
     looks, spare, dashes = {}, itertools.cycle(_SPARE_COLOURS), itertools.cycle(_ORACLE_DASHES)
+    learned = itertools.chain(["-"], itertools.cycle((0, each) for each in _ORACLE_DASHES))
     for name, kind in kinds.items():
         looks[name] = _curve_look(name, kind)
         if kind == "oracle":
             looks[name]["linestyle"] = (0, next(dashes))
+        elif kind == "learned":
+            looks[name]["linestyle"] = next(learned)
         elif name not in HIGHLIGHTED:
             looks[name] = {"color": next(spare), "linewidth": 1.2}
     return looks

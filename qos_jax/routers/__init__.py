@@ -10,6 +10,8 @@ from qos_jax.errors import InputError
 from qos_jax.routers import heuristics
 from qos_jax.routers.base import Router
 from qos_jax.routers.impact import impact_greedy
+from qos_jax.routers.rollout import rollout_planner
+from qos_jax.sim.types import Workload
 
 __all__ = ["Router", "make_router", "router_names"]
 
@@ -37,26 +39,38 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
         sees="true_scores_and_tokens",
     ),
 }
+_PLANNERS: dict[str, Callable[[Workload], Router]] = {"rollout": rollout_planner}
 _MOST_SINGLES = 8  # in a larger fleet, to compare all experts alone says little
 
 
 def router_names(num_experts: int) -> list[str]:
-    """Returns the names of all routers for a fleet, with each of its experts alone if they are few."""
+    """Returns the names of all routers for a fleet, with each of its experts alone if they are few.
+
+    Planners are left out: they simulate at every decision, and are slow.
+    """
     singles = [f"expert_{i}" for i in range(num_experts)] if num_experts <= _MOST_SINGLES else []
     return [*_ROUTERS, *singles]
 
 
-def make_router(name: str, num_experts: int) -> Router:
+def make_router(name: str, num_experts: int, workload: Workload | None = None) -> Router:
     """Builds a router.
 
+    Args:
+      name: one of ``router_names``, or a planner's: rollout.
+      num_experts: size of the fleet.
+      workload: the law of requests, which planners imagine the future by; ``EnvParams`` has it. Others need none.
+
     Raises:
-      InputError: there is no router of this name for a fleet of this size.
+      InputError: there is no router of this name for a fleet of this size, or a planner is given no workload.
     """
     if name in _ROUTERS:
         return _ROUTERS[name]()
+    if name in _PLANNERS:
+        if workload is None:
+            raise InputError(f"router {name!r} plans ahead, but workload is None: give the law of requests")
+        return _PLANNERS[name](workload)
     expert = name.removeprefix("expert_")
     if name != expert and expert.isdecimal() and int(expert) < num_experts:
         return heuristics.single_expert(int(expert))
-    raise InputError(
-        f"router {name!r} is unknown; choose all, {', '.join(_ROUTERS)}, or expert_0 to expert_{num_experts - 1}"
-    )
+    known = ", ".join([*_ROUTERS, *_PLANNERS])
+    raise InputError(f"router {name!r} is unknown; choose all, {known}, or expert_0 to expert_{num_experts - 1}")

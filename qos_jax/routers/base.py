@@ -26,6 +26,8 @@ class Router:
     """Takes a key, what is seen and the memory; returns the action [] int32, N for a drop, and the memory."""
     sees: Literal["predictions", "true_scores", "true_scores_and_tokens"] = "predictions"
     """Oracles see truths in the place of predictions."""
+    params: Any = dataclasses.field(default=None, compare=False, repr=False)
+    """Weights of a learned router, a pytree; ``act`` has them already."""
 
 
 def best_legal(obs: Observation, value: Array) -> Array:

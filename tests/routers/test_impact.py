@@ -38,7 +38,7 @@ NUM_EXPERTS = 4
 CERTAIN = {"width_s": 1e-5, "length_cv": 0.01}  # nearly: of limits and of lengths
 PRESET, LOAD, WARMUP = "paper-3", 0.9, 60
 
-estimate_of = jax.jit(impact, static_argnames=("width_s", "length_cv"))
+estimate_of = jax.jit(impact, static_argnames=("width_s", "length_cv", "form"))
 
 
 @jax.jit
@@ -137,6 +137,117 @@ class TestAgainstTheSimulator:
             np.testing.assert_allclose(estimate.violations_change[self.together], expected, atol=0.05)
             np.testing.assert_allclose(estimate.violations_change[self.one_by_one], 0.0, atol=1e-6)
             np.testing.assert_allclose(estimate.qos_change, -0.5 * estimate.violations_change, atol=1e-6)
+
+
+class TestRolloutForm:
+    """Six requests wait on each expert when one more arrives; places and memory are scarce, so they hold each other up.
+
+    Lengths are known, nothing has begun and nobody follows: the estimate must be what replays with and without the
+    request say.
+    """
+
+    num_experts, num_there = 8, 6
+    profile = small_experts(num_experts, max_waiting=8)
+    rng = np.random.default_rng(2)
+    prompt_tokens = rng.integers(1, 200, (num_there + 1, num_experts))
+    output_tokens = rng.integers(1, 90, (num_there + 1, num_experts))
+    prompt_tokens[-1] = 150
+    score = rng.uniform(0.0, 1.0, (num_there + 1, num_experts)).astype(np.float32)
+
+    def latency_s(self, num_requests: int) -> np.ndarray:
+        """Latencies per token [R, N] of the first requests of each expert, with and without the last."""
+        trace = RequestTrace(
+            arrival_s=np.zeros(num_requests * self.num_experts),
+            prompt_tokens=self.prompt_tokens[:num_requests].ravel(),
+            output_tokens=np.repeat(self.output_tokens[:num_requests].ravel()[:, None], self.num_experts, 1),
+        )
+        log = replay(self.profile, trace, np.tile(np.arange(self.num_experts), num_requests))
+        assert log.preemptions.any()
+        latency_s = log.finish_s.reshape(-1, self.num_experts) + np.asarray(self.profile.network_s)
+        return latency_s / self.output_tokens[:num_requests]
+
+    def limits_s(self) -> np.ndarray:
+        """Limits [R, N] that some requests keep just because the last one is not there, and others come what may."""
+        without_s, beside_s = self.latency_s(self.num_there), self.latency_s(self.num_there + 1)
+        between_s = (without_s + beside_s[:-1]) / 2
+        far_s = without_s * np.where(np.arange(self.num_experts) % 2 == 0, 0.5, 2.0)
+        limits_s = np.where(np.arange(self.num_there)[:, None] % 3 == 0, far_s, between_s)
+        return np.append(limits_s, np.full((1, self.num_experts), np.median(beside_s[-1]) + 1e-4), 0)
+
+    def seen(self) -> Observation:
+        limit_s = self.limits_s()
+        return observation(
+            *[
+                [
+                    waiting(
+                        prompt_tokens=int(self.prompt_tokens[j, n]),
+                        age_s=0.0,
+                        latency_limit_s=float(limit_s[j, n]),
+                        predicted_score=float(self.score[j, n]),
+                        predicted_tokens=float(self.output_tokens[j, n]),
+                    )
+                    for j in range(self.num_there)
+                ]
+                for n in range(self.num_experts)
+            ],
+            profile=self.profile,
+            prompt_tokens=150,
+            latency_limit_s=float(limit_s[-1, 0]),
+            predicted_score=self.score[-1],
+            predicted_tokens=self.output_tokens[-1],
+        )
+
+    def test_it_is_the_difference_of_two_replays(self) -> None:
+        without_s, beside_s = self.latency_s(self.num_there), self.latency_s(self.num_there + 1)
+        in_time = beside_s <= self.limits_s()
+        change = in_time[:-1].astype(int) - (without_s <= self.limits_s()[:-1])
+        assert (change < 0).sum() > self.num_experts
+        estimate = estimate_of(self.seen(), width_s=1e-7, length_cv=0.0, form="rollout")
+        np.testing.assert_allclose(estimate.latency_per_token_s, beside_s[-1], rtol=1e-5)
+        np.testing.assert_allclose(estimate.in_time, in_time[-1], atol=1e-3)
+        np.testing.assert_allclose(estimate.qos, in_time[-1] * self.score[-1], atol=1e-3)
+        np.testing.assert_allclose(estimate.violations_change, -change.sum(0), atol=1e-3)
+        np.testing.assert_allclose(estimate.qos_change, (change * self.score[:-1]).sum(0), atol=1e-3)
+
+    def test_a_margin_is_judged_by_the_logistic(self) -> None:
+        margin_s = self.limits_s()[-1] - self.latency_s(self.num_there + 1)[-1]
+        estimate = estimate_of(self.seen(), width_s=0.05, length_cv=0.0, form="rollout")
+        np.testing.assert_allclose(estimate.in_time, 1 / (1 + np.exp(-margin_s / 0.05)), rtol=1e-4)
+
+    def test_an_expert_that_cannot_hold_it_never_answers(self) -> None:
+        obs = observation([], [running()], profile=equal_experts(2, kv_blocks=np.array([4, 400])), prompt_tokens=100)
+        estimate = estimate_of(obs, form="rollout")
+        assert np.isposinf(estimate.latency_per_token_s[0])
+        assert (estimate.in_time[0], estimate.qos_change[0]) == (0.0, 0.0)
+        assert 0 < estimate.latency_per_token_s[1] < 0.1
+
+    @settings(max_examples=30)
+    @given(observations(NUM_EXPERTS))
+    def test_it_comes_to_an_end_whatever_is_seen(self, obs: Observation) -> None:
+        estimate = jax.tree.map(np.asarray, estimate_of(obs, form="rollout"))
+        assert ((estimate.in_time >= 0) & (estimate.in_time <= 1)).all()
+        assert np.isfinite([estimate.qos, estimate.qos_change, estimate.violations_change]).all()
+        assert (estimate.latency_per_token_s > 0).all()
+
+    def test_both_forms_say_much_the_same(self) -> None:
+        """Of 80 experts, from idle to full, with requests near their limits."""
+        rng = np.random.default_rng(7)
+
+        def seen(kind: Any) -> Seen:
+            emitted = int(rng.integers(1, 60)) if kind is running else 0
+            tokens = {"generated_tokens": emitted, "predicted_tokens": emitted + float(rng.uniform(2, 80))}
+            return kind(age_s=0.03 * emitted, latency_limit_s=float(rng.uniform(0.024, 0.04)), **tokens)
+
+        fleet = [
+            [seen(running) for _ in range(rng.integers(0, 5))] + [seen(waiting) for _ in range(rng.integers(0, 3))]
+            for _ in range(80)
+        ]
+        profile = equal_experts(80, kv_blocks=400, max_running=6)
+        obs = observation(*fleet, profile=profile, prompt_tokens=200, latency_limit_s=0.03)
+        analytic, rollout = (estimate_of(obs, length_cv=0.05, form=form) for form in ("analytic", "rollout"))
+        assert rollout.violations_change.max() > 0.5
+        for name in ("latency_per_token_s", "in_time", "violations_change"):
+            assert np.corrcoef(getattr(analytic, name), getattr(rollout, name))[0, 1] > 0.8, name
 
 
 @pytest.mark.parametrize(("max_running", "kv_blocks"), [(4, 1000), (100, 80)])
