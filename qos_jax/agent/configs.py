@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qos_jax.agent.networks import NetworkConfig
 from qos_jax.agent.rewards import RewardWeights
@@ -13,28 +13,33 @@ from qos_jax.agent.sac import Hyperparameters
 from qos_jax.encoder.han import HANConfig
 from qos_jax.errors import InputError
 
+Teacher = Literal["counterfactual", "temporal_difference"]
+
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
     """What fixes the compiled program of an agent; a change recompiles. Its ``hyper`` are only where it starts from."""
 
     network: NetworkConfig = NetworkConfig()
-    teacher: Literal["counterfactual", "temporal_difference"] = "counterfactual"
+    teacher: Teacher = "counterfactual"
     num_envs: int = 128
-    chunk: int = 80  # requests of each environment per chunk; what a measured decision is followed for
-    updates: int = 40  # gradient steps per chunk
+    chunk: int = 20  # requests of each environment per chunk, in which one decision is measured
+    twins: int = 4  # sets under way at a time, so that a decision is followed for ``twins * chunk`` requests
+    updates: int = 10  # gradient steps per chunk
     batch_size: int = 512
-    capacity: int = 16_384  # rows of the replay: lessons, or steps
+    capacity: int = 32_768  # rows of the replay: lessons, or steps
     prefill: int = 200  # requests of each environment routed by lot at first
     hyper: Hyperparameters = Hyperparameters()
 
     def __post_init__(self) -> None:
-        """Checks the sizes.
+        """Checks the fields.
 
         Raises:
-          InputError: a size is out of range.
+          InputError: the teacher is unknown, or a size is out of range.
         """
-        for name in ("num_envs", "chunk", "updates", "batch_size", "capacity", "prefill"):
+        if self.teacher not in get_args(Teacher):
+            raise InputError(f"teacher is {self.teacher!r}, must be one of {', '.join(get_args(Teacher))}")
+        for name in ("num_envs", "chunk", "twins", "updates", "batch_size", "capacity", "prefill"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.capacity % self.rows_per_chunk:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -21,6 +21,9 @@ from qos_jax.errors import InputError
 from qos_jax.sim.types import Observation
 from qos_jax.sim.views import flat_view
 
+Encoder = Literal["han", "pooled", "flat"]
+Readout = Literal["pointer", "arrived"]
+
 NUM_CRITICS = 2
 
 _NET = (*EXPERT_FEATURES, *IMPACT_FEATURES).index("net")
@@ -31,9 +34,9 @@ _LOWEST_PRIOR = -2.0  # QoS; a placement predicted to cost more than two answers
 class NetworkConfig:
     """Shape of the network; every field needs new parameters."""
 
-    encoder: Literal["han", "pooled", "flat"] = "han"
+    encoder: Encoder = "han"
     """Graph attention; expert nodes without their requests; the flat view."""
-    readout: Literal["pointer", "arrived"] = "pointer"
+    readout: Readout = "pointer"
     actor: bool = False  # a policy of its own; else the soft-optimal one for its critics
     with_impact: bool = True  # the impact estimate is among the features
     residual: bool = True  # the critics learn what the impact estimate misses
@@ -42,11 +45,18 @@ class NetworkConfig:
     han: HANConfig = HANConfig()
 
     def __post_init__(self) -> None:
-        """Checks that the parts go together.
+        """Checks the fields, and that they go together.
 
         Raises:
-          InputError: they do not.
+          InputError: a field is out of range, or they do not.
         """
+        for name, known in (("encoder", get_args(Encoder)), ("readout", get_args(Readout))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
+        if self.slots is not None and self.slots < 1:
+            raise InputError(f"slots is {self.slots}, must be at least 1, or None for all")
+        if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
+            raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
         if self.encoder == "flat" and self.readout == "pointer":
             raise InputError("readout is 'pointer', must be 'arrived' for encoder 'flat', which has no expert nodes")
         if self.residual and not (self.with_impact and self.readout == "pointer"):
@@ -138,9 +148,19 @@ class _Pooled(nn.Module):
 def _in_context(embedding: Embedding) -> tuple[Array, Array]:
     """Returns each expert beside all others [..., N, 4 D], and the fleet as a whole [..., 3 D]."""
     experts = embedding.experts
-    fleet = jnp.concatenate([embedding.arrived, jnp.mean(experts, -2), jnp.max(experts, -2)], -1)
+    fleet = jnp.concatenate([embedding.arrived, jnp.mean(experts, -2), _most(experts)], -1)
     around = jnp.broadcast_to(fleet[..., None, :], (*experts.shape[:-1], fleet.shape[-1]))
     return jnp.concatenate([experts, around], -1), fleet
+
+
+def _most(experts: Array) -> Array:
+    """Returns the maximum [..., D] over the experts [..., N, D].
+
+    The gradient of ``jnp.max`` divides by how many inputs equal the maximum. Where XLA computes the inputs anew for
+    that and rounds otherwise, these are none, and it is NaN.
+    """
+    is_first = jnp.argmax(experts, -2, keepdims=True) == jnp.arange(experts.shape[-2])[:, None]
+    return jnp.sum(jnp.where(is_first, experts, 0.0), -2)
 
 
 def _prior(inputs: Nodes) -> Array:

@@ -78,6 +78,7 @@ class Lesson(struct.PyTreeNode):
     """One decision with the measured values of all its actions."""
 
     inputs: Inputs
+    whole: Array  # [] bool: else it teaches nothing
     value: Array  # [A]
 
 
@@ -126,7 +127,8 @@ def update(
         if heads.logits is not None:
             worth = jax.lax.stop_gradient(_combined(hyper, heads.q))
             actor_loss = -jnp.mean(jnp.sum(policy * jnp.where(inputs.legal, worth, 0.0), -1) + alpha * entropy)
-        surplus = jnp.mean(entropy - hyper.target_entropy * jnp.log(jnp.sum(inputs.legal, -1)))
+        choices = jnp.maximum(jnp.sum(inputs.legal, -1), 1)
+        surplus = jnp.mean(entropy - hyper.target_entropy * jnp.log(choices))
         aux = {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": jnp.mean(entropy), "surplus": surplus}
         return critic_loss + actor_loss, aux
 
@@ -144,7 +146,7 @@ def _teaching(
 ) -> tuple[Inputs, Callable[[Heads], Array]]:
     """Returns the inputs of a batch and the critics' loss on what the network says of them."""
     if isinstance(batch, Lesson):
-        return batch.inputs, lambda heads: _lesson_loss(heads, batch.inputs.legal, batch.value)
+        return batch.inputs, lambda heads: _lesson_loss(heads, batch)
     target = temporal_difference(network, hyper, state, batch)
     return batch.transition.inputs, lambda heads: _step_loss(heads, batch.transition, target)
 
@@ -165,9 +167,10 @@ def _step_loss(heads: Heads, step: Transition, target: Array) -> Array:
     return jnp.sum(taught * jnp.square(q - target[:, None])) / jnp.maximum(jnp.sum(taught) * q.shape[-1], 1.0)
 
 
-def _lesson_loss(heads: Heads, legal: Array, value: Array) -> Array:
-    error = jnp.where(legal[:, None], heads.q - value[:, None], 0.0)
-    return jnp.sum(jnp.square(error)) / (jnp.sum(legal) * error.shape[-2])
+def _lesson_loss(heads: Heads, lesson: Lesson) -> Array:
+    taught = (lesson.inputs.legal & lesson.whole[:, None])[:, None, :]
+    error = jnp.where(taught, heads.q - lesson.value[:, None, :], 0.0)
+    return jnp.sum(jnp.square(error)) / jnp.maximum(jnp.sum(taught) * error.shape[-2], 1.0)
 
 
 def _combined(hyper: Hyperparameters, q: Array) -> Array:

@@ -1,0 +1,156 @@
+"""The learner: phases compile once, environments may differ, and every named agent trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array, lax
+
+from qos_jax.agent import AGENTS, Hyperparameters, Learner, make_learner
+from qos_jax.agent.learner import TrainState
+from qos_jax.encoder import HANConfig
+from tests.agent import probes
+from tests.agent.probes import ACTIONS, STATES, hyperparameters, process, quick_jit, stacked
+from tests.small_env import small_env, small_params
+
+NUM_EXPERTS, NUM_ENVS, PREFILL, CHUNK, TWINS, CHUNKS = 2, 2, 4, 3, 2, 5
+RATES = (4.0, 12.0)
+ENV = small_env(NUM_EXPERTS, slots=7)
+
+
+@functools.cache
+def tiny(name: str) -> Learner:
+    config = AGENTS[name]
+    han = HANConfig(features=8, heads=2, layers=config.network.han.layers)
+    network = dataclasses.replace(config.network, hidden=(8,), han=han, slots=config.network.slots and 4)
+    sizes = {"num_envs": NUM_ENVS, "chunk": CHUNK, "twins": TWINS, "updates": 2, "batch_size": 8, "prefill": PREFILL}
+    return make_learner(ENV, dataclasses.replace(config, network=network, capacity=2 * NUM_ENVS * CHUNK, **sizes))
+
+
+def arrays(hyper: Hyperparameters) -> Hyperparameters:
+    return jax.tree.map(jnp.float32, hyper)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def run(learner: Learner, key: Array, params: Any, hyper: Hyperparameters) -> tuple[TrainState, Any, Any]:
+    """Trains for some chunks; also returns the states before, and the metrics of each chunk."""
+    before = learner.prefill(learner.init(key, params, hyper), params, hyper)
+
+    def chunk(state: TrainState, i: Array) -> tuple[TrainState, Any]:
+        return learner.train_chunk(state, params, hyper, i, i / CHUNKS)
+
+    after, metrics = lax.scan(chunk, before, jnp.arange(CHUNKS))
+    return before, after, metrics
+
+
+@functools.cache
+def trained(name: str, restart: float = 0.0) -> tuple[TrainState, TrainState, dict[str, Array]]:
+    """The named agent, small, before and after a few chunks in two environments of different loads."""
+    params = stacked([small_params(NUM_EXPERTS, rate_per_s=rate) for rate in RATES])
+    hyper = arrays(AGENTS[name].hyper.replace(restart=restart))
+    return run(tiny(name), jax.random.key(0), params, hyper)
+
+
+QUICK = ("ours", "baseline_rl")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in AGENTS]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_agent_trains(name: str) -> None:
+    before, after, metrics = trained(name)
+    chex.assert_tree_all_finite((after.learned, metrics))
+    assert {"qos", "critic_loss", "actor_loss", "entropy", "alpha"} <= set(metrics)
+    assert all(x.shape == (CHUNKS,) for x in metrics.values())
+    assert np.all(metrics["qos"] >= 0) and np.all(metrics["qos"] <= 1)
+    changed = jax.tree.map(lambda x, y: bool(np.any(x != y)), before.learned.params, after.learned.params)
+    assert all(any(jax.tree.leaves(part)) for part in changed["params"].values())
+    chex.assert_trees_all_equal(tiny(name).weights(after), after.learned.average)
+
+
+def test_decisions_are_lessons_once_they_are_followed_to_the_end() -> None:
+    """With two sets of twins the first two chunks have no lesson to give; the ring has room for one chunk more."""
+    _, after, _ = trained("ours")
+    whole = np.asarray(after.replay.whole).reshape(-1, NUM_ENVS)
+    np.testing.assert_array_equal(whole[:, 0], [False, False, True, True, True, False])
+    np.testing.assert_array_equal(whole[:, 0], whole[:, 1])
+    lessons = jax.tree.map(lambda x: np.asarray(x).reshape(-1, NUM_ENVS, *x.shape[1:])[2:5], after.replay)
+    assert np.isfinite(lessons.value).all()
+    assert lessons.inputs.legal[..., -1].all()  # what was seen is kept
+    np.testing.assert_array_equal(lessons.value[..., -1], 0.0)
+    assert np.all(np.any(lessons.value != 0, -1))
+    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNKS * CHUNK)
+
+
+def test_a_restarted_environment_has_no_lesson() -> None:
+    """It goes on from where prefilling ended, so that what was begun cannot be followed."""
+    before, after, _ = trained("ours", restart=1.0)
+    assert not np.any(after.replay.whole)
+    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNK)
+    chex.assert_trees_all_equal(before.learned.params, after.learned.params)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_router_takes_a_legal_action(name: str) -> None:
+    learner, (_, after, _) = tiny(name), trained(name)
+    router = learner.router(learner.weights(after), name)
+    obs, _ = ENV.reset(jax.random.key(0), small_params(NUM_EXPERTS))
+    act = quick_jit(lambda obs: router.act(jax.random.key(1), obs, router.init()))
+    for only in range(NUM_EXPERTS + 1):
+        action, _ = act(obs.replace(action_mask=jnp.arange(NUM_EXPERTS + 1) == only))
+        assert int(action) == only and action.dtype == jnp.int32
+    assert router.kind == "learned" and router.name == name
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_one_trace_serves_all_chunks_and_hyperparameters(name: str) -> None:
+    """A state that comes out of a chunk is one that goes in, and counts, rates and costs are traced."""
+    chex.clear_trace_counter()
+    learner = tiny(name)
+    counted = jax.jit(chex.assert_max_traces(learner.train_chunk, 1))
+    params, hyper = small_params(NUM_EXPERTS), arrays(AGENTS[name].hyper)
+    state = jax.eval_shape(learner.init, jax.random.key(0), params, hyper)
+    state = jax.eval_shape(learner.prefill, state, params, hyper)
+    other = hyper.replace(alpha=jnp.float32(1.0), weights=hyper.weights.replace(energy=jnp.float32(1.0)))
+    for chunk, numbers in enumerate((hyper, hyper, other)):
+        after, _ = jax.eval_shape(counted, state, params, numbers, jnp.int32(chunk), jnp.float32(chunk / 3))
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        state = after
+
+
+class TestOnTables:
+    """What is quick to compile: shared and own parameters, and a ring of two chunks, which is full at once."""
+
+    envs, steps = 4, 3
+    learner = probes.learner(actor=False, num_envs=envs, chunk=steps, capacity=2 * envs * steps, batch_size=16)
+    ring = process([1, 2, 3, 0], [[1], [0], [0], [0]], start=range(STATES))
+    train = staticmethod(quick_jit(functools.partial(probes.train, learner)))
+
+    def state_after(self, chunks: int, params: Any) -> TrainState:
+        return self.train(jax.random.key(0), params, hyperparameters(alpha=1.0), jnp.int32(chunks))
+
+    def test_shared_parameters_are_those_of_each(self) -> None:
+        shared, each = self.state_after(2, self.ring), self.state_after(2, stacked([self.ring] * self.envs))
+        chex.assert_trees_all_close(each.learned, shared.learned, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_equal(each.replay.action, shared.replay.action)
+
+    def test_each_environment_goes_by_its_own(self) -> None:
+        """In environment i every reward is i and only actions up to i are legal."""
+        worlds = [process([1, 2, 3, 0], i, legal=np.arange(ACTIONS) <= i) for i in range(self.envs)]
+        replay = self.state_after(2, stacked(worlds)).replay
+        rows = jax.tree.map(lambda x: np.asarray(x).reshape(-1, self.envs, *x.shape[1:]), replay)
+        np.testing.assert_array_equal(rows.reward, np.tile(np.arange(4.0), (2 * self.steps, 1)))
+        assert np.all(rows.action <= np.arange(4)) and np.all(rows.action.max(0)[1:] > 0)
+        at = np.argmax(rows.inputs.columns, -1)
+        np.testing.assert_array_equal(at[1:], (at[:-1] + 1) % STATES)  # the next row of an environment is its next step
+
+    def test_the_newest_row_is_not_followed_by_the_oldest(self) -> None:
+        """If it were, a sixth of the steps would lead elsewhere."""
+        q = probes.solved(False, self.ring, self.state_after(500, stacked([self.ring] * self.envs))).q
+        np.testing.assert_allclose(q, probes.soft_optimum(self.ring, probes.GAMMA, 1.0, 0.0)[0], atol=0.05)

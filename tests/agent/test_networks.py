@@ -1,0 +1,186 @@
+"""Networks: symmetry and size of the fleet, where they start from, and what they make of having no choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import flax.errors
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from qos_jax import Observation
+from qos_jax.agent import sac
+from qos_jax.agent.networks import Heads, Inputs, NetworkConfig, greedy, network_of
+from qos_jax.agent.sac import Lesson
+from qos_jax.encoder import HANConfig
+from qos_jax.routers.impact import impact
+from tests.agent.probes import hyperparameters, quick_jit
+from tests.routers.observations import observation, reordered, running, waiting
+from tests.small_env import small_experts
+
+SMALL: dict[str, Any] = {"hidden": (16,), "han": HANConfig(features=8, heads=2)}
+POINTERS = {
+    "han": NetworkConfig(**SMALL),
+    "han with an actor, few slots": NetworkConfig(actor=True, slots=2, **SMALL),
+    "han without impact": NetworkConfig(with_impact=False, residual=False, **SMALL),
+    "pooled": NetworkConfig("pooled", **SMALL),
+}
+ARRIVED = NetworkConfig(readout="arrived", actor=True, with_impact=False, residual=False, **SMALL)
+FLAT = dataclasses.replace(ARRIVED, encoder="flat")
+
+
+def fleet(num_experts: int, seed: int = 0, **arrived: Any) -> Observation:
+    """Unequal experts with up to three running and two waiting requests; some are full."""
+    rng = np.random.default_rng(seed)
+
+    def some(kind: Any, most: int) -> list[Any]:
+        return [
+            kind(age_s=rng.uniform(0.0, 2.0), predicted_score=rng.uniform(), predicted_tokens=rng.uniform(20, 60))
+            for _ in range(rng.integers(0, most + 1))
+        ]
+
+    return observation(
+        *[some(running, 3) + some(waiting, 2) for _ in range(num_experts)],
+        profile=small_experts(num_experts, step_base_s=rng.uniform(0.01, 0.03, num_experts)),
+        legal=[*(rng.uniform(size=num_experts) < 0.8), True],
+        predicted_score=rng.uniform(size=num_experts),
+        **arrived,
+    )
+
+
+def heads_of(config: NetworkConfig, params: Any, obs: Observation) -> Heads:
+    return _apply(network_of(config)[1], params, features(config, obs))
+
+
+def features(config: NetworkConfig, obs: Observation) -> Inputs:
+    what_is_seen = {"hidden": (), "han": HANConfig(), "actor": False, "residual": False}
+    encoder = "flat" if config.encoder == "flat" else "han"
+    return _features(dataclasses.replace(config, encoder=encoder, **what_is_seen), obs)
+
+
+@quick_jit
+def estimate(obs: Observation) -> jax.Array:
+    return impact(obs).net
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def _features(config: NetworkConfig, obs: Observation) -> Inputs:
+    return network_of(config)[0](obs)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def _apply(network: nn.Module, params: Any, inputs: Inputs) -> Heads:
+    return network.apply(params, inputs)
+
+
+@functools.cache
+def trained(config: NetworkConfig, num_experts: int = 3) -> Any:
+    """Parameters in general position, as after some training."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), _shapes(config, num_experts))
+
+
+@functools.cache
+def fresh(config: NetworkConfig) -> Any:
+    """Parameters before training."""
+    return quick_jit(network_of(config)[1].init)(jax.random.key(0), features(config, fleet(3)))
+
+
+def _shapes(config: NetworkConfig, num_experts: int) -> Any:
+    inputs, network = network_of(config)
+    return jax.eval_shape(network.init, jax.random.key(0), jax.eval_shape(inputs, fleet(num_experts)))
+
+
+@pytest.mark.parametrize("name", POINTERS)
+def test_the_order_of_the_experts_does_not_matter(name: str) -> None:
+    config, obs, order = POINTERS[name], fleet(3), [2, 0, 1]
+    plain, turned = (heads_of(config, trained(config), seen) for seen in (obs, reordered(obs, order)))
+    chex.assert_trees_all_close(turned, jax.tree.map(lambda x: x[..., [*order, 3]], plain), rtol=1e-4, atol=1e-4)
+    assert np.all(np.std(plain.q[:, :-1], -1) > 1e-3)  # experts are told apart
+
+
+@pytest.mark.parametrize("name", POINTERS)
+def test_parameters_do_not_know_the_size_of_the_fleet(name: str) -> None:
+    for num_experts in (8, 64):
+        chex.assert_trees_all_equal_shapes(_shapes(POINTERS[name], num_experts), _shapes(POINTERS[name], 3))
+
+
+@pytest.mark.parametrize("num_experts", [8, 64])
+def test_one_set_of_parameters_serves_any_fleet(num_experts: int) -> None:
+    config = POINTERS["han"]
+    heads = heads_of(config, trained(config), fleet(num_experts))
+    chex.assert_tree_all_finite(heads)
+    assert heads.q.shape == (2, num_experts + 1) and heads.logits is None
+
+
+@pytest.mark.parametrize("config", [ARRIVED, FLAT], ids=["arrived", "flat"])
+def test_other_networks_have_one_output_for_each_action_of_their_fleet(config: NetworkConfig) -> None:
+    heads = heads_of(config, trained(config), fleet(3))
+    chex.assert_tree_all_finite(heads)
+    assert heads.q.shape == (2, 4) and heads.logits is not None and heads.logits.shape == (4,)
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        heads_of(config, trained(config), fleet(4))
+
+
+def test_who_reads_the_arrived_node_alone_cannot_tell_which_expert_is_busy() -> None:
+    obs = fleet(3)
+    plain, turned = (heads_of(ARRIVED, trained(ARRIVED), seen) for seen in (obs, reordered(obs, [2, 0, 1])))
+    chex.assert_trees_all_close(turned, plain, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(heads_of(ARRIVED, trained(ARRIVED), fleet(3, seed=1)).q, plain.q, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["han", "han with an actor, few slots"])
+def test_critics_start_from_the_impact_estimate(name: str) -> None:
+    config = POINTERS[name]
+    for seed in range(4):
+        obs = fleet(3, seed)
+        net = np.asarray(estimate(obs))
+        heads = heads_of(config, fresh(config), obs)
+        for q in heads.q:
+            np.testing.assert_allclose(q[:-1], net, atol=0.05)
+            assert float(q[-1]) == pytest.approx(0.0, abs=0.05)
+        best = int(np.argmax(np.where(obs.action_mask[:-1], net, -np.inf)))
+        assert net[best] > 0.1
+        if heads.logits is None:
+            assert int(greedy(heads, obs.action_mask)) == best
+        else:
+            np.testing.assert_allclose(heads.logits, 0.0, atol=0.05)
+
+
+def test_a_disastrous_placement_starts_as_one_of_many() -> None:
+    """Eight requests that are just in time: the estimate of what a long prompt would cost them is bounded."""
+    in_time = running(age_s=0.4, generated_tokens=20, predicted_tokens=40, predicted_score=1.0, latency_limit_s=0.06)
+    experts = small_experts(3, max_running=40, kv_blocks=4000, per_sequence_s=1e-4)
+    obs = observation([in_time] * 8, [], [], profile=experts, prompt_tokens=60_000)
+    assert float(estimate(obs)[0]) < -5.0
+    q = heads_of(POINTERS["han"], fresh(POINTERS["han"]), obs).q
+    np.testing.assert_allclose(q[:, 0], -2.0, atol=0.1)
+
+
+@pytest.mark.parametrize("config", [POINTERS["han"], ARRIVED, FLAT], ids=["pointer", "arrived", "flat"])
+def test_outputs_and_gradients_are_finite_where_only_the_drop_is_legal(config: NetworkConfig) -> None:
+    full = dataclasses.replace(fleet(3), action_mask=jnp.array([False, False, False, True]))
+    idle = observation([], [], [], legal=[False, False, False, True])
+    _, network = network_of(config)
+    inputs = jax.tree.map(lambda *x: jnp.stack(x), *(features(config, obs) for obs in (full, idle)))
+    hyper = hyperparameters(alpha_rate=1e-2)
+    state = sac.learned(trained(config), hyper)
+    batch = Lesson(inputs, jnp.ones(2, bool), jnp.full((2, 4), -100.0))
+    after, losses = quick_jit(sac.update, static_argnums=0)(network, hyper, state, batch, jnp.float32(0.0))
+    chex.assert_tree_all_finite((after, losses))
+    heads = _apply(network, after.params, inputs)
+    chex.assert_tree_all_finite(heads)
+    np.testing.assert_array_equal(greedy(heads, inputs.legal), [3, 3])
+
+
+def test_greedy_takes_the_best_legal_action() -> None:
+    legal = jnp.array([True, False, True, True])
+    q = jnp.array([[0.0, 9.0, 5.0, 1.0], [2.0, 9.0, -5.0, 2.0]])
+    assert int(greedy(Heads(None, q), legal)) == 3  # the mean of the critics
+    assert int(greedy(Heads(jnp.array([0.0, 9.0, 1.0, 0.5]), q), legal)) == 2  # the policy, if there is one
