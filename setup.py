@@ -29,6 +29,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.28",
         "scipy>=1.14",
+        "tensorboardX>=2.6.4",
         "tqdm>=4.66",
     ],
     extras_require={

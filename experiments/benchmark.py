@@ -2,6 +2,8 @@
 
 python -m experiments.benchmark --suite=sim --out=benchmark.json
 
+--suite=train measures the learner instead: steps and memory, a decision, the encoder's two forms.
+
 Run from a checkout: the plain-Python loop is the one that the tests hold the engine to.
 """
 
@@ -9,11 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")  # one device a core
+if "--suite=train" not in sys.argv:  # there, one device with all cores; here, one device a core
+    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,7 @@ from absl import flags
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments import common, native
+from experiments import common, native, training_speed
 from qos_jax.files import write_whole
 from qos_jax.presets import make
 from qos_jax.report import versions
@@ -46,7 +50,7 @@ _CASES = (  # preset, environments, load, answers so many times as long
 
 def define_flags() -> None:
     """Defines the flags of this program."""
-    flags.DEFINE_enum("suite", "sim", ["sim"], "What to measure.")
+    flags.DEFINE_enum("suite", "sim", ["sim", "train"], "What to measure.")
     flags.DEFINE_integer("requests", 400_000, "Requests of each case, over all environments.", lower_bound=10_000)
     flags.DEFINE_string("out", "benchmark.json", "File for the results.")
 
@@ -54,8 +58,16 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Measures each case, prints a line for it and writes all of them."""
     del argv
-    loops: dict[tuple[str, float, int], tuple[float, float]] = {}
     rows = []
+    for row in _simulator_rows() if FLAGS.suite == "sim" else training_speed.rows():
+        rows.append(row)
+        numbers = (f"{name} {value:,.4g}" for name, value in row.items() if isinstance(value, float | int))
+        print(f"{row['case']:34} {'  '.join(numbers)}", flush=True)
+    write_whole(FLAGS.out, json.dumps({"versions": versions(), "rows": rows}, indent=1))
+
+
+def _simulator_rows() -> Iterator[dict[str, Any]]:
+    loops: dict[tuple[str, float, int], tuple[float, float]] = {}
     for preset, num_envs, load, stretch in _CASES:
         env, params = make(preset, load=load)
         params = _with_longer_answers(params, stretch)
@@ -68,14 +80,7 @@ def main(argv: list[str]) -> None:
         row["ratio_python"] = row["requests_per_cpu_s"] / python_rate
         row["ratio_native"] = row["requests_per_cpu_s"] / native_rate
         row |= {"python_requests_per_s": python_rate, "native_requests_per_s": native_rate}
-        rows.append(row)
-        print(
-            f"{row['case']:34} {row['requests_per_s']:10,.0f} requests/s  {row['requests_per_cpu_s']:10,.0f} per CPU-s"
-            f"  x{row['ratio_python']:6.0f} Python  x{row['ratio_native']:.3f} native"
-            f"  {row['trips_per_step']:5.1f} passes/step  compile {row['compile_s']:.1f} s",
-            flush=True,
-        )
-    write_whole(FLAGS.out, json.dumps({"versions": versions(), "rows": rows}, indent=1))
+        yield row
 
 
 def _with_longer_answers(params: EnvParams, stretch: int) -> EnvParams:

@@ -1,10 +1,15 @@
 """Compares routers: every router on the same requests, at several loads and seeds.
 
 python -m experiments.evaluate --preset=paper-3 --routers=all --load=0.3,0.6,0.9,1.1 --seeds=5 --out=runs/paper-3
+
+A router that has been trained is named by the folder of its run: --routers=all,runs/ours. It is the first seed's if the
+run has several, or that of another seed with --routers=all,runs/ours@3.
 """
 
 from __future__ import annotations
 
+import os
+import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +23,7 @@ from tqdm import tqdm
 
 from experiments import common
 from qos_jax import plots
+from qos_jax.checkpoints import CONFIG, RunFolder, load_router
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Run, Scenario, evaluate
 from qos_jax.files import writable_folder
@@ -25,6 +31,7 @@ from qos_jax.report import results_of, terminal_table, write_report
 from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.iterations import iterations_of
+from qos_jax.sim.types import Workload
 
 FLAGS = flags.FLAGS
 _DEFAULT_LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3)
@@ -34,7 +41,7 @@ _WINDOW_S = 3.0  # of one expert's iterations, to be looked at closely
 def define_flags() -> None:
     """Defines the flags of this program."""
     common.define_world_flags()
-    flags.DEFINE_list("routers", ["all"], "Routers to compare: names, or all.")
+    flags.DEFINE_list("routers", ["all"], "Routers to compare: names, all, folders of training runs.")
     flags.DEFINE_list("load", None, "Arrival rates as fractions of the fleet's saturation rate; 0.3 to 1.3 by default.")
     flags.DEFINE_list("rate", None, "Arrival rates in requests/s, instead.")
     flags.DEFINE_integer("requests", 3000, "Requests of each load and seed.", lower_bound=10)
@@ -51,7 +58,7 @@ def main(argv: list[str]) -> None:
     if rates and loads:
         raise InputError("--load and --rate are both given: give one")
     env, params, config = common.world_from_flags()
-    routers = _routers(env.spec.num_experts)
+    routers = _routers(env.spec.num_experts, params.workload)
     folder = writable_folder(FLAGS.out)
     saturation_per_s = float(params.saturation_per_s)
     rates = list(dict.fromkeys(rates or [load * saturation_per_s for load in loads or _DEFAULT_LOADS]))
@@ -66,15 +73,41 @@ def main(argv: list[str]) -> None:
         runs = evaluate(env, params, routers, scenarios, FLAGS.requests, warmup=warmup, progress=lambda _: bar.update())
     results = results_of(runs, config, shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]))
     print(terminal_table(results))
-    report = write_report(folder, results, _figures(env, params, runs, results), title=f"Routers on {FLAGS.preset}")
+    figures = _figures(env, params, runs, results) | _learning_curves()
+    report = write_report(folder, results, figures, title=f"Routers on {FLAGS.preset}")
     print(f"written: {report}")
 
 
-def _routers(num_experts: int) -> list[Router]:
-    names = router_names(num_experts) if FLAGS.routers == ["all"] else list(dict.fromkeys(FLAGS.routers))
-    if not names:
-        raise InputError(f"--routers= names none; choose all, or from {', '.join(router_names(num_experts))}")
-    return [make_router(name, num_experts) for name in names]
+def _routers(num_experts: int, workload: Workload) -> list[Router]:
+    known = router_names(num_experts)
+    asked = list(dict.fromkeys(name for each in FLAGS.routers for name in (known if each == "all" else [each])))
+    if not asked:
+        raise InputError(f"--routers= names none; choose all, or from {', '.join(known)}")
+    runs = {name: run for name in asked if (run := _run_of(name))}
+    folders = [folder.name for folder, _ in runs.values()]
+    routers = []
+    for name in asked:
+        if name not in runs:
+            routers.append(make_router(name, num_experts, workload))
+            continue
+        folder, seed = runs[name]
+        clashes = folder.name in asked or folders.count(folder.name) > 1
+        routers.append(load_router(folder, seed=seed, name=name if clashes else folder.name))
+    return routers
+
+
+def _run_of(name: str) -> tuple[pathlib.Path, int | None] | None:
+    """Returns the folder and the seed that FOLDER or FOLDER@SEED names, None where it names no training run."""
+    before, at, after = name.rpartition("@")
+    folder, seed = (before, int(after)) if at and after.isdecimal() else (name, None)
+    is_run = os.sep in folder or (pathlib.Path(folder) / CONFIG).exists()
+    return (pathlib.Path(folder), seed) if is_run else None
+
+
+def _learning_curves() -> dict[str, Figure]:
+    folders = [run[0] for name in FLAGS.routers if (run := _run_of(name))]
+    records = {folder.name: RunFolder.reopen(folder).records() for folder in folders}
+    return {f"learning_curve_{name}": plots.learning_curve(record) for name, record in records.items()}
 
 
 def _figures(env: Environment, params: EnvParams, runs: Sequence[Run], results: dict[str, Any]) -> dict[str, Figure]:

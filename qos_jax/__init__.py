@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from qos_jax.checkpoints import load_router
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Scenario, evaluate
 from qos_jax.presets import PRESETS, make
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "flat_view",
     "graph_view",
+    "load_router",
     "make",
     "make_router",
     "read_mix_instruct",

@@ -205,3 +205,39 @@ def test_every_figure_has_a_caption_and_can_be_saved(tmp_path) -> None:
         assert figure.get_label().endswith(".")
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+class TestLearningCurve:
+    def records(self, num_seeds: int) -> list[dict]:
+        rows = [
+            {"kind": "evaluation", "steps": 1000 * i, "seconds": 30.0 * i, "impact_greedy": 0.6}
+            | {"qos": [0.1 * i + seed for seed in range(num_seeds)]}
+            for i in range(4)
+        ]
+        return [{"kind": "train", "steps": 10, "seconds": 1.0}, *rows]
+
+    def test_shows_every_seed_and_their_mean_against_steps_and_minutes(self) -> None:
+        figure = plots.learning_curve(self.records(num_seeds=3))
+        for axes, done in zip(figure.axes, ([0, 1000, 2000, 3000], [0, 0.5, 1.0, 1.5]), strict=True):
+            reference, *seeds, mean = axes.get_lines()
+            assert set(reference.get_ydata()) == {0.6}
+            np.testing.assert_allclose([line.get_ydata()[-1] for line in seeds], [0.3, 1.3, 2.3])
+            np.testing.assert_allclose(mean.get_ydata(), [1.0, 1.1, 1.2, 1.3])
+            np.testing.assert_allclose(mean.get_xdata(), done)
+            assert mean.get_linewidth() > max(line.get_linewidth() for line in [reference, *seeds])
+
+    def test_one_seed_is_one_line(self) -> None:
+        figure = plots.learning_curve(self.records(num_seeds=1))
+        assert [line.get_label() for line in figure.axes[0].get_lines()] == ["impact greedy", "learned"]
+
+    def test_needs_an_evaluation(self) -> None:
+        with pytest.raises(InputError, match="no evaluation"):
+            plots.learning_curve(self.records(1)[:1])
+
+
+def test_learned_routers_stand_out() -> None:
+    rows = [row for row in summary() if row["router"] in ("round_robin", "only_gamma")]
+    rows = [row | ({"kind": "learned"} if row["router"] == "only_gamma" else {}) for row in rows]
+    figure = plots.qos_against_load(rows)
+    assert line(figure, "only_gamma").get_linewidth() > line(figure, "round_robin").get_linewidth()
+    assert line(figure, "only_gamma").get_color() not in plots.HIGHLIGHTED.values()

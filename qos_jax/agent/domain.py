@@ -29,25 +29,30 @@ from qos_jax.workload.workload import RequestWorkload
 
 Pair = tuple[str, str]  # LLM, GPU
 
+SMALL_GPUS = ("RTX 4090", "A30", "A40")
+
+
+LOADS = (0.5, 1.4)
+ARRIVALS = ("poisson", "gamma:2", "gamma:4", "mmpp:2:30", "mmpp:3:10", "sinusoidal:0.5:120", "sinusoidal:0.8:60")
+PREDICTIONS = ("none", "realistic", "realistic", "r2:0.3:0.6", "perfect")
+LATENCY_LIMITS_S = (0.03, 0.036, 0.045)
+PAIRS: tuple[Pair, ...] = (
+    *((llm, gpu) for llm in ("alpaca-native", "chatglm-6b", "mpt-7b-instruct", "koala-7B-HF") for gpu in SMALL_GPUS),
+    *((llm, "A100") for llm in ("vicuna-13b-1.1", "oasst-sft-4-pythia-12b-epoch-3.5", "moss-moon-003-sft")),
+    ("stablelm-tuned-alpha-7b", "A40"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
     """What the worlds are drawn from, each independently; an empty tuple keeps what is there."""
 
-    loads: tuple[float, ...] = (0.5, 1.4)  # uniform between the least and the greatest
-    arrivals: tuple[str, ...] = (
-        "poisson",
-        "gamma:2",
-        "gamma:4",
-        "mmpp:2:30",
-        "mmpp:3:10",
-        "sinusoidal:0.5:120",
-        "sinusoidal:0.8:60",
-    )
+    loads: tuple[float, ...] = ()  # uniform between the least and the greatest
+    arrivals: tuple[str, ...] = ()
     predictions: tuple[str, ...] = ()
-    staleness_s: tuple[float, ...] = ()  # uniform between the least and the greatest
-    pairs: tuple[Pair, ...] = ()  # every environment gets a fleet of its own, drawn from these
-    latency_limits_s: tuple[float, ...] = ()  # s/token, for fleets of their own
+    staleness_s: tuple[float, ...] = ()  # s, uniform between the least and the greatest
+    pairs: tuple[Pair, ...] = ()  # every environment gets a fleet of its own, drawn from these, and
+    latency_limits_s: tuple[float, ...] = LATENCY_LIMITS_S  # s/token, one of these for its users
 
 
 def randomised(env: Environment, params: EnvParams, domain: Domain, key: Array, num_envs: int) -> EnvParams:
@@ -99,7 +104,7 @@ def _fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.random.Ge
     """Returns the parameters with another fleet, and with the answers of its LLMs."""
     chosen = [domain.pairs[i] for i in rng.integers(len(domain.pairs), size=spec.num_experts)]
     running, waiting = (int(np.max(limit)) for limit in (params.experts.max_running, params.experts.max_waiting))
-    limit_s = float(rng.choice(domain.latency_limits_s)) if domain.latency_limits_s else 0.03
+    limit_s = float(rng.choice(domain.latency_limits_s))
     rates = _rates(domain.pairs, running, waiting, spec.engine)
     content = generated_content([llm for llm, _ in chosen], latency_limits([limit_s]))
     return params.replace(

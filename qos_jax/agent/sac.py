@@ -51,7 +51,7 @@ class Hyperparameters(struct.PyTreeNode):
     least_weight: Array | float = 0.0
     critic_entropy: Array | float = 0.0
     width_s: Array | float = 1e-3  # s/token, of the logistic by which measured answers are judged
-    restart: Array | float = 0.1  # share of environments that go on from a prefilled state in each chunk
+    restart: Array | float = 0.005  # share of environments that go on from a prefilled state in each chunk
     weights: RewardWeights = RewardWeights()
 
 

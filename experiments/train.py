@@ -1,0 +1,304 @@
+"""Trains a router.
+
+python -m experiments.train --preset=paper-3 --agent=ours --load=0.9 --steps=1000000 --seed=0 --out=runs/ours
+
+With --resume a run that was stopped or killed goes on from its last checkpoint; its other flags are those that it began
+with. What is trained on is apart from what evaluation uses: seeds below 1000, and by default the first half of a trace
+and the training part of a table of prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from experiments import common
+from qos_jax import plots
+from qos_jax.agent import AGENTS, AgentConfig, Learner, configs, domain, make_learner
+from qos_jax.agent.domain import Domain, randomised
+from qos_jax.agent.replay import num_bytes
+from qos_jax.checkpoints import RunFolder, run_config
+from qos_jax.errors import InputError
+from qos_jax.files import write_whole
+from qos_jax.sim.env import EnvParams
+from qos_jax.training import FIRST_HELD_OUT_SEED, HeldOut, Progress, TrainResult, train
+
+FLAGS = flags.FLAGS
+_DEFAULT_LOAD = 0.9
+_HELD_OUT_LOADS = (0.6, 0.9, 1.1, 1.3)  # where loads are drawn
+_DRAWN = ("load", "arrivals", "prediction", "staleness", "fleet")
+_MAY_CHANGE = {"out", "resume", "checkpoint_minutes", "flagfile"}  # when a run is resumed
+_BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+
+
+def define_flags() -> None:
+    """Defines the flags of this program."""
+    common.define_world_flags()
+    FLAGS.set_default("trace_part", "first")
+    FLAGS.set_default("table_part", "train")
+    flags.DEFINE_string("agent", "ours", f"Who learns: {', '.join(AGENTS)}.")
+    flags.DEFINE_list("set", [], "Other values for fields of the agent: learning_rate=3e-4,han.layers=3,hidden=64x64.")
+    flags.DEFINE_integer("num_envs", None, "Environments side by side of each seed; the agent's by default.")
+    flags.DEFINE_float("learning_rate", None, "The agent's by default.")
+    flags.DEFINE_list("load", None, "Load to train at, or the least and the greatest, to be drawn; 0.9 by default.")
+    flags.DEFINE_list("randomise", [], f"What to draw for each environment: all, or some of {', '.join(_DRAWN)}.")
+    flags.DEFINE_integer("steps", 1_000_000, "Steps of the environments of each seed.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "The seed, or the first of several.", 0, FIRST_HELD_OUT_SEED - 1)
+    flags.DEFINE_integer("seeds", 1, "How many seeds to train side by side.", 1, FIRST_HELD_OUT_SEED)
+    flags.DEFINE_integer("evaluate_every", None, "Steps between evaluations; a tenth of all by default.", 1)
+    flags.DEFINE_integer("evaluation_envs", 32, "Environments of an evaluation.", 2)
+    flags.DEFINE_integer("evaluation_steps", 800, "Requests of each of them.", 1)
+    flags.DEFINE_float("checkpoint_minutes", 2.0, "Minutes between checkpoints.", 0.0)
+    flags.DEFINE_bool("save_replay", True, "Checkpoints hold the replay; without it a run does not resume bit for bit.")
+    flags.DEFINE_string("out", "runs/train", "Folder of the run.")
+    flags.DEFINE_bool("resume", False, "Go on with the run in that folder.")
+
+
+def main(argv: list[str]) -> None:
+    """Trains, and writes checkpoints, metrics and the learning curve."""
+    del argv
+    earlier = RunFolder.reopen(FLAGS.out) if FLAGS.resume else None
+    if earlier is not None:
+        _take_flags(earlier)
+    seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
+    if seeds[-1] >= FIRST_HELD_OUT_SEED:
+        raise InputError(f"--seed={FLAGS.seed} --seeds={FLAGS.seeds}: seeds must be below {FIRST_HELD_OUT_SEED}")
+    env, params, world = common.world_from_flags()
+    learner = make_learner(env, overridden(configs.named(FLAGS.agent), _settings()))
+    params, held_out = _worlds(learner, params)
+    command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+    config = run_config(
+        learner, learner.config.hyper, seeds, with_replay=FLAGS.save_replay,
+        world=world, loads=held_out.loads, steps=FLAGS.steps, flags=_flags_given(), command=command,
+    )  # fmt: skip
+    if earlier is not None:
+        earlier.check_same(config)
+    folder = earlier or RunFolder.start(FLAGS.out, config)
+    _print_sizes(learner, params, len(seeds))
+    with _stop_asked() as should_stop, _Reporter(folder, seeds) as reporter:
+        result = train(
+            learner, params, learner.config.hyper, held_out,
+            steps=FLAGS.steps, seeds=seeds, evaluate_every=FLAGS.evaluate_every, folder=folder,
+            checkpoint_every_s=60 * FLAGS.checkpoint_minutes, progress_fn=reporter.report, should_stop=should_stop,
+        )  # fmt: skip
+    picture = io.BytesIO()
+    plots.learning_curve(result.records).savefig(picture, format="png")
+    write_whole(folder.path / "learning_curve.png", picture.getvalue())
+    _print_summary(result, folder)
+    if not result.finished:
+        print("stopped: go on with --resume")
+        sys.exit(128 + signal.SIGTERM)
+
+
+def overridden(config: AgentConfig, settings: Mapping[str, str]) -> AgentConfig:
+    """Returns an agent with other values for some of its fields.
+
+    Args:
+      config: the agent.
+      settings: text of the value by name of the field, with as much of the path before it as makes it the only one:
+        ``num_envs``, ``han.layers``, ``learning_rate``. Numbers of a tuple have an x between them.
+
+    Raises:
+      InputError: a field is unknown or not the only one of this name, or a value is not of its kind.
+    """
+    values = configs.to_dict(config)
+    leaves = dict(_leaves(values))
+    for name, text in settings.items():
+        found = [path for path in leaves if f".{path}".endswith(f".{name}")]
+        if len(found) != 1:
+            reason = "could be any of" if found else "is unknown; choose from"
+            raise InputError(f"--set={name}={text}: field {name!r} {reason} {', '.join(found or leaves)}")
+        *tables, field = found[0].split(".")
+        table = values
+        for each in tables:
+            table = table[each]
+        table[field] = _parsed(name, text, table[field])
+    return configs.from_dict(values)
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield path + name, value
+
+
+def _parsed(name: str, text: str, before: Any) -> Any:
+    """Returns the value that a text stands for, of the kind of the value before."""
+    try:
+        if isinstance(before, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(before, tuple | list):
+            return tuple(int(number) for number in text.split("x"))
+        if before is None or isinstance(before, int):
+            return int(text)
+        return float(text) if isinstance(before, float) else text
+    except (KeyError, ValueError):
+        raise InputError(f"--set={name}={text}: give a value of the kind of {before!r}") from None
+
+
+def _settings() -> dict[str, str]:
+    settings = {}
+    for text in FLAGS.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set={text}: give FIELD=VALUE, with commas between several")
+        settings[name.strip()] = value.strip()
+    for name in ("num_envs", "learning_rate"):
+        if FLAGS[name].value is not None:
+            settings[name] = str(FLAGS[name].value)
+    return settings
+
+
+def _worlds(learner: Learner, params: EnvParams) -> tuple[EnvParams, HeldOut]:
+    """Returns the parameters of the environments to train in, and what the policy is judged by."""
+    loads = tuple(common.numbers("load", FLAGS.load))
+    drawn = set(_DRAWN if FLAGS.randomise == ["all"] else FLAGS.randomise)
+    if unknown := drawn.difference(_DRAWN):
+        raise InputError(f"--randomise={min(unknown)}: choose all, or some of {', '.join(_DRAWN)}")
+    if len(loads) > 1:
+        drawn.add("load")
+    held_out = HeldOut(
+        _held_out_params(params),
+        loads or (_HELD_OUT_LOADS if "load" in drawn else (_DEFAULT_LOAD,)),
+        FLAGS.evaluation_envs,
+        FLAGS.evaluation_steps,
+    )
+    params = params.at_load(*(loads[:1] or (_DEFAULT_LOAD,)))
+    if not drawn:
+        return params, held_out
+    drawn_from = Domain(
+        loads=(loads or domain.LOADS) if "load" in drawn else (),
+        arrivals=domain.ARRIVALS if "arrivals" in drawn else (),
+        predictions=domain.PREDICTIONS if "prediction" in drawn else (),
+        staleness_s=(0.0, float(params.staleness_s)) if "staleness" in drawn else (),
+        pairs=domain.PAIRS if "fleet" in drawn else (),
+    )
+    key = jax.random.fold_in(jax.random.key(FLAGS.seed), 1)
+    return randomised(learner.env, params, drawn_from, key, learner.config.num_envs), held_out
+
+
+def _held_out_params(params: EnvParams) -> EnvParams:
+    """Returns the same world with the other half of the trace and the other prompts."""
+    if FLAGS.trace is None and FLAGS.quality_table is None:
+        return params
+    before = {name: FLAGS[name].value for name in ("trace_part", "table_part")}
+    FLAGS["trace_part"].value, FLAGS["table_part"].value = "second", "test"
+    try:
+        return common.world_from_flags()[1]
+    finally:
+        for name, value in before.items():
+            FLAGS[name].value = value
+
+
+def _flags_given() -> dict[str, str]:
+    """Returns the flags of the command line and of flag files that belong to the run, as they are typed."""
+    return {name: FLAGS[name].serialize() for name in FLAGS if FLAGS[name].present and name not in _MAY_CHANGE}
+
+
+def _take_flags(folder: RunFolder) -> None:
+    """Sets the flags that a run began with.
+
+    Raises:
+      InputError: another value is given for one of them.
+    """
+    began = folder.config.get("flags", {})
+    for name, typed in _flags_given().items():
+        if typed != began.get(name) and (name in began or FLAGS[name].value != FLAGS[name].default):
+            raise InputError(f"{typed}: the run in {folder.path} began with {began.get(name) or 'the default'}")
+    FLAGS([sys.argv[0], *(typed for name, typed in began.items() if not FLAGS[name].present)])
+
+
+def _print_sizes(learner: Learner, params: EnvParams, num_seeds: int) -> None:
+    state = jax.eval_shape(learner.init, jax.random.key(0), params, learner.config.hyper)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(learner.weights(state)))
+    print(
+        f"{FLAGS.agent} on {FLAGS.preset}: {weights:,} weights, {learner.steps_per_chunk:,} steps in a chunk, "
+        f"{num_bytes(state.replay) / 1e6:,.0f} MB of replay; {num_seeds} of each",
+        flush=True,
+    )
+
+
+def _print_summary(result: TrainResult, folder: RunFolder) -> None:
+    last = next(record for record in reversed(result.records) if record["kind"] == "evaluation")
+    interval = f"[{last['low']:+.4f}, {last['high']:+.4f}]"
+    print(f"compilation: {result.compile_s:.1f} s")
+    print(
+        f"{FLAGS.agent}: held-out QoS {np.mean(last['qos']):.4f}, impact_greedy {last['impact_greedy']:.4f}, "
+        f"difference {last['gain']:+.4f} {interval}, after {result.steps:,} steps in {result.train_s / 60:.1f} min"
+    )
+    print(f"written: {folder.path}")
+
+
+class _Reporter:
+    """Shows progress as a bar, and writes it down for TensorBoard."""
+
+    def __init__(self, folder: RunFolder, seeds: Sequence[int]) -> None:
+        self.seeds = seeds
+        self.board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=(folder.latest or 0) + 1)
+        self.bar = tqdm(total=FLAGS.steps, bar_format=_BAR, desc="compiles: ", unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        self.board.close()
+
+    def report(self, progress: Progress) -> None:
+        """Takes what has just happened."""
+        self.bar.total, self.bar.n = progress.total_steps, progress.steps
+        self.bar.desc = ""
+        parts = [] if np.isnan(progress.left_s) else [f"{progress.steps_per_s:,.0f} steps/s"]
+        if progress.evaluation is not None:
+            qos, other = np.mean(progress.evaluation["qos"]), progress.evaluation["impact_greedy"]
+            parts.append(f"QoS {qos:.4f} (impact_greedy {other:.4f})")
+        if not np.isnan(progress.left_s):
+            parts.append(f"{tqdm.format_interval(progress.left_s)} left")
+        self.bar.set_postfix_str(", ".join(parts))
+        for name, value in _scalars(progress.record, self.seeds):
+            self.board.add_scalar(name, value, progress.steps)
+
+
+def _scalars(record: Mapping[str, Any], seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
+    """Returns the numbers of a record by name; lists of several seeds one by one."""
+    kind = record["kind"]
+    values = record["metrics"] if kind == "train" else {name: record[name] for name in ("qos", "gain", "impact_greedy")}
+    for name, value in values.items():
+        each = value if isinstance(value, list) else [value]
+        tags = [f"{kind}/{name}"] if len(each) == 1 else [f"{kind}/{name}/seed_{seed}" for seed in seeds]
+        yield from ((tag, number) for tag, number in zip(tags, each, strict=True) if number is not None)
+
+
+@contextlib.contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether SIGTERM or Ctrl-C came; the second one ends the program at once."""
+    came: list[int] = []
+
+    def come(number: int, frame: object) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, come) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    define_flags()
+    common.run(main)

@@ -1,0 +1,363 @@
+"""A training run on disk, and the router that is in it.
+
+The folder of a run holds
+
+* ``config.json``: what was asked for: the world's shape, the agent with its hyperparameters, the seeds, and with which
+  versions; the network is rebuilt from it without any code of the user's;
+* ``metrics.jsonl``: one object per line: what has happened, see ``training``;
+* ``checkpoints/STEPS/``: two Orbax items, ``state``, which training goes on from bit for bit, and ``weights``, which
+  is all that a router needs.
+
+A checkpoint is written under a hidden name and then renamed, so that whatever ends the program, and whenever, the last
+whole checkpoint is there. Lines of metrics.jsonl are written before the checkpoint that they lead to, and those beyond
+it are dropped when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import Array
+
+from qos_jax import presets
+from qos_jax.agent import configs
+from qos_jax.agent.learner import Learner, TrainState, make_learner
+from qos_jax.agent.sac import Hyperparameters
+from qos_jax.errors import InputError
+from qos_jax.files import writable_folder, write_whole
+from qos_jax.report import versions
+from qos_jax.routers.base import Memory, Router
+from qos_jax.sim.engine import EngineSpec
+from qos_jax.sim.env import Environment
+from qos_jax.sim.types import Observation
+from qos_jax.sim.world import WorldSpec
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+
+_FORMAT = 1
+_KEPT = 2  # checkpoints
+_FIELDS = {"spec": dict, "agent": dict, "seeds": list, "with_replay": bool}  # what every config.json has
+
+
+class RunFolder:
+    """The folder of one training run; see the module. ``start`` makes one, ``reopen`` opens one."""
+
+    def __init__(self, path: pathlib.Path, config: Mapping[str, Any]) -> None:
+        """Takes a folder that holds this configuration already."""
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def start(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunFolder:
+        """Makes the folder of a new run.
+
+        Args:
+          path: of the folder, which may be there but must not hold a run.
+          config: what ``run_config`` returns.
+
+        Raises:
+          InputError: the folder holds a run already, or cannot be written to.
+        """
+        folder = writable_folder(path).absolute()
+        if (folder / CONFIG).exists():
+            raise InputError(f"{folder} holds a run already: resume it, or take another folder")
+        write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
+        return cls(folder, config)
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Opens the folder of a run.
+
+        Raises:
+          InputError: there is none, or its config.json is not usable.
+        """
+        folder = pathlib.Path(path).absolute()
+        return cls(folder, read_config(folder))
+
+    def check_same(self, config: Mapping[str, Any]) -> None:
+        """Compares what fixes a run with another configuration.
+
+        Raises:
+          InputError: they differ.
+        """
+        for field in (*_FIELDS, "format"):
+            _check_same(f"{self.path / CONFIG}: {field}", self.config[field], config[field])
+
+    @property
+    def latest(self) -> int | None:
+        """Steps of the newest checkpoint, None where there is none."""
+        return max(self._saved(), default=None)
+
+    def checkpoint(self, steps: int) -> pathlib.Path:
+        """Returns where the checkpoint after so many steps is."""
+        return self.path / "checkpoints" / str(steps)
+
+    def save(self, steps: int, state: TrainState, weights: Any) -> None:
+        """Writes the checkpoint after so many steps, if it is not there, and drops all but the newest two.
+
+        Args:
+          steps: environment steps so far, of each seed.
+          state: everything that training goes on from.
+          weights: what a router needs of it.
+        """
+        if steps in self._saved():
+            return
+        if not self.config["with_replay"]:
+            state = state.replace(replay=None)
+        hidden = self._hidden(steps)
+        shutil.rmtree(hidden, ignore_errors=True)
+        with ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
+            checkpointer.save(hidden / "weights", weights)
+            checkpointer.save(hidden / "state", state)
+        os.replace(hidden, self.checkpoint(steps))
+        for old in self._saved()[:-_KEPT]:
+            os.replace(self.checkpoint(old), self._hidden(old))
+            shutil.rmtree(self._hidden(old))
+
+    def restore_state(self, steps: int, like: TrainState) -> TrainState:
+        """Returns the state after so many steps; a replay that was not saved is empty.
+
+        Args:
+          steps: of the checkpoint.
+          like: a state of the same shapes; may be abstract.
+
+        Raises:
+          InputError: the checkpoint cannot be read, or is not like that.
+        """
+        if self.config["with_replay"]:
+            return self._restore(steps, "state", like)
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.replay)
+        return self._restore(steps, "state", like.replace(replay=None)).replace(replay=empty)
+
+    def restore_weights(self, steps: int, like: Any) -> Any:
+        """Returns the weights after so many steps; see ``restore_state``."""
+        return self._restore(steps, "weights", like)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl; ``record["steps"]`` is when it happened."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl, without a last one that was not written to its end.
+
+        Raises:
+          InputError: another line is not a JSON object with ``steps``.
+        """
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [_record(path, number, line) for number, line in enumerate(lines, 1)]
+
+    def rewind(self, steps: int | None) -> list[dict[str, Any]]:
+        """Drops what metrics.jsonl says of the time after ``steps``, all of it without them, and returns the rest."""
+        kept = [record for record in self.records() if steps is not None and record["steps"] <= steps]
+        write_whole(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+    def _hidden(self, steps: int) -> pathlib.Path:
+        return self.path / "checkpoints" / f".{steps}"
+
+    def _restore(self, steps: int, item: str, like: Any) -> Any:
+        """Reads one item on to the first device, wherever it was made."""
+        path = self.checkpoint(steps) / item
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                _check_alike(path, checkpointer.metadata(path).item_metadata.tree, target)
+                return checkpointer.restore(path, target)
+        except InputError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise whatever they like on broken files
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{path}: cannot be restored ({reason:.200}): delete {path.parent} to take the checkpoint before it"
+            ) from error
+
+    def _saved(self) -> list[int]:
+        folder = self.path / "checkpoints"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def run_config(
+    learner: Learner, hyper: Hyperparameters, seeds: Sequence[int], *, with_replay: bool = True, **asked: Any
+) -> dict[str, Any]:
+    """Returns what config.json holds, as plain values.
+
+    Args:
+      learner: its environment and its configuration.
+      hyper: its hyperparameters.
+      seeds: of the run.
+      with_replay: checkpoints hold the replay. A run that is resumed without it does not go on bit for bit.
+      **asked: whatever else describes the run, such as its command and its world.
+    """
+    numbers = jax.tree.map(float, hyper)
+    config = {
+        "format": _FORMAT,
+        "spec": dataclasses.asdict(learner.env.spec),
+        "experts": learner.env.expert_names,
+        "agent": configs.to_dict(dataclasses.replace(learner.config, hyper=numbers)),
+        "seeds": list(seeds),
+        "with_replay": with_replay,
+        **asked,
+        "versions": versions() | {"orbax-checkpoint": ocp.__version__},
+        "git": _git_hash(),
+    }
+    return json.loads(json.dumps(config))
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the config.json of a run.
+
+    Raises:
+      InputError: it is not there, or not one that this version has written.
+    """
+    file = pathlib.Path(path) / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}; give the folder of a training run") from error
+    except ValueError as error:
+        raise InputError(f"{file}: is not JSON: {error}") from error
+    version = config.get("format") if isinstance(config, dict) else None
+    if version != _FORMAT:
+        raise InputError(f"{file}: format is {version!r}, must be {_FORMAT}")
+    for field, kind in _FIELDS.items():
+        if not isinstance(config.get(field), kind):
+            raise InputError(f"{file}: {field} is {config.get(field)!r}, must be a {kind.__name__}")
+    if not config["seeds"] or not all(isinstance(seed, int) for seed in config["seeds"]):
+        raise InputError(f"{file}: seeds is {config['seeds']!r}, must be a list of whole numbers")
+    return config
+
+
+def load_router(path: str | os.PathLike[str], *, seed: int | None = None, name: str | None = None) -> Router:
+    """Returns the router in the newest checkpoint of a training run.
+
+    It runs on any device, and for fleets of any size if its network does.
+
+    Args:
+      path: folder of the run.
+      seed: of a run of several seeds, which one; the first by default.
+      name: of the router; that of the folder by default.
+
+    Returns:
+      The router; its ``params`` are the weights.
+
+    Raises:
+      InputError: the folder holds no run that this version can read, or none of this seed.
+    """
+    folder = RunFolder.reopen(path)
+    seeds = folder.config["seeds"]
+    if seed is not None and seed not in seeds:
+        raise InputError(f"{folder.path / CONFIG}: seed is {seed}, must be one of {', '.join(map(str, seeds))}")
+    if folder.latest is None:
+        raise InputError(f"{folder.path}: holds no checkpoint yet")
+    learner = _learner(folder)
+    like = _weights_like(learner)
+    if len(seeds) > 1:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(seeds), *x.shape), x.dtype), like)
+    weights = folder.restore_weights(folder.latest, like)
+    if len(seeds) > 1:
+        which = seeds.index(seeds[0] if seed is None else seed)
+        weights = jax.tree.map(lambda x: x[which], weights)
+    return _for_its_fleets(learner.router(weights, name or folder.path.name), learner.env.spec.num_experts)
+
+
+def _learner(folder: RunFolder) -> Learner:
+    file, spec = folder.path / CONFIG, folder.config["spec"]
+    try:
+        env = Environment(WorldSpec(**spec | {"engine": EngineSpec(**spec["engine"])}))
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{file}: spec is {spec!r}, which is no world: {error}") from error
+    try:
+        return make_learner(env, configs.from_dict(folder.config["agent"]))
+    except InputError as error:
+        raise InputError(f"{file}: agent: {error}") from error
+
+
+def _weights_like(learner: Learner) -> Any:
+    """Returns the shapes of the weights; they depend on the number of experts at most, so any such world will do."""
+    _, params = presets.make("paper-3", experts=presets.PAPER_3[:1] * learner.env.spec.num_experts, rate_per_s=1.0)
+
+    def weights(key: Array) -> Any:
+        return learner.weights(learner.init(key, params, learner.config.hyper))
+
+    return jax.eval_shape(weights, jax.random.key(0))
+
+
+def _for_its_fleets(router: Router, trained_on: int) -> Router:
+    """Lets a network of fixed size say so when it is given a fleet of another size."""
+
+    def act(key: Array, obs: Observation, memory: Memory) -> tuple[Array, Memory]:
+        num_experts = obs.action_mask.shape[-1] - 1
+        try:
+            return router.act(key, obs, memory)
+        except (flax.errors.FlaxError, TypeError, ValueError) as error:
+            if num_experts == trained_on:
+                raise
+            raise InputError(
+                f"router {router.name!r} has a network for {trained_on} experts only, but the fleet has {num_experts}"
+            ) from error
+
+    return dataclasses.replace(router, act=act)
+
+
+def _check_same(name: str, saved: Any, asked: Any) -> None:
+    if isinstance(saved, dict) and isinstance(asked, dict) and saved.keys() == asked.keys():
+        for field in saved:
+            _check_same(f"{name}.{field}", saved[field], asked[field])
+    elif saved != asked:
+        raise InputError(f"{name} is {saved!r}, but {asked!r} is asked for: a run goes on as it began")
+
+
+def _check_alike(path: pathlib.Path, metadata: Any, target: Any) -> None:
+    saved, wanted = _described(metadata), _described(target)
+    for leaf in [*wanted, *saved]:
+        if saved.get(leaf) != wanted.get(leaf):
+            raise InputError(
+                f"{path}: {leaf} is {saved.get(leaf, 'absent')}, must be {wanted.get(leaf, 'absent')} by {CONFIG}"
+            )
+
+
+def _described(tree: Any) -> dict[str, str]:
+    described = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        described[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}{list(leaf.shape)}"
+    return described
+
+
+def _record(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("steps"), int):
+            return record
+    raise InputError(f"{path}, line {number}: {line[:80]!r} is not a JSON object with steps")
+
+
+def _git_hash() -> str | None:
+    """Returns the commit of the working tree that this package lies in, None where it is installed."""
+    root = pathlib.Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None  # there is no git
+    return done.stdout.strip() or None
