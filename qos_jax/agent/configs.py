@@ -23,8 +23,10 @@ class AgentConfig:
     network: NetworkConfig = NetworkConfig()
     teacher: Teacher = "counterfactual"
     num_envs: int = 128
-    chunk: int = 20  # requests of each environment per chunk, in which one decision is measured
-    twins: int = 4  # sets under way at a time, so that a decision is followed for ``twins * chunk`` requests
+    chunk: int = 7
+    """Requests of each environment per chunk; with the counterfactual teacher requests per expert, as how long requests
+    stay is a number of arrivals per expert, and one decision of each environment is measured in a chunk."""
+    twins: int = 4  # sets under way at a time: a decision is followed for ``twins * chunk`` requests per expert
     updates: int = 10  # gradient steps per chunk
     batch_size: int = 512
     capacity: int = 32_768  # rows of the replay: lessons, or steps
@@ -42,6 +44,8 @@ class AgentConfig:
         for name in ("num_envs", "chunk", "twins", "updates", "batch_size", "capacity", "prefill"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.teacher == "temporal_difference" and self.chunk < 2:
+            raise InputError(f"chunk is {self.chunk}, must be at least 2 for a step to have another after it")
         if self.capacity % self.rows_per_chunk:
             raise InputError(
                 f"capacity is {self.capacity}, must be a multiple of the {self.rows_per_chunk} rows of a chunk"

@@ -11,8 +11,7 @@ the placement.
 * Holding the later decisions fixed is right to first order for a router that is near its optimum: what it would gain by
   reacting to one more request is of second order there (the envelope theorem). It makes the experts independent, so
   that N placements cost one extra copy of the fleet, not N + 1 fleets with a router each.
-* The horizon must be longer than requests stay: with half of that, later requests which are held up do not count and
-  the router learns to crowd experts.
+* The horizon must be long: if later requests that are held up do not count, the router learns to crowd experts.
 * Answers are judged by a narrow logistic in the place of the step at the limit: a small slowdown seldom turns an answer
   over the limit, and then by its whole score; the logistic spreads that over all answers near it.
 
@@ -110,7 +109,7 @@ def begun(
     experts, refused = jax.vmap(twin)(jnp.arange(num_experts))
     fresh = Twins(experts, decision, action, -judge.weights.drop * refused, jnp.bool_(True))
     is_it = jnp.arange(twins.whole.shape[0]) == which
-    # A select: to scatter them took longer than to follow them.
+    # A select, as scatters are slow where environments are mapped.
     return jax.tree.map(lambda sets, one: jnp.where(is_it.reshape(-1, *[1] * jnp.ndim(one)), one, sets), twins, fresh)
 
 

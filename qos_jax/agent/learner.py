@@ -54,7 +54,13 @@ class Learner:
     @property
     def steps_per_chunk(self) -> int:
         """Requests of one chunk, over all environments."""
-        return self.config.num_envs * self.config.chunk
+        return self.config.num_envs * self.requests_per_chunk
+
+    @property
+    def requests_per_chunk(self) -> int:
+        """Requests of each environment in one chunk."""
+        by_expert = self.config.teacher == "counterfactual"
+        return self.config.chunk * (self.env.spec.num_experts if by_expert else 1)
 
     def init(self, key: Array, params: EnvParams, hyper: Hyperparameters) -> TrainState:
         """Returns the state before training; ``params`` may have an axis [num_envs] on every leaf."""
@@ -144,7 +150,7 @@ class Learner:
         self, state: TrainState, twins: Twins, params: EnvParams, hyper: Hyperparameters, key: Array, chunk: Array
     ) -> tuple[TrainState, Lesson, dict[str, Array]]:
         """Ends the oldest twins of each environment with a lesson, begins new ones, and goes on with all of them."""
-        config, judge = self.config, Judge(hyper.weights, hyper.width_s)
+        config, judge, requests = self.config, Judge(hyper.weights, hyper.width_s), self.requests_per_chunk
         which = chunk % config.twins
         key_restart, key_envs = jax.random.split(key)
         again = jax.random.bernoulli(key_restart, hyper.restart, (config.num_envs,))
@@ -162,20 +168,17 @@ class Learner:
             obs = self.env.observe(env, world)
             seen = replay.halved(self.inputs(obs))
             twins = begun(self.env, world, judge, env, twins, which, seen, policy(key_act, obs))
-            env, twins, happened = follow(self.env, world, policy, judge, config.chunk, key_follow, env, twins, which)
+            env, twins, happened = follow(self.env, world, policy, judge, requests, key_follow, env, twins, which)
             return env, twins, lesson, happened
 
-        # Taken out here: in the mapped function it would become a gather, which is a hundred times as slow.
+        # Taken out here, where it is one slice; in the mapped function it would be a gather.
         ended = jax.tree.map(lambda sets: lax.dynamic_index_in_dim(sets, which, 1, keepdims=False), twins)
         keys = jax.random.split(key_envs, config.num_envs)
         own_params = params if _axis(params) == 0 else None
         envs, twins, lessons, happened = lax.map(
             one, (keys, envs, ended, twins, own_params), batch_size=_ENVIRONMENTS_PER_BLOCK
         )
-        metrics = {
-            "qos": jnp.mean(happened.qos) / config.chunk,
-            "dropped": jnp.mean(happened.dropped) / config.chunk,
-        }
+        metrics = {"qos": jnp.mean(happened.qos) / requests, "dropped": jnp.mean(happened.dropped) / requests}
         return state.replace(envs=(state.envs[0], envs), twins=twins), lessons, metrics
 
     def _walk(
@@ -194,7 +197,7 @@ class Learner:
             inputs = replay.halved(jax.vmap(self.inputs)(obs))
             return (next_obs, states), (Transition(inputs, action, paid, terminated, truncated), reward)
 
-        envs, (rows, reward) = lax.scan(step, state.envs, jax.random.split(key, self.config.chunk))
+        envs, (rows, reward) = lax.scan(step, state.envs, jax.random.split(key, self.requests_per_chunk))
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
         return state.replace(envs=envs), rows, {"qos": jnp.mean(reward)}
 
