@@ -85,14 +85,14 @@ def test_decisions_are_lessons_once_they_are_followed_to_the_end() -> None:
     assert lessons.inputs.legal[..., -1].all()  # what was seen is kept
     np.testing.assert_array_equal(lessons.value[..., -1], 0.0)
     assert np.all(np.any(lessons.value != 0, -1))
-    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNKS * CHUNK)
+    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNKS * tiny("ours").requests_per_chunk)
 
 
 def test_a_restarted_environment_has_no_lesson() -> None:
     """It goes on from where prefilling ended, so that what was begun cannot be followed."""
     before, after, _ = trained("ours", restart=1.0)
     assert not np.any(after.replay.whole)
-    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNK)
+    np.testing.assert_array_equal(after.envs[1].time, PREFILL + tiny("ours").requests_per_chunk)
     chex.assert_trees_all_equal(before.learned.params, after.learned.params)
 
 
