@@ -167,7 +167,10 @@ def _terminal_column(table: _Table, metric: str, load: float) -> list[str]:
 
 
 class _Table:
-    """The summary, to be asked by metric, load and router; ``kinds`` has the routers in order, best mean QoS first."""
+    """The summary, to be asked by metric, load and router.
+
+    ``kinds`` has the routers in order: the best mean QoS first, oracles after all others.
+    """
 
     def __init__(self, summary: Sequence[Mapping[str, Any]]) -> None:
         self.loads = sorted({row["load"] for row in summary})
@@ -175,7 +178,7 @@ class _Table:
         self.metrics = [name for name in METRICS if any(row["metric"] == name for row in summary)]
         self._rows = {(row["metric"], row["load"], row["router"]): row for row in summary}
         kinds = {row["router"]: row["kind"] for row in summary}
-        self.kinds = dict(sorted(kinds.items(), key=lambda item: -self.mean_qos(item[0])))
+        self.kinds = dict(sorted(kinds.items(), key=lambda item: (item[1] == "oracle", -self.mean_qos(item[0]))))
 
     def mean_qos(self, router: str) -> float:
         """Returns the QoS of a router, mean over the loads."""
