@@ -17,6 +17,7 @@ from qos_jax.routers.impact import impact, in_flight_qos
 from qos_jax.sim.engine import ExpertState
 from qos_jax.sim.env import EnvParams
 from qos_jax.sim.types import ExpertProfile, Observation
+from qos_jax.sim.world import slot_latency_per_token_s
 
 
 class RewardWeights(struct.PyTreeNode):
@@ -40,8 +41,7 @@ def earned(profile: ExpertProfile, experts: ExpertState, weights: RewardWeights,
       width_s: limits are judged by a logistic of this width [s/token], which tells by how much an answer was in time.
     """
     slots = experts.slots
-    latency_s = slots.finish_s + jnp.asarray(profile.network_s)[:, None]
-    margin_s = slots.payload.latency_limit_s - latency_s / jnp.maximum(slots.output_tokens, 1)
+    margin_s = slots.payload.latency_limit_s - slot_latency_per_token_s(profile, slots)
     in_time = jax.nn.sigmoid(margin_s / width_s)
     answer = slots.payload.score * in_time - weights.violation * (1.0 - in_time)
     return jnp.sum(jnp.where(slots.finished, answer, 0.0), -1) - _resources(

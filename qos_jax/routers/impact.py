@@ -29,7 +29,7 @@ from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.engine import EngineSpec, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, Observation
-from qos_jax.sim.world import SlotPayload
+from qos_jax.sim.world import payload_of, slot_latency_per_token_s
 
 WIDTH_S = 2.0e-3  # s/token. This width and
 PRICE = 0.2  # QoS were tuned on training seeds of paper-3 and edge-8, see BUILD_NOTES.md
@@ -137,8 +137,7 @@ def _by_formula(obs: Observation, width_s: Array | float, length_cv: float) -> I
 def _by_rollout(obs: Observation, width_s: Array | float, length_cv: float) -> Impact:
     slots, scores = _drained(obs, length_cv), obs.requests.predicted_score
     taken = slots.output_tokens > 0
-    latency_s = slots.finish_s + _wide(jnp.broadcast_to(obs.experts.profile.network_s, scores.shape[:-1]))
-    latency_per_token_s = latency_s / jnp.maximum(slots.output_tokens, 1)
+    latency_per_token_s = slot_latency_per_token_s(obs.experts.profile, slots)
     margin_s = slots.payload.latency_limit_s - latency_per_token_s
     without, beside = jnp.where(taken, jax.nn.sigmoid(margin_s / width_s), 0.0)
 
@@ -161,8 +160,7 @@ def _drained(obs: Observation, length_cv: float) -> Slots:
     without = imagine(obs, length_cv).experts
     without = without.replace(slots=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), without.slots))
     fits = blocks_of(request.prompt_tokens + request.output_tokens, BLOCK_SIZE_TOKENS) <= profile.kv_blocks
-    payload = SlotPayload(request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens)
-    beside = engine.push(without, fits, request.prompt_tokens, request.output_tokens, payload)
+    beside = engine.push(without, fits, request.prompt_tokens, request.output_tokens, payload_of(request))
     pair = jax.tree.map(lambda *each: jnp.stack(each), without, beside)
     spec = EngineSpec(obs.requests.running.shape[-1] + 1)
     return jax.vmap(partial(engine.drain, spec, profile))(pair).slots

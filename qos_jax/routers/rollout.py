@@ -31,7 +31,7 @@ from qos_jax.routers.impact import PRICE, WIDTH_S, impact_greedy
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.types import ExpertProfile, Observation, RequestView, Workload
-from qos_jax.sim.world import World, WorldSpec, collect, dispatch, observe, pass_time
+from qos_jax.sim.world import World, WorldSpec, collect, dispatch, observe, pass_time, slot_latency_per_token_s
 
 HORIZON = 40  # decisions
 FUTURES = 8
@@ -125,8 +125,7 @@ def _value(
 def _earned(profile: ExpertProfile, world: World) -> Array:
     """Returns the QoS [] of the finished requests, softly judged."""
     slots = world.experts.slots
-    latency_s = slots.finish_s + jnp.asarray(profile.network_s)[:, None]
-    margin_s = slots.payload.latency_limit_s - latency_s / jnp.maximum(slots.output_tokens, 1)
+    margin_s = slots.payload.latency_limit_s - slot_latency_per_token_s(profile, slots)
     qos = slots.payload.predicted_score * jax.nn.sigmoid(margin_s / WIDTH_S)
     return jnp.sum(jnp.where(slots.finished, qos, 0.0))
 

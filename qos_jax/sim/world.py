@@ -90,8 +90,7 @@ def dispatch(
     too_long = blocks_of(request.prompt_tokens + request.output_tokens, spec.engine.block_size) > profile.kv_blocks
     queue_full = jnp.sum(experts.slots.waiting, -1) >= profile.max_waiting
     taken = chosen & ~too_long & ~queue_full & ~engine.needs_compact(experts)
-    payload = SlotPayload(request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens)
-    payload = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.num_experts,)), payload)
+    payload = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.num_experts,)), payload_of(request))
     prompt_tokens = jnp.broadcast_to(request.prompt_tokens, (spec.num_experts,))
     experts = engine.push(experts, taken, prompt_tokens, request.output_tokens, payload)
     return world.replace(experts=experts), ~jnp.any(taken)
@@ -114,12 +113,22 @@ def remember(spec: WorldSpec, world: World, duration_s: Array) -> World:
     return world.replace(snapshots=Snapshots(age_s, newest, looks))
 
 
+def payload_of(request: Request) -> SlotPayload:
+    """Returns what the engine keeps of a request; scores still one per expert."""
+    return SlotPayload(request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens)
+
+
+def slot_latency_per_token_s(profile: ExpertProfile, slots: engine.Slots) -> Array:
+    """Returns the latency per token [..., N, S] s/token of the requests in the slots; read only where one finished."""
+    latency_s = slots.finish_s + jnp.asarray(profile.network_s)[..., None]
+    return latency_s / jnp.maximum(slots.output_tokens, 1)
+
+
 def collect(profile: ExpertProfile, world: World) -> tuple[World, Answers]:
     """Takes the finished requests and the experts' integrals out of the world."""
     experts, slots = world.experts, world.experts.slots
     done = slots.finished
-    latency_s = slots.finish_s + jnp.asarray(profile.network_s)[:, None]
-    latency_per_token_s = latency_s / jnp.maximum(slots.output_tokens, 1)
+    latency_per_token_s = slot_latency_per_token_s(profile, slots)
     in_time = done & (latency_per_token_s <= slots.payload.latency_limit_s)
     answers = Answers(
         finished=jnp.sum(done, dtype=jnp.int32),
