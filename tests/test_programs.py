@@ -7,16 +7,15 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from experiments import common, evaluate
+from experiments import evaluate
 from qos_jax.report import METRICS
+from tests.programs import Program, program_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 PICTURES = {"qos_against_load", "latency_cdf", "routing_shares", "expert_timelines", "iterations"}
@@ -24,29 +23,11 @@ FILES = {"results.json", "report.html", *(f"{name}.png" for name in PICTURES)}
 TABLE_EXPERTS = "--experts=alpaca-7b@A40,chatglm2-6b@A40"
 PLAIN = ("--preset=paper-3", "--routers=round_robin,shortest_queue", "--load=0.5", "--requests=200", "--seeds=2")
 
-Program = Callable[..., int]  # takes the arguments, returns the exit status
-
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
     """Runs experiments.evaluate in this process and returns its exit status."""
-    before = set(flags.FLAGS)
-    evaluate.define_flags()
-    defined = set(flags.FLAGS) - before
-
-    def run(*arguments: str) -> int:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            flagsaver.flagsaver(),
-            pytest.raises(SystemExit) as stopped,
-        ):
-            patch.setattr(sys, "argv", ["evaluate", *arguments])
-            common.run(evaluate.main)
-        return stopped.value.code or 0
-
-    yield run
-    for name in defined:
-        delattr(flags.FLAGS, name)
+    yield from program_of(evaluate)
 
 
 @pytest.fixture(scope="module")

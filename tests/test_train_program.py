@@ -10,18 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from experiments import common, evaluate, train
+from experiments import evaluate, train
 from qos_jax import InputError, load_router
 from qos_jax.agent import AGENTS
 from qos_jax.checkpoints import RunFolder
 from tests.instant_env import assert_equal
+from tests.programs import Program, program_of
 from tests.quick_compilation import quick_compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,34 +36,12 @@ TINY = (
     "--checkpoint_minutes=0",
 )
 
-Program = Callable[..., int]  # takes the arguments, returns the exit status
-
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment variables by which other processes compile as this one does."""
     with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
         yield os.environ | variables
-
-
-def program_of(module: Any) -> Iterator[Program]:
-    before = set(flags.FLAGS)
-    module.define_flags()
-    defined = set(flags.FLAGS) - before
-
-    def run(*arguments: str) -> int:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            flagsaver.flagsaver(),
-            pytest.raises(SystemExit) as stopped,
-        ):
-            patch.setattr(sys, "argv", [module.__name__, *arguments])
-            common.run(module.main)
-        return stopped.value.code or 0
-
-    yield run
-    for name in defined:
-        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture
