@@ -176,5 +176,4 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    common.run(main)
+    common.start(define_flags, main)

@@ -150,5 +150,4 @@ def _strict(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    define_flags()
-    common.run(main)
+    common.start(define_flags, main)

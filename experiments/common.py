@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from experiments.compilation_cache import use_cache
 from qos_jax import presets
 from qos_jax.errors import InputError
 from qos_jax.sim.env import Environment, EnvParams
@@ -76,6 +77,13 @@ def read_table(path: str) -> QualityTable:
     if path.endswith(".npz"):
         return read_npz(path, FLAGS.score_column or "quality_bertscore_minilm", clip_scores=True)
     return read_mix_instruct(path, FLAGS.score_column or "bertscore")
+
+
+def start(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
+    """Starts a program: what it compiles is kept for the next time."""
+    use_cache()
+    define_flags()
+    run(main)
 
 
 def run(main: Callable[[list[str]], None]) -> None:

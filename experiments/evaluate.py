@@ -138,5 +138,4 @@ def _figures(env: Environment, params: EnvParams, runs: Sequence[Run], results: 
 
 
 if __name__ == "__main__":
-    define_flags()
-    common.run(main)
+    common.start(define_flags, main)

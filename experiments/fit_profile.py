@@ -72,5 +72,4 @@ def _source(path: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    common.run(main)
+    common.start(define_flags, main)

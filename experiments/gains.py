@@ -88,5 +88,4 @@ def _qos(rows: list[dict[str, Any]], kind: str) -> Mapping[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    common.run(main)
+    common.start(define_flags, main)

@@ -300,5 +300,4 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
 
 
 if __name__ == "__main__":
-    define_flags()
-    common.run(main)
+    common.start(define_flags, main)

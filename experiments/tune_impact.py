@@ -61,5 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    common.run(main)
+    common.start(define_flags, main)

@@ -135,11 +135,12 @@ def evaluate(
     traces = _traces(gaps_s, requests, len(scenarios))
 
     together, experts = tuple(routers), jax.tree.map(np.asarray, params.experts)
+    world = params.replace(workload=None)  # so that another one does not compile anew
 
     def run(which: int) -> list[Run]:
         router = together[which]
         actions = np.asarray(
-            _rollouts(env.spec, together, jnp.int32(which), params, gaps_s, revealed(router, requests), keys)
+            _rollouts(env.spec, together, jnp.int32(which), world, gaps_s, revealed(router, requests), keys)
         )
         assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
         engine_spec = env.spec.engine

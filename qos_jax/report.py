@@ -13,24 +13,22 @@ is null. It holds
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import datetime
-import html
 import importlib.metadata
-import io
 import json
 import os
 import pathlib
 import platform
-import string
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from qos_jax import pages
 from qos_jax.evaluation import Run, summarise
 from qos_jax.files import write_whole
 
@@ -68,7 +66,10 @@ METRICS = {
 }
 _PACKAGES = ("qos_jax", "jax", "jaxlib", "flax", "numpy")
 _TERMINAL_COLUMNS = 120
-_DOTS_PER_INCH = 150
+_NOTE = (
+    "Mean over seeds, with half the width of its 95 % confidence interval. Bold: the best router that is no oracle. "
+    "Oracles, in italics, are told what a router cannot know."
+)
 
 
 def results_of(runs: Sequence[Run], config: Mapping[str, Any], command: str) -> dict[str, Any]:
@@ -124,11 +125,11 @@ def write_report(
       InputError: the folder cannot be written to.
     """
     folder = pathlib.Path(out_dir)
-    pictures = {name: _png(figure) for name, figure in figures.items()}
-    captions = {name: str(figure.get_label()) for name, figure in figures.items()}
+    pictures = {name: pages.png(figure) for name, figure in figures.items()}
+    captioned = [(str(figure.get_label()), pictures[name]) for name, figure in figures.items()]
     files = {f"{name}.png": picture for name, picture in pictures.items()}
     files["results.json"] = json.dumps(results, indent=1, allow_nan=False).encode()
-    files["report.html"] = _html(results, pictures, captions, title).encode()
+    files["report.html"] = _html(results, captioned, title).encode()
     for name, content in files.items():
         write_whole(folder / name, content)
     return folder / "report.html"
@@ -242,32 +243,29 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _html(results: Mapping[str, Any], pictures: Mapping[str, bytes], captions: Mapping[str, str], title: str) -> str:
+def _html(results: Mapping[str, Any], pictures: Sequence[tuple[str, bytes]], title: str) -> str:
     table = _Table(results["summary"])
     seeds = sorted({row["seed"] for row in results["rows"]})
     made = {"command": results["command"], "date": results["date"], "seeds": ", ".join(map(str, seeds))}
-    parts = {
-        "title": html.escape(title),
-        "lead": _html_lead(table, len(seeds), max(row["requests"] for row in results["rows"])),
-        "figures": "\n".join(_html_figure(picture, captions[name]) for name, picture in pictures.items()),
-        "qos": _html_qos(table),
-        "loads": "\n".join(_html_load(table, load) for load in table.loads),
-        "metrics": _html_list({METRICS[name].title: METRICS[name].meaning for name in table.metrics}),
-        "made": _html_list(made | results["versions"]),
-        "config": html.escape(json.dumps(results["config"], indent=2)),
-    }
-    return _PAGE.substitute(parts)
+    parts = [
+        pages.figures(pictures),
+        "<h2>QoS by load</h2>",
+        f'<p class="note">{_NOTE}</p>',
+        _html_qos(table),
+        "<h2>All metrics</h2>",
+        *(_html_load(table, load) for load in table.loads),
+        "<h2>What they mean</h2>",
+        pages.meanings({METRICS[name].title: METRICS[name].meaning for name in table.metrics}),
+        "<h2>How this was made</h2>",
+        pages.meanings(made | results["versions"]),
+        pages.literal(json.dumps(results["config"], indent=2)),
+    ]
+    return pages.page(title, _html_lead(table, len(seeds), max(row["requests"] for row in results["rows"])), parts)
 
 
 def _html_lead(table: _Table, seeds: int, requests: int) -> str:
     routers = [router for router, kind in table.kinds.items() if kind != "oracle"]
-    best = [f"<strong>{_spoken(router)}</strong> with {table.mean_qos(router):.3f}" for router in routers[:2]]
+    best = [f"<strong>{pages.spoken(router)}</strong> with {table.mean_qos(router):.3f}" for router in routers[:2]]
     ranking = f" Highest mean QoS over the loads, oracles aside: {', then '.join(best)}." if best else ""
     return (
         f"{_count(len(table.kinds), 'router')} decided on the same {requests:,} requests at each of "
@@ -275,138 +273,25 @@ def _html_lead(table: _Table, seeds: int, requests: int) -> str:
     )
 
 
-def _html_figure(picture: bytes, caption: str) -> str:
-    data, caption = base64.b64encode(picture).decode(), html.escape(caption)
-    image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
-    return f'<figure><div class="scroll">{image}</div><figcaption>{caption}</figcaption></figure>'
-
-
 def _html_qos(table: _Table) -> str:
     heads = [f"load {load:g}<small>{table.rates_per_s[load]:.1f} requests/s</small>" for load in table.loads]
     columns = [_html_column(table, "qos", load) for load in table.loads]
     means = [f"{table.mean_qos(router):.3f}" for router in table.kinds]
-    return _html_table(table, [*heads, "mean"], [*columns, means])
+    return pages.table([*heads, "mean"], table.kinds, [*columns, means])
 
 
 def _html_load(table: _Table, load: float) -> str:
-    heads = [html.escape(METRICS[metric].title) for metric in table.metrics]
+    heads = [escape(METRICS[metric].title) for metric in table.metrics]
     columns = [_html_column(table, metric, load) for metric in table.metrics]
-    summary = f"<summary>Load {load:g}, {table.rates_per_s[load]:.1f} requests/s</summary>"
-    return f"<details>{summary}{_html_table(table, heads, columns)}</details>"
+    return pages.folded(
+        f"Load {load:g}, {table.rates_per_s[load]:.1f} requests/s", pages.table(heads, table.kinds, columns)
+    )
 
 
 def _html_column(table: _Table, metric: str, load: float) -> list[str]:
     best = table.best(metric, load)
-    column = []
-    for router in table.kinds:
-        mean, half = table.cell(metric, load, router)
-        mean = f"<strong>{mean}</strong>" if router in best else mean
-        column.append(f"{mean}<small>&plusmn;&thinsp;{half}</small>" if half else mean)
-    return column
-
-
-def _html_table(table: _Table, heads: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{each}</th>' for each in ("router", *heads))
-    rows = []
-    for (router, kind), *cells in zip(table.kinds.items(), *columns, strict=True):
-        name = f'<th scope="row">{_spoken(router)}</th>'
-        rows.append(f'<tr class="{html.escape(kind)}">{name}{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    body = "\n".join(rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-
-
-def _html_list(items: Mapping[str, str]) -> str:
-    pairs = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in items.items())
-    return f"<dl>{''.join(pairs)}</dl>"
-
-
-def _spoken(router: str) -> str:
-    return html.escape(router.replace("_", " "))
+    return [pages.cell(*table.cell(metric, load, router), router in best) for router in table.kinds]
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-_PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root {
-  --ink: #1a1a1a; --quiet: #63666b; --line: #e3e3e3; --paper: #fff; --strip: #f6f6f4; --accent: #0b62a4;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e8e8e6; --quiet: #a0a3a8; --line: #35373b; --paper: #17181a; --strip: #202225; --accent: #7db8dd;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 88rem;
-  color: var(--ink); background: var(--paper); -webkit-text-size-adjust: 100%;
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
-}
-h1 { margin: 0 0 .5rem; font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; letter-spacing: -.01em; }
-h2 { margin: 3rem 0 .75rem; font-size: 1.2rem; }
-p { max-width: 46rem; margin: 0 0 1rem; }
-.note, figcaption { color: var(--quiet); font-size: .875rem; }
-.figures {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); gap: 2rem;
-  margin-top: 2rem; align-items: start;
-}
-figure { margin: 0; min-width: 0; }
-figure .scroll { background: #fff; border: 1px solid var(--line); border-radius: .5rem; padding: .5rem; }
-img { display: block; width: 100%; min-width: 34rem; height: auto; }
-figcaption { margin-top: .5rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; line-height: 1.35; }
-th, td { padding: .35rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-thead th { vertical-align: bottom; color: var(--quiet); font-weight: 600; }
-thead small { display: block; }
-small { color: var(--quiet); font-weight: 400; font-size: .8em; }
-td small { margin-left: .3em; }
-th:first-child {
-  position: sticky; left: 0; background: var(--paper); text-align: left; font-weight: 400; padding-left: 0;
-}
-tbody strong { color: var(--accent); }
-.oracle > * { color: var(--quiet); font-style: italic; }
-details { border-top: 1px solid var(--line); }
-details:last-of-type { border-bottom: 1px solid var(--line); }
-summary { padding: .6rem 0; cursor: pointer; font-weight: 600; }
-details .scroll { padding-bottom: 1.25rem; }
-details tbody tr:last-child > * { border-bottom: 0; }
-dl {
-  display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .3rem 1.25rem; margin: 0;
-  font-size: .875rem;
-}
-dt { font-weight: 600; }
-dd { margin: 0; color: var(--quiet); overflow-wrap: anywhere; }
-pre {
-  margin: 1rem 0 0; padding: 1rem; overflow-x: auto; background: var(--strip); border-radius: .5rem; font-size: .8rem;
-}
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p>$lead</p>
-<div class="figures">
-$figures
-</div>
-<h2>QoS by load</h2>
-<p class="note">Mean over seeds, with half the width of its 95 % confidence interval. Bold: the best router that is no
-oracle. Oracles, in italics, are told what a router cannot know.</p>
-$qos
-<h2>All metrics</h2>
-$loads
-<h2>What they mean</h2>
-$metrics
-<h2>How this was made</h2>
-$made
-<pre>$config</pre>
-</body>
-</html>
-""")
