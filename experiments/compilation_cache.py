@@ -38,6 +38,8 @@ def use_cache() -> None:
         _link(shared, own)
         atexit.register(_give_back, own, shared)
         jax.config.update("jax_compilation_cache_dir", str(own))
+        # XLA's caches of kernels would put the folder's name into the keys of programs.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _give_back(own: pathlib.Path, shared: pathlib.Path) -> None:

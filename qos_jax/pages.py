@@ -53,6 +53,16 @@ def table(heads: Sequence[str], names: Mapping[str, str], columns: Sequence[Sequ
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
+def rows_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table of texts."""
+    head = "".join(f'<th scope="col">{html.escape(each)}</th>' for each in heads)
+    body = "\n".join(
+        f'<tr><th scope="row">{spoken(row[0])}</th>{"".join(f"<td>{html.escape(text)}</td>" for text in row[1:])}</tr>'
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
 def cell(mean: str, half: str, is_best: bool) -> str:
     """Returns a mean with half the width of its interval, which may be empty."""
     mean = f"<strong>{mean}</strong>" if is_best else mean

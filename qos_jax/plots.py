@@ -8,6 +8,7 @@ colour, learned ones stand out, oracles are dashed and dark. The colours can be 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -347,6 +348,49 @@ def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
         "QoS of the policy on requests that it was not trained on, always the same ones, against training. Thin lines "
         "are seeds; compilation is not counted."
     )
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def qos_panels(
+    panels: Mapping[str, Sequence[Mapping[str, Any]]], x_label: str, caption: str, ticks: Sequence[str] = ()
+) -> Figure:
+    """Draws mean QoS with its interval in a panel for each title, one curve per router, under one legend.
+
+    Args:
+      panels: by title, rows with ``router``, ``kind``, ``x``, ``mean``, ``low`` and ``high``.
+      x_label: of the horizontal axes.
+      caption: the figure's label.
+      ticks: texts of x = 0, 1, ... where x is no number.
+    """
+    kinds = {row["router"]: row["kind"] for rows in panels.values() for row in rows}
+    looks = {name: _curve_look(name, kind) for name, kind in kinds.items()}
+    looks |= {name: look for name, look in _line_looks(kinds).items() if kinds[name] == "oracle"}
+    for name, colour in zip([name for name in kinds if kinds[name] == "learned"][1:], _SPARE_COLOURS, strict=False):
+        looks[name] |= {"color": colour, "linewidth": 1.6}
+    top = max(row["mean"] for rows in panels.values() for row in rows)
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    width = _WIDTH_INCHES * (0.75 if columns == 1 else 1.0)
+    figure = Figure(figsize=(width, 0.9 + 2.6 * lines), layout="constrained")
+    every = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for axes, (title, rows) in zip(every, panels.items(), strict=False):
+        for name in dict.fromkeys(row["router"] for row in rows):
+            points = sorted((row for row in rows if row["router"] == name), key=lambda row: row["x"])
+            x, mean, low, high = (_column(points, field) for field in ("x", "mean", "low", "high"))
+            axes.plot(x, mean, label=_spoken(name), marker="o", markersize=2.5, **looks[name])
+            if looks[name]["zorder"] > 3:
+                axes.fill_between(x, low, high, color=looks[name]["color"], alpha=0.14, linewidth=0)
+        axes.set(title=title, xlabel=x_label, ylim=(0, 1.05 * top))
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    every[0].set_ylabel("mean QoS of a request")
+    curves = {line.get_label(): line for axes in every for line in axes.get_lines()}
+    notable = {label: line for label, line in curves.items() if line.get_color() != _PALE}
+    figure.legend(notable.values(), notable.keys(), loc="outside upper center", ncols=min(4, len(notable)))
+    figure.set_label(caption)
     return figure
 
 

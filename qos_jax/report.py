@@ -91,7 +91,7 @@ def results_of(runs: Sequence[Run], config: Mapping[str, Any], command: str) -> 
         "rows": rows,
         "summary": summary,
     }
-    return _plain(results)
+    return plain(results)
 
 
 def versions() -> dict[str, str]:
@@ -213,14 +213,14 @@ def _labels(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Returns the value in the terms of strict JSON."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value

@@ -59,7 +59,7 @@ class AgentConfig:
 
 def _value_learner(network: NetworkConfig, hyper: Hyperparameters) -> AgentConfig:
     return AgentConfig(
-        network, "temporal_difference", chunk=16, updates=8, batch_size=256, capacity=128 * 16 * 48, hyper=hyper
+        network, "temporal_difference", chunk=16, updates=32, batch_size=256, capacity=128 * 16 * 48, hyper=hyper
     )
 
 
@@ -69,7 +69,7 @@ _PAPER = NetworkConfig(
 )
 _FLAT = NetworkConfig("flat", "arrived", actor=True, with_impact=False, residual=False, hidden=(64, 64))
 _SAC_HYPER = Hyperparameters(
-    learning_rate=3e-4, final_learning_rate=3e-5, alpha=0.1, alpha_rate=1e-3, weights=RewardWeights(potential=1.0)
+    learning_rate=1e-3, final_learning_rate=1e-4, alpha=0.1, alpha_rate=1e-3, weights=RewardWeights(potential=1.0)
 )
 _PAPER_HYPER = Hyperparameters(
     learning_rate=3e-4,

@@ -131,10 +131,16 @@ class Learner:
         return state.learned.average
 
     def act(self, weights: Weights, key: Array, obs: Any) -> Array:
-        """Returns the action [] int32 that is best by the learned values or policy, for one environment."""
-        del key
+        """Returns the action [] int32 that is best by the learned values or policy, for one environment.
+
+        A network that reads the arrived node alone cannot tell which expert is busy, and its best policy draws lots: so
+        it does here (at its end ``paper`` had a QoS of .30 so, and of .04 where it took the likeliest action).
+        """
         inputs = self.inputs(obs)
-        return greedy(heads_of(self.network, weights, inputs), inputs.legal)
+        heads = heads_of(self.network, weights, inputs)
+        if heads.logits is not None and self.config.network.readout == "arrived":
+            return jax.random.categorical(key, jnp.where(inputs.legal, heads.logits, -jnp.inf)).astype(jnp.int32)
+        return greedy(heads, inputs.legal)
 
     def router(self, weights: Weights, name: str = "ours") -> Router:
         """Returns the router that acts by ``weights``."""

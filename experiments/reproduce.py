@@ -1,0 +1,237 @@
+"""Makes the project's figures anew: trains what they need, compares, and writes tables, pictures and one page.
+
+python -m experiments.reproduce --figure=all --budget=full --out=runs/reproduce
+python -m experiments.reproduce --figure=load,staleness --budget=quick --out=runs/quick
+
+The studies are listed in ``experiments.studies``. Below --out, ``runs`` holds the trained routers, ``cells`` what each
+world gave, and every study is written as json, csv and png as soon as it is done; ``index.html`` holds them all. What
+is there already is not made again, so the same command goes on with a run that was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+import qos_jax
+from experiments import common
+from experiments.studies import BUDGETS, STUDIES, TRAINED, Study, World
+from qos_jax import pages, presets
+from qos_jax.checkpoints import CONFIG, RunFolder, load_router
+from qos_jax.errors import InputError
+from qos_jax.evaluation import Scenario, evaluate
+from qos_jax.files import writable_folder, write_whole
+from qos_jax.report import plain, versions
+from qos_jax.routers import Router, make_router, router_names
+from qos_jax.study import StudyResult, study_figure, study_html
+from qos_jax.workload.traces import read_trace, with_gaps
+
+FLAGS = flags.FLAGS
+_DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
+_WARM_UP = 0.1  # leading share of the requests that does not count
+
+
+def define_flags() -> None:
+    """Defines the flags of this program."""
+    flags.DEFINE_list("figure", ["all"], f"Studies to make: all, or some of {', '.join(STUDIES)}.")
+    flags.DEFINE_enum("budget", "quick", list(BUDGETS), "How much is spent on each.")
+    flags.DEFINE_string("out", "runs/reproduce", "Folder for all that is made.")
+
+
+def main(argv: list[str]) -> None:
+    """Trains and compares what is not there yet, and writes the studies."""
+    del argv
+    names = list(STUDIES) if FLAGS.figure == ["all"] else list(dict.fromkeys(FLAGS.figure))
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise InputError(f"--figure={unknown[0]}: choose all, or some of {', '.join(STUDIES)}")
+    maker = _Maker(writable_folder(FLAGS.out), FLAGS.budget)
+    work = {name: maker.worlds(name) for name in names}
+    runs = list(dict.fromkeys(run for worlds in work.values() for world in worlds for run in maker.runs(world)))
+    results = []
+    with tqdm(total=len(runs) + sum(map(len, work.values())), unit="task", dynamic_ncols=True) as bar:
+        for run in runs:
+            bar.set_description(f"trains {run[0]}, seed {run[1]}")
+            maker.train(*run)
+            bar.update()
+        for name, worlds in work.items():
+            rows = []
+            for world in worlds:
+                bar.set_description(f"{name}: {world.label}")
+                rows += maker.cell(name, world)
+                bar.update()
+            results.append(maker.study(name, rows))
+            maker.page(results)
+    print(f"written: {maker.folder / 'index.html'}")
+
+
+class _Maker:
+    """Makes runs, cells and studies in a folder, each once."""
+
+    def __init__(self, folder: pathlib.Path, budget: str) -> None:
+        self.folder, self.budget, self.budget_name = folder, BUDGETS[budget], budget
+        self.known: dict[tuple[Any, ...], Router] = {}  # routers by name and world, so that they compile once
+
+    def worlds(self, study: str) -> list[World]:
+        """Returns the worlds of a study that the budget and the data at hand allow."""
+        there = [world for world in STUDIES[study].worlds if world.trace is None or _DATA in os.environ]
+        if len(there) < len(STUDIES[study].worlds):
+            print(f"{study}: worlds with measured arrivals are left out, as {_DATA} is not set", file=sys.stderr)
+        return _ends(there) if self.budget.ends_only else there
+
+    def runs(self, world: World) -> list[tuple[str, int]]:
+        """Returns the training runs of a world: names and seeds."""
+        names = _ends(world.trained) if self.budget.ends_only else world.trained
+        return [(name, seed) for name in names for seed in range(min(TRAINED[name].seeds, self.budget.training_seeds))]
+
+    def train(self, name: str, seed: int) -> None:
+        """Trains one seed of a router, or goes on with it.
+
+        Raises:
+          InputError: the folder holds another run, or training failed.
+        """
+        trained, path = TRAINED[name], self._run(name, seed)
+        asked = [
+            f"--preset={trained.preset}", f"--agent={trained.agent}", f"--randomise={trained.randomise}",
+            *trained.flags, f"--steps={round(trained.share * self.budget.steps)}", f"--seed={seed}",
+        ]  # fmt: skip
+        if (path / CONFIG).exists() and _is_done(path, asked):
+            return
+        command = [sys.executable, "-m", "experiments.train", *asked, f"--out={path}"]
+        command += ["--resume"] if (path / CONFIG).exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".log"), "ab") as log:
+            status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+        if status:
+            raise InputError(f"{shlex.join(command)} ended with status {status}; see {path.with_suffix('.log')}")
+
+    def cell(self, study: str, world: World) -> list[dict[str, Any]]:
+        """Returns what every router made of a world at each load and seed: one row each."""
+        asked = plain(dataclasses.asdict(world) | dataclasses.asdict(self.budget) | {"study": _asked(STUDIES[study])})
+        path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
+        if path.exists():
+            kept = _read(path)
+            if kept["asked"] == asked:
+                return list(kept["rows"])
+        rows = [row | {"world": world.label} for row in self._compare(STUDIES[study], world)]
+        write_whole(path, json.dumps(plain({"asked": asked, "versions": versions(), "rows": rows}), allow_nan=False))
+        return rows
+
+    def study(self, name: str, rows: Sequence[Mapping[str, Any]]) -> StudyResult:
+        """Writes a study as json, csv and png, and returns it."""
+        study = STUDIES[name]
+        result = StudyResult(name, study.title, study.question, study.axis, plain(list(rows)))
+        found = {"command": self._command(name), "versions": versions()} | result.to_dict()
+        write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
+        write_whole(self.folder / f"{name}.csv", _csv(result.rows))
+        write_whole(self.folder / f"{name}.png", pages.png(study_figure(result)))
+        return result
+
+    def page(self, results: Sequence[StudyResult]) -> None:
+        """Writes one page of all studies so far."""
+        lead = (
+            f"Budget {self.budget_name}: {self.budget.requests:,} requests of each load and of each of "
+            f"{self.budget.seeds} seeds, the same for every router; intervals are 95 %. Oracles are told what no "
+            "router can know."
+        )
+        parts = [study_html(result, (self.folder / f"{result.name}.png").read_bytes()) for result in results]
+        made = {"command": self._command(",".join(result.name for result in results))} | versions()
+        parts += ["<h2>How this was made</h2>", pages.meanings(made)]
+        write_whole(self.folder / "index.html", pages.page("Routing LLM requests at the edge: studies", lead, parts))
+
+    def _compare(self, study: Study, world: World) -> Iterator[dict[str, Any]]:
+        env, params = presets.make(world.preset, **dict(world.fields), **_recorded(world))
+        num_experts, saturation_per_s = env.spec.num_experts, float(params.saturation_per_s)
+        loads = _ends(study.loads) if self.budget.ends_only else study.loads
+        names = router_names(num_experts) if study.routers == ("all",) else study.routers
+        routers = [self._heuristic(name, num_experts) for name in names]
+        seeds_of = {}
+        for name, seed in self.runs(world):
+            routers.append(self._learned(name, seed))
+            seeds_of[routers[-1].name] = (name, seed)
+        scenarios = [
+            Scenario(load, load * saturation_per_s, 1000 + seed) for load in loads for seed in range(self.budget.seeds)
+        ]
+        warmup = int(_WARM_UP * self.budget.requests)
+        for run in evaluate(env, params, routers, scenarios, self.budget.requests, warmup=warmup):
+            router, training_seed = seeds_of.get(run.router.name, (run.router.name, 0))
+            yield {
+                "router": router, "kind": run.router.kind, "training_seed": training_seed,
+                **dataclasses.asdict(run.scenario), **run.metrics,
+            }  # fmt: skip
+
+    def _heuristic(self, name: str, num_experts: int) -> Router:
+        return self.known.setdefault((name, num_experts), make_router(name, num_experts))
+
+    def _learned(self, name: str, seed: int) -> Router:
+        if (name, seed, "") not in self.known:
+            self.known[name, seed, ""] = load_router(self._run(name, seed), name=f"{name} {seed}")
+        return self.known[name, seed, ""]
+
+    def _run(self, name: str, seed: int) -> pathlib.Path:
+        return self.folder / "runs" / f"{name}-{seed}"
+
+    def _command(self, figure: str) -> str:
+        return f"python -m experiments.reproduce --figure={figure} --budget={self.budget_name}"
+
+
+def _asked(study: Study) -> dict[str, Any]:
+    return {"loads": study.loads, "routers": study.routers, "version": qos_jax.__version__}
+
+
+def _is_done(path: pathlib.Path, asked: Sequence[str]) -> bool:
+    """Tells whether a run has all its steps.
+
+    Raises:
+      InputError: it was asked for with other flags.
+    """
+    folder = RunFolder.reopen(path)
+    began = sorted(text for name, text in folder.config["flags"].items() if name != "steps")
+    steps = next(int(text.partition("=")[2]) for text in asked if text.startswith("--steps="))
+    if began != sorted(text for text in asked if not text.startswith("--steps=")) or folder.config["steps"] != steps:
+        raise InputError(f"{path} holds another run: {folder.config['command']}; give another --out, or delete it")
+    return folder.latest is not None and folder.latest >= steps
+
+
+def _recorded(world: World) -> dict[str, Any]:
+    if world.trace is None:
+        return {}
+    return {"arrivals": with_gaps(read_trace(os.path.join(os.environ[_DATA], "traces", world.trace)).halves()[1])}
+
+
+def _ends(values: Sequence[Any]) -> list[Any]:
+    return [*values[:1], *values[1:][-1:]]
+
+
+def _file_name(label: str) -> str:
+    return "".join(character if character.isalnum() else "_" for character in label)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; delete it") from error
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    common.start(define_flags, main)

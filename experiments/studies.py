@@ -1,0 +1,199 @@
+"""The studies of ``experiments.reproduce``: what is trained, in which worlds who is compared, and what is drawn.
+
+Only declarations; nothing here computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qos_jax.presets import PRESETS
+
+LOADS = (0.6, 0.9, 1.1, 1.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is spent."""
+
+    requests: int  # of each load and seed
+    seeds: int  # of an evaluation
+    steps: int  # of each training seed
+    training_seeds: int  # at most
+    ends_only: bool  # of the loads and worlds of a study only the first and the last, and only routers that are drawn
+
+
+BUDGETS = {
+    "quick": Budget(requests=200, seeds=2, steps=6_000, training_seeds=1, ends_only=True),
+    "full": Budget(requests=3_000, seeds=5, steps=500_000, training_seeds=5, ends_only=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A router that is trained for the studies, at mixed loads and arrivals if nothing else is said."""
+
+    preset: str = "paper-3"
+    agent: str = "ours"
+    randomise: str = "load,arrivals"
+    flags: tuple[str, ...] = ()  # more flags of experiments.train
+    share: float = 1.0  # of the budget's steps
+    seeds: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A world in which routers are compared."""
+
+    label: str
+    preset: str = "paper-3"
+    trained: tuple[str, ...] = ()  # of TRAINED
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of qos_jax.make
+    trace: str | None = None  # file of measured arrivals, of which the second half is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One question, and the worlds that answer it."""
+
+    title: str
+    question: str
+    worlds: tuple[World, ...]
+    loads: tuple[float, ...] = LOADS
+    routers: tuple[str, ...] = ("all",)
+    axis: str | None = None  # what differs between the worlds, if QoS is drawn against that and not against load
+
+
+_OURS = {"paper-3": "ours", "paper-6": "ours_paper_6", "edge-8": "ours_edge_8"}
+_FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
+_AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
+_FAMILIAR = PRESETS["edge-8"].experts
+_TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
+
+_ABLATIONS = {
+    "whole": Trained(),
+    "no_graph": Trained(agent="ours_no_han"),
+    "one_layer": Trained(agent="ours_1_layer"),
+    "three_layers": Trained(agent="ours_3_layers"),
+    "no_impact_features": Trained(agent="ours_no_impact"),
+    "no_residual": Trained(agent="ours_no_residual"),
+    "sac_potential_reward": Trained(agent="sac"),
+    "sac_paper_reward": Trained(agent="sac_paper_reward"),
+    "paper": Trained(agent="paper"),
+    "baseline_rl": Trained(agent="baseline_rl"),
+    "never_drops": Trained(flags=("--noallow_drop",)),
+}
+_ENERGY = {
+    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.4, seeds=1)
+    for weight in (2, 5, 10)
+}
+
+TRAINED = {
+    "ours": Trained(share=2.0),
+    "ours_paper_6": Trained("paper-6", share=0.6),
+    "ours_edge_8": Trained("edge-8", share=0.6),
+    "ours_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet", seeds=1),
+    **{name: dataclasses.replace(one, share=0.6, seeds=3) for name, one in _ABLATIONS.items()},
+    **_ENERGY,
+}
+
+
+def _everywhere(**laws: Mapping[str, Any]) -> tuple[World, ...]:
+    """Returns the three presets under each law."""
+    return tuple(
+        World(f"{preset}, {label.replace('_', ' ')}", preset, (router,), **law)
+        for preset, router in _OURS.items()
+        for label, law in laws.items()
+    )
+
+
+def _varied(field: str, values: Mapping[str, Any]) -> tuple[World, ...]:
+    return tuple(World(label, trained=("ours",), fields={field: value}) for label, value in values.items())
+
+
+STUDIES = {
+    "load": Study(
+        "QoS against arrival rate",
+        "Who earns most as the fleet fills up, with Poisson arrivals and fresh metrics?",
+        _everywhere(Poisson={}),
+        loads=(0.3, *LOADS),
+    ),
+    "arrivals": Study(
+        "Bursts, drifting rates and real traces",
+        "Does that hold where arrivals are not Poisson? The traces are Azure's, never trained on.",
+        _everywhere(
+            gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},
+            drifting_rate={"fields": {"arrivals": "sinusoidal:0.5:120"}},
+            Azure_conversations={"trace": _AZURE.format("conv")},
+            Azure_code={"trace": _AZURE.format("code")},
+        ),
+    ),
+    "stale": Study(
+        "Stale metrics",
+        "And where routers see the fleet half a second late, which was not trained on either?",
+        _everywhere(half_a_second_stale={"fields": {"staleness_s": 0.5}}),
+    ),
+    "staleness": Study(
+        "QoS against staleness",
+        "How late may metrics be?",
+        _varied("staleness_s", {"0.1": 0.1, "0.25": 0.25, "0.5": 0.5, "1": 1.0}),
+        loads=(0.9,),
+        axis="age of the metrics, s",
+    ),
+    "limit": Study(
+        "QoS against the latency limit",
+        "How do routers fare with stricter and looser limits than the paper's 30 ms per token?",
+        _varied("latency_limit_s", {"26": 0.026, "28": 0.028, "30": 0.03, "33": 0.033, "36": 0.036, "45": 0.045}),
+        loads=(0.9,),
+        axis="limit, ms per token",
+    ),
+    "prediction": Study(
+        "QoS against the quality of predictions",
+        "What are predictions worth? The scale goes from each expert's mean to the truth.",
+        _varied("prediction", {"none": "none", "realistic": "realistic", "r2 .3, .6": "r2:0.3:0.6", "true": "perfect"}),
+        loads=(0.9,),
+        axis="predictions",
+    ),
+    "experts": Study(
+        "QoS against the number of experts",
+        "One checkpoint, trained on random fleets of eight, routes fleets of other sizes that it has not seen.",
+        tuple(
+            World(str(count), "edge-8", ("ours_any_fleet",), {"experts": _TWELVE[:count]}) for count in (2, 3, 5, 8, 12)
+        ),
+        loads=(0.9,),
+        routers=_FEW,
+        axis="experts",
+    ),
+    "unseen": Study(
+        "One checkpoint for any fleet",
+        "How much is lost against a router that was trained where it serves?",
+        (
+            World("paper-3", "paper-3", ("ours_any_fleet", "ours")),
+            World("paper-6", "paper-6", ("ours_any_fleet", "ours_paper_6")),
+            World("edge-8", "edge-8", ("ours_any_fleet", "ours_edge_8")),
+            World("edge-8 in reverse order", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _FAMILIAR[::-1]}),
+            World("12 experts", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _TWELVE}),
+            World("64 experts", "edge-64", ("ours_any_fleet", "ours_edge_8")),
+        ),
+        loads=(0.6, 0.9, 1.1),
+        routers=_FEW,
+    ),
+    "ablations": Study(
+        "Ablations",
+        "Which part of the learned router earns what?",
+        (
+            World("paper-3", trained=tuple(name for name in _ABLATIONS if name != "never_drops")),
+            World("paper-3, nobody may drop", trained=("never_drops",), fields={"allow_drop": False}),
+        ),
+        routers=(*_FEW, "impact_greedy_no_drop"),
+    ),
+    "energy": Study(
+        "QoS against energy",
+        "What does a lower bill cost? The weight of a kJ in the reward is 2, 5 or 10 QoS.",
+        (World("edge-8", "edge-8", ("ours_edge_8", *_ENERGY)),),
+        loads=(0.6, 0.9),
+        routers=_FEW,
+    ),
+}

@@ -1,0 +1,191 @@
+"""What a study found: rows of many worlds brought down to means, gains, a picture and a part of a page.
+
+Routers are compared on the same requests, so a gain is the mean of paired differences. A learned router stands for all
+its training seeds: its interval holds the spread over them and that over the evaluation's seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from qos_jax import pages, plots
+from qos_jax.report import METRICS
+
+Row = Mapping[str, Any]
+
+_REFERENCE = "oracle_impact"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyResult:
+    """The rows of a study: one for each world, router, training seed, load and seed, with all metrics; None for NaN."""
+
+    name: str
+    title: str
+    question: str
+    axis: str | None  # what differs between the worlds, if that is drawn
+    rows: Sequence[Row]
+
+    @property
+    def worlds(self) -> list[str]:
+        """Labels, in order."""
+        return list(dict.fromkeys(row["world"] for row in self.rows))
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Kind of each router by name, the best mean QoS first and oracles last."""
+        kinds = {row["router"]: row["kind"] for row in self.rows}
+        means = {name: np.mean([row["qos"] for row in self.rows if row["router"] == name]) for name in kinds}
+        return {name: kinds[name] for name in sorted(kinds, key=lambda name: (kinds[name] == "oracle", -means[name]))}
+
+    def loads(self, world: str) -> list[float]:
+        """Returns the loads of a world."""
+        return sorted({row["load"] for row in self.rows if row["world"] == world})
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """``world``, ``load``, ``router``, ``kind``, ``metric``, ``mean``, ``low`` and ``high``."""
+        return [
+            {"world": world, "load": load, "router": router, "kind": kind, "metric": metric} | crossed_interval(grid)
+            for world in self.worlds
+            for load in self.loads(world)
+            for router, kind in self.kinds.items()
+            for metric in METRICS
+            if (grid := self._grid(world, load, router, metric)).size
+        ]
+
+    @cached_property
+    def gains(self) -> list[dict[str, Any]]:
+        """What learned routers gain: ``world``, ``load``, ``router``, ``best`` and ``best_qos`` of the heuristics.
+
+        Also ``mean``, ``low``, ``high`` of the paired gain over it, ``least`` and ``greatest`` of a training seed, and
+        ``oracle``, the QoS of the impact-greedy oracle, or None.
+        """
+        return [
+            gain
+            for world in self.worlds
+            for load in self.loads(world)
+            for router, kind in self.kinds.items()
+            if kind == "learned" and (gain := self._gain(world, load, router))
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain values."""
+        return dataclasses.asdict(self) | {"gains": self.gains, "summary": self.summary}
+
+    def _gain(self, world: str, load: float, router: str) -> dict[str, Any]:
+        grid = self._grid(world, load, router, "qos")
+        others = {
+            name: each[0]
+            for name, kind in self.kinds.items()
+            if kind == "heuristic" and (each := self._grid(world, load, name, "qos")).size
+        }
+        if not grid.size or not others:
+            return {}
+        best = max(others, key=lambda name: others[name].mean())
+        gains, oracle = grid - others[best], self._grid(world, load, _REFERENCE, "qos")
+        return {
+            "world": world, "load": load, "router": router, "best": best, "best_qos": float(others[best].mean()),
+            **crossed_interval(gains), "least": float(gains.mean(1).min()), "greatest": float(gains.mean(1).max()),
+            "oracle": float(oracle.mean()) if oracle.size else None,
+        }  # fmt: skip
+
+    def _grid(self, world: str, load: float, router: str, metric: str) -> np.ndarray:
+        """Returns a metric [training seeds, seeds]."""
+        rows = [row for row in self.rows if row["world"] == world and row["load"] == load and row["router"] == router]
+        training_seeds = sorted({row["training_seed"] for row in rows})
+        values = [
+            [row[metric] for row in sorted(rows, key=lambda row: row["seed"]) if row["training_seed"] == each]
+            for each in training_seeds
+        ]
+        return np.array(values, np.float64)  # None becomes NaN
+
+
+def crossed_interval(values: np.ndarray) -> dict[str, float]:
+    """Returns mean and 95 % interval of a grid [training seeds, evaluation seeds], each row and column a draw.
+
+    The variance of the mean is taken to be the sum of that over rows and that over columns, which counts the noise of
+    single cells twice: the interval is a little too wide. Student's quantile is that of the axis with fewer draws; an
+    axis of one draw tells nothing of its spread and does not count. With one cell the interval is NaN.
+    """
+    axes = [means for means in (values.mean(1), values.mean(0)) if len(means) > 1]
+    mean, half = float(values.mean()), float("nan")
+    if axes:
+        error = np.sqrt(sum(means.var(ddof=1) / len(means) for means in axes))
+        half = float(scipy.stats.t.ppf(0.975, min(map(len, axes)) - 1) * error)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def study_figure(result: StudyResult) -> Figure:
+    """Draws mean QoS, against load in a panel for each world, or against what differs between the worlds."""
+    rows = [row for row in result.summary if row["metric"] == "qos"]
+    caption = f"{result.title}: mean QoS of a request, with 95 % intervals; dashed: oracles."
+    if result.axis is None:
+        panels = {world: [row | {"x": row["load"]} for row in rows if row["world"] == world] for world in result.worlds}
+        return plots.qos_panels(panels, "load", caption)
+    panels = {
+        f"load {load:g}": [row | {"x": result.worlds.index(row["world"])} for row in rows if row["load"] == load]
+        for load in sorted({row["load"] for row in rows})
+    }
+    return plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
+
+
+def study_html(result: StudyResult, picture: bytes) -> str:
+    """Returns the part of a page that shows a study."""
+    parts = [
+        f"<h2>{pages.spoken(result.title)}</h2>",
+        f"<p>{result.question}</p>",
+        pages.figures([(str(study_figure(result).get_label()), picture)]),
+    ]
+    if result.gains:
+        parts += ["<h3>Gains over the best heuristic</h3>", _gains_table(result.gains)]
+    for world in result.worlds:
+        load = min(result.loads(world), key=lambda load: abs(load - 0.9))
+        title = f"All metrics: {pages.spoken(world)}, load {load:g}"
+        parts.append(pages.folded(title, _metrics_table(result, world, load)))
+    return "\n".join(parts)
+
+
+def gains_markdown(gains: Sequence[Row]) -> str:
+    """Returns the gains as a Markdown table."""
+    heads = ("router", *_GAIN_HEADS)
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *("| " + " | ".join((gain["router"], *_gain_cells(gain))) + " |" for gain in gains)])
+
+
+_GAIN_HEADS = ("world", "load", "best heuristic", "QoS", "gain", "over training seeds", "oracle_impact")
+
+
+def _gain_cells(gain: Row) -> tuple[str, ...]:
+    return (
+        gain["world"], f"{gain['load']:g}", f"{gain['best']} {gain['best_qos']:.3f}",
+        f"{gain['best_qos'] + gain['mean']:.3f}", f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
+        f"{gain['least']:+.3f} to {gain['greatest']:+.3f}", "" if gain["oracle"] is None else f"{gain['oracle']:.3f}",
+    )  # fmt: skip
+
+
+def _gains_table(gains: Sequence[Row]) -> str:
+    return pages.rows_table(("router", *_GAIN_HEADS), [(gain["router"], *_gain_cells(gain)) for gain in gains])
+
+
+def _metrics_table(result: StudyResult, world: str, load: float) -> str:
+    rows = [row for row in result.summary if row["world"] == world and row["load"] == load]
+    kinds = {name: kind for name, kind in result.kinds.items() if any(row["router"] == name for row in rows)}
+    cells = {(row["router"], row["metric"]): row for row in rows}
+    columns = [[_cell(cells[name, metric], METRICS[metric]) for name in kinds] for metric in METRICS]
+    return pages.table([metric.title for metric in METRICS.values()], kinds, columns)
+
+
+def _cell(row: Row, metric: Any) -> str:
+    if not np.isfinite(row["mean"]):
+        return "-"
+    half = (row["high"] - row["low"]) / 2 * metric.scale
+    text = f"{half:.{metric.decimals}f}" if np.isfinite(half) else ""
+    return pages.cell(f"{row['mean'] * metric.scale:.{metric.decimals}f}", text, False)

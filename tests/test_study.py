@@ -1,0 +1,90 @@
+"""Means and intervals of studies are right on grids whose truth is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from qos_jax.report import METRICS
+from qos_jax.study import StudyResult, crossed_interval, gains_markdown, study_figure, study_html
+
+
+def row(world: str, router: str, kind: str, load: float, seed: int, qos: float, training_seed: int = 0) -> dict:
+    others = {metric: 1.0 for metric in METRICS}
+    place = {"world": world, "load": load, "seed": seed, "training_seed": training_seed}
+    return place | {"router": router, "kind": kind} | others | {"qos": qos}
+
+
+def result(axis: str | None = None) -> StudyResult:
+    luck = {1000: 0.0, 1001: 0.2}  # of the requests: the same for all routers
+    rows = []
+    for world, shift in (("easy", 0.1), ("hard", 0.0)):
+        for load in (0.6, 0.9):
+            for seed, more in luck.items():
+                base = 0.4 + shift + more
+                rows += [
+                    row(world, "slow", "heuristic", load, seed, base - 0.1),
+                    row(world, "quick", "heuristic", load, seed, base),
+                    row(world, "oracle_impact", "oracle", load, seed, base + 0.2),
+                    *(row(world, "ours", "learned", load, seed, base + 0.05 + 0.01 * t, t) for t in (0, 1, 2)),
+                ]
+    return StudyResult("small", "Small", "Who?", axis, rows)
+
+
+def test_gains_are_paired_with_the_best_heuristic():
+    gain = next(each for each in result().gains if each["world"] == "hard" and each["load"] == 0.9)
+    assert gain["best"] == "quick"
+    assert gain["best_qos"] == pytest.approx(0.5)
+    assert gain["oracle"] == pytest.approx(0.7)
+    assert (gain["least"], gain["mean"], gain["greatest"]) == pytest.approx((0.05, 0.06, 0.07))
+    # The luck of the requests is as large as .2 and cancels; what is left is the spread over training seeds.
+    assert gain["high"] - gain["mean"] == pytest.approx(12.706 * 0.01 / math.sqrt(3), rel=1e-3)
+
+
+def test_oracles_come_last_and_the_best_first():
+    assert list(result().kinds) == ["ours", "quick", "slow", "oracle_impact"]
+
+
+def test_what_nobody_measured_is_left_out():
+    rows = [each for each in result().rows if not (each["world"] == "hard" and each["router"] == "ours")]
+    partial = StudyResult("small", "Small", "Who?", None, rows)
+    assert {gain["world"] for gain in partial.gains} == {"easy"}
+    assert not any(each["world"] == "hard" and each["router"] == "ours" for each in partial.summary)
+    assert study_figure(partial).get_label()
+
+
+def test_a_metric_without_a_value_is_a_dash_on_the_page():
+    rows = [each | {"ttft_s": None} for each in result().rows]
+    page = study_html(StudyResult("small", "Small", "Who?", None, rows), b"png")
+    assert "nan" not in page.lower()
+    assert "<td>-</td>" in page
+
+
+@pytest.mark.parametrize("axis", [None, "difficulty"])
+def test_a_figure_has_a_panel_for_each_world_or_one_for_each_load(axis):
+    figure = study_figure(result(axis))
+    titles = {axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()}
+    assert titles == ({"easy", "hard"} if axis is None else {"load 0.6", "load 0.9"})
+
+
+def test_the_markdown_table_has_a_line_for_each_gain():
+    assert len(gains_markdown(result().gains).splitlines()) == 2 + 4
+
+
+def test_the_interval_covers_the_truth_at_least_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        grid = rng.normal(size=(5, 1)) + 2 * rng.normal(size=(1, 5)) + rng.normal(size=(5, 5))
+        interval = crossed_interval(grid)
+        covered += interval["low"] <= 0.0 <= interval["high"]
+    assert covered >= 935  # three standard errors below 95 %
+
+
+def test_the_interval_of_one_training_seed_is_students():
+    interval = crossed_interval(np.array([[0.1, 0.2, 0.4]]))
+    values = np.array([0.1, 0.2, 0.4])
+    assert interval["high"] - interval["mean"] == pytest.approx(4.30265 * values.std(ddof=1) / math.sqrt(3), rel=1e-4)
+    assert math.isnan(crossed_interval(np.array([[0.3]]))["low"])
