@@ -23,7 +23,7 @@ from qos_jax.sim.world import WorldSpec
 from qos_jax.workload.arrivals import ArrivalProcess, parse_arrivals
 from qos_jax.workload.content import RequestContent, generated_content, latency_limits, sharegpt_run_content
 from qos_jax.workload.experts import expert_profile
-from qos_jax.workload.prediction import PredictionModel, parse_prediction
+from qos_jax.workload.prediction import Predictions, parse_prediction
 from qos_jax.workload.tables import QualityTable
 from qos_jax.workload.workload import RequestWorkload
 
@@ -90,7 +90,7 @@ def make(
     check: bool = False,
     quality_table: QualityTable | None = None,
     arrivals: str | ArrivalProcess | None = None,
-    prediction: str | PredictionModel | None = None,
+    prediction: str | Predictions | None = None,
     **overrides: Any,
 ) -> tuple[Environment, EnvParams]:
     """Builds a preset world, or a variation of it.
@@ -175,7 +175,7 @@ def _arrivals(law: str | ArrivalProcess) -> ArrivalProcess:
     return parse_arrivals(law, 1.0) if isinstance(law, str) else law
 
 
-def _prediction(model: str | PredictionModel) -> PredictionModel:
+def _prediction(model: str | Predictions) -> Predictions:
     return parse_prediction(model) if isinstance(model, str) else model
 
 

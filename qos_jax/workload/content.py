@@ -12,7 +12,7 @@ One draw of normals serves a whole request, as this runs inside the simulator's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,16 @@ class LatencyLimits:
         return self.values_s[user_class]
 
 
+class Answers(NamedTuple):
+    """One prompt and what every expert would answer to it."""
+
+    prompt_tokens: Array  # [] int32 tokens
+    output_tokens: Array  # [N] int32 tokens
+    score: Array  # [N] in [0, 1]
+    latency_limit_s: Array  # [] s/token
+    row: Array  # [] int32 of the table that it is from; 0 where it was generated
+
+
 class RequestContent(Protocol):
     """What draws requests, and the moments that a predictor of them is calibrated by."""
 
@@ -49,8 +59,8 @@ class RequestContent(Protocol):
     log_length_correlation: Array  # []
     max_output_tokens: Array  # [] or [N] tokens, where answers are cut off
 
-    def sample(self, key: Array) -> tuple[Array, Array, Array, Array]:
-        """Returns prompt tokens [] and output tokens [N] as int32, score [N] in [0, 1], latency limit [] in s/token."""
+    def sample(self, key: Array) -> Answers:
+        """Draws a prompt with its answers."""
 
 
 @struct.dataclass
@@ -69,8 +79,8 @@ class GeneratedContent:
     max_output_tokens: Array  # [] tokens
     limits: LatencyLimits
 
-    def sample(self, key: Array) -> tuple[Array, Array, Array, Array]:
-        """Returns prompt tokens [] and output tokens [N] as int32, score [N] in [0, 1], latency limit [] in s/token."""
+    def sample(self, key: Array) -> Answers:
+        """Draws a prompt with its answers."""
         num_experts = self.score_mean.shape[-1]
         normals = jax.random.normal(key, (5 + 2 * num_experts,), self.score_mean.dtype)
         prompt, user, shared_score, spread, shared_length = normals[:5]
@@ -83,7 +93,7 @@ class GeneratedContent:
         # Its mean square over the prompts is 1, so that it leaves the SD of the scores as it is.
         relative_spread = jnp.exp(self.log_spread_sd * (spread - self.log_spread_sd))
         score = self._score(correlated(shared_score, relative_spread * own_score, self.score_correlation))
-        return prompt_tokens, output_tokens, score, self.limits.at(ndtr(user))
+        return Answers(prompt_tokens, output_tokens, score, self.limits.at(ndtr(user)), jnp.int32(0))
 
     def _score(self, standard: Array) -> Array:
         """Returns scores whose shortfall is the lognormal with the given means and SDs, at a standard variate [N]."""

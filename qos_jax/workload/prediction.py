@@ -18,6 +18,7 @@ such lognormals. Those of AlpacaEval's table fall off faster above their mean, s
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,33 @@ from jax.scipy.special import ndtr
 
 from qos_jax.errors import InputError
 from qos_jax.workload import calibration
-from qos_jax.workload.content import RequestContent, correlated
+from qos_jax.workload.content import Answers, RequestContent, correlated
 
 NUM_BUCKETS = 5  # of equal probability
 _EDGES = np.array([NormalDist().inv_cdf(i / NUM_BUCKETS) for i in range(1, NUM_BUCKETS)])
 _EDGE_DENSITIES = np.array([0.0, *(NormalDist().pdf(edge) for edge in _EDGES), 0.0])
 _CENTRES = -NUM_BUCKETS * np.diff(_EDGE_DENSITIES)  # mean of a standard normal within each bucket
 _BUCKETED_SHARE = float(np.mean(_CENTRES**2))  # .897 of the variance survives
+
+
+class Predictions(Protocol):
+    """What says what a router is told."""
+
+    def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
+        """Returns the predicted score [N] in [0, 1] and predicted tokens [N] of one request."""
+
+
+@struct.dataclass
+class TablePredictions:
+    """What a trained predictor said of each prompt of a table, to go with the content of that table."""
+
+    score: Array  # [M, N] in [0, 1]
+    output_tokens: Array  # [M, N] tokens
+
+    def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
+        """Returns the predictions for the row that was drawn."""
+        del key, content
+        return self.score[answers.row], self.output_tokens[answers.row]
 
 
 @struct.dataclass
@@ -45,8 +66,9 @@ class PredictionModel:
     log_length_r2: Array | float  # [] share of a log length's variance that is predicted
     bucketed: Array | bool = False  # [] name one of 5 buckets only; R^2 is .897 at most then
 
-    def predict(self, key: Array, content: RequestContent, output_tokens: Array, score: Array) -> tuple[Array, Array]:
+    def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
         """Returns the predicted score [N] in [0, 1] and predicted tokens [N] of one request; exact where R^2 is 1."""
+        score, output_tokens = answers.score, answers.output_tokens
         num_experts = score.shape[-1]
         normals = jax.random.normal(key, (2 + 2 * num_experts,), score.dtype)
         score_noise = correlated(normals[0], normals[2 : 2 + num_experts], content.score_correlation)

@@ -22,7 +22,7 @@ from flax import struct
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.workload.content import LatencyLimits, latency_limits
+from qos_jax.workload.content import Answers, LatencyLimits, latency_limits
 
 
 @struct.dataclass
@@ -41,12 +41,12 @@ class TableContent:
     max_output_tokens: Array  # [N] tokens, the longest answer of each
     limits: LatencyLimits
 
-    def sample(self, key: Array) -> tuple[Array, Array, Array, Array]:
-        """Returns prompt tokens [] and output tokens [N] as int32, score [N] in [0, 1], latency limit [] in s/token."""
+    def sample(self, key: Array) -> Answers:
+        """Draws a row."""
         row_key, user_key = jax.random.split(key)
         row = jax.random.randint(row_key, (), 0, self.prompt_tokens.shape[0])
         limit_s = self.limits.at(jax.random.uniform(user_key))
-        return self.prompt_tokens[row], self.output_tokens[row], self.score[row], limit_s
+        return Answers(self.prompt_tokens[row], self.output_tokens[row], self.score[row], limit_s, row)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

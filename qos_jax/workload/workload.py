@@ -11,7 +11,7 @@ from jax import Array
 from qos_jax.sim.types import Request
 from qos_jax.workload.arrivals import ArrivalProcess, ArrivalState
 from qos_jax.workload.content import RequestContent
-from qos_jax.workload.prediction import PredictionModel
+from qos_jax.workload.prediction import Predictions
 
 
 @struct.dataclass
@@ -20,7 +20,7 @@ class RequestWorkload:
 
     arrivals: ArrivalProcess
     content: RequestContent
-    prediction: PredictionModel
+    prediction: Predictions
 
     def init(self, key: Array) -> ArrivalState:
         """Returns the state before the first request."""
@@ -30,13 +30,13 @@ class RequestWorkload:
         """Returns the gap to the next arrival [s], that request, and the state after it."""
         gap_key, content_key, prediction_key = jax.random.split(key, 3)
         gap_s, state = self.arrivals.next_gap(gap_key, state)
-        prompt_tokens, output_tokens, score, latency_limit_s = self.content.sample(content_key)
-        predicted_score, predicted_tokens = self.prediction.predict(prediction_key, self.content, output_tokens, score)
+        answers = self.content.sample(content_key)
+        predicted_score, predicted_tokens = self.prediction.predict(prediction_key, self.content, answers)
         request = Request(
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            score=score,
-            latency_limit_s=latency_limit_s,
+            prompt_tokens=answers.prompt_tokens,
+            output_tokens=answers.output_tokens,
+            score=answers.score,
+            latency_limit_s=answers.latency_limit_s,
             predicted_score=predicted_score,
             predicted_tokens=predicted_tokens,
         )

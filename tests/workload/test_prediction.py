@@ -15,8 +15,8 @@ DRAWS = 100_000
 def draw(content, model, keys):
     def one(key):
         content_key, prediction_key = jax.random.split(key)
-        _, output_tokens, score, _ = content.sample(content_key)
-        return score, output_tokens, *model.predict(prediction_key, content, output_tokens, score)
+        answers = content.sample(content_key)
+        return answers.score, answers.output_tokens, *model.predict(prediction_key, content, answers)
 
     return jax.vmap(one)(keys)
 

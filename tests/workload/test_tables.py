@@ -59,7 +59,7 @@ def test_draws_are_whole_rows_and_equally_common():
     table = make_table()
     content = table.content(latency_limits([0.02, 0.04]))
     keys = jax.random.split(jax.random.key(0), 50_000)
-    prompt_tokens, output_tokens, score, limit_s = (np.asarray(x) for x in jax.jit(jax.vmap(content.sample))(keys))
+    prompt_tokens, output_tokens, score, limit_s, _ = (np.asarray(x) for x in jax.jit(jax.vmap(content.sample))(keys))
 
     rows = {tuple(row): i for i, row in enumerate(np.float32(table.score))}
     drawn = np.array([rows[tuple(row)] for row in score])
