@@ -91,7 +91,7 @@ _ENERGY = {
 }
 
 TRAINED = {
-    "ours": Trained(share=2.0),
+    "ours": Trained(),
     "ours_paper_6": Trained("paper-6", share=0.6),
     "ours_edge_8": Trained("edge-8", share=0.6),
     "ours_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet", seeds=1),

@@ -1,14 +1,17 @@
 """What the router is told of a request before it is served: predicted scores and output lengths, right in part.
 
-A prediction is made from the truth by adding noise and shrinking towards the expert's mean, such that it is calibrated
-(the expected truth, given the prediction, is the prediction) and explains a given share R^2 of the variance:
+The standardised truths of the experts for one prompt are taken apart: their mean says how the prompt is, deviations
+from it say which expert does better on it than it usually does. Measured predictors know more of the first than of the
+second. So each part has a share of its variance that is predicted, A and B; noise is added that is distributed as the
+truths are, and each part is shrunk, such that predictions are calibrated (the expected truth, given all predictions, is
+the prediction):
 
-    z = sqrt(R^2) (truth - mean) / sd + sqrt(1 - R^2) noise,    prediction = mean + sqrt(R^2) sd z.
+    z = sqrt(share) part + sqrt(1 - share) noise,    prediction = mean + sd (sqrt(A) z_mean + sqrt(B) z_deviation).
 
-The noise correlates between experts as the truths do, so that the predictions for the others tell nearly nothing more
-of an expert than its own. Like the paper's predictors, the realistic one names a bucket, a fifth of all requests each,
-and predicts the mean of that bucket; the R^2 given is that of the bucket, not of the finer z. The means are those of a
-normal z; scores have heavier tails, so of the .10 that is asked for them .09 remains, and they are 5 % too far apart.
+``r2`` is what this explains in all, A v + B (1 - v) where v is the variance of the mean; B is ``within_r2``, by default
+the same, and A is what then is missing. Like the paper's predictors, the realistic one names a bucket, a fifth of all
+requests each, and predicts the mean of that bucket; the R^2 given is that of the bucket. The means are those of a
+normal variate; scores have heavier tails, so of the .10 that is asked .09 remains, and they are 5 % too far apart.
 
 Lengths are predicted as logarithms. The router is told the expected number of tokens, which is more than the
 exponential of the expected logarithm: the mean of a lognormal cut off at ``max_output_tokens``. Generated lengths are
@@ -65,6 +68,8 @@ class PredictionModel:
     score_r2: Array | float  # [] share of a score's variance that is predicted
     log_length_r2: Array | float  # [] share of a log length's variance that is predicted
     bucketed: Array | bool = False  # [] name one of 5 buckets only; R^2 is .897 at most then
+    score_within_r2: Array | float | None = None  # [] the same share of what sets the experts apart on one prompt;
+    log_length_within_r2: Array | float | None = None  # [] that of all without it
 
     def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
         """Returns the predicted score [N] in [0, 1] and predicted tokens [N] of one request; exact where R^2 is 1."""
@@ -74,12 +79,16 @@ class PredictionModel:
         score_noise = correlated(normals[0], normals[2 : 2 + num_experts], content.score_correlation)
         length_noise = correlated(normals[1], normals[2 + num_experts :], content.log_length_correlation)
 
-        predicted_score = self._expected(score, content.score_mean, content.score_sd, self.score_r2, score_noise)
+        predicted_score = self._expected(
+            score,
+            (content.score_mean, content.score_sd, content.score_correlation),
+            (self.score_r2, self.score_within_r2),
+            score_noise,
+        )
         log_length = self._expected(
             jnp.log(output_tokens.astype(score.dtype)),
-            content.log_length_mean,
-            content.log_length_sd,
-            self.log_length_r2,
+            (content.log_length_mean, content.log_length_sd, content.log_length_correlation),
+            (self.log_length_r2, self.log_length_within_r2),
             length_noise,
         )
         unexplained_sd = content.log_length_sd * jnp.sqrt(1.0 - self.log_length_r2)
@@ -89,13 +98,36 @@ class PredictionModel:
             jnp.where(self.log_length_r2 < 1.0, tokens, output_tokens),
         )
 
-    def _expected(self, truth: Array, mean: Array, sd: Array, r2: Array | float, noise: Array) -> Array:
-        """Returns the calibrated prediction of a truth [N]."""
-        latent_r2 = jnp.where(self.bucketed, jnp.minimum(r2 / _BUCKETED_SHARE, 1.0), r2)
+    def _expected(
+        self,
+        truth: Array,
+        law: tuple[Array, Array, Array],
+        shares: tuple[Array | float, Array | float | None],
+        noise: Array,
+    ) -> Array:
+        """Returns the calibrated prediction of a truth [N] with a mean [N], an SD [N] and a correlation []."""
+        (mean, sd, correlation), (r2, within_r2) = law, shares
+        within_r2 = r2 if within_r2 is None else within_r2
+        lost = jnp.where(self.bucketed, _BUCKETED_SHARE, 1.0)
+        latent_r2, within = jnp.minimum(r2 / lost, 1.0), jnp.minimum(within_r2 / lost, 1.0)
+        shared_variance = correlation + (1.0 - correlation) / truth.shape[-1]
+        common = jnp.clip((latent_r2 - within * (1.0 - shared_variance)) / shared_variance, 0.0, 1.0)
+
         standard = (truth - mean) / jnp.maximum(sd, 1e-9)
-        z = jnp.sqrt(latent_r2) * standard + jnp.sqrt(1.0 - latent_r2) * noise
-        bucket = jnp.sum(z[..., None] > _EDGES.astype(z.dtype), axis=-1)
-        return mean + jnp.sqrt(latent_r2) * sd * jnp.where(self.bucketed, jnp.asarray(_CENTRES, z.dtype)[bucket], z)
+        told = _seen(jnp.mean(standard, -1, keepdims=True), jnp.mean(noise, -1, keepdims=True), common)
+        told += _seen(_deviation(standard), _deviation(noise), within)
+        spread = jnp.sqrt(common * shared_variance + within * (1.0 - shared_variance))
+        bucket = jnp.sum(told[..., None] > spread * _EDGES.astype(told.dtype), axis=-1)
+        return mean + sd * jnp.where(self.bucketed, spread * jnp.asarray(_CENTRES, told.dtype)[bucket], told)
+
+
+def _seen(truth: Array, noise: Array, share: Array) -> Array:
+    """Returns the expected truth, given one of which a share of the variance is left and the rest is noise."""
+    return jnp.sqrt(share) * (jnp.sqrt(share) * truth + jnp.sqrt(1.0 - share) * noise)
+
+
+def _deviation(x: Array) -> Array:
+    return x - jnp.mean(x, -1, keepdims=True)
 
 
 def _capped_lognormal_mean(log_mean: Array, log_sd: Array, cap: Array) -> Array:
@@ -115,17 +147,23 @@ def parse_prediction(text: str) -> PredictionModel:
     Raises:
         InputError: if the text is none of these, or an R^2 is outside [0, 1].
     """
-    realistic_r2 = calibration.REALISTIC_SCORE_R2, calibration.REALISTIC_LOG_LENGTH_R2
     named = {
-        "realistic": PredictionModel(*realistic_r2, bucketed=True),
-        "perfect": PredictionModel(1.0, 1.0),
-        "none": PredictionModel(0.0, 0.0),
+        "realistic": PredictionModel(
+            calibration.REALISTIC_SCORE_R2,
+            calibration.REALISTIC_LOG_LENGTH_R2,
+            bucketed=True,
+            score_within_r2=calibration.REALISTIC_SCORE_WITHIN_R2,
+            log_length_within_r2=calibration.REALISTIC_LOG_LENGTH_WITHIN_R2,
+        ),
+        "perfect": PredictionModel(1.0, 1.0, score_within_r2=1.0, log_length_within_r2=1.0),
+        "none": PredictionModel(0.0, 0.0, score_within_r2=0.0, log_length_within_r2=0.0),
     }
     if text in named:
         return named[text]
     try:
         kind, score_r2, log_length_r2 = text.split(":")
-        model = PredictionModel(float(score_r2), float(log_length_r2))
+        r2 = float(score_r2), float(log_length_r2)
+        model = PredictionModel(*r2, score_within_r2=r2[0], log_length_within_r2=r2[1])
         if kind == "r2" and 0.0 <= model.score_r2 <= 1.0 and 0.0 <= model.log_length_r2 <= 1.0:
             return model
     except ValueError:
