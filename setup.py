@@ -28,8 +28,10 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.28",
+        "safetensors>=0.4.3",
         "scipy>=1.14",
         "tensorboardX>=2.6.4",
+        "tokenizers>=0.20.3",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -1,0 +1,414 @@
+"""Pretrained text encoders: folders as on Hugging Face, read and written without torch and without network.
+
+A folder holds config.json, model.safetensors and either tokenizer.json or vocab.txt, in the layout of BERT or of
+DistilBERT; where sentence_bert_config.json is there, too, it says after how many tokens texts are cut off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+from jax import Array
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from qos_jax.errors import InputError
+from qos_jax.files import write_whole
+from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pooled
+
+_SHORTEST = 16  # tokens, the length that shorter texts are padded to
+_CHARACTERS_PER_TOKEN = 100  # BERT's tokenizers make one [UNK] of longer words
+
+_CONFIG, _WEIGHTS, _TOKENIZER, _VOCABULARY = "config.json", "model.safetensors", "tokenizer.json", "vocab.txt"
+_TOKENIZER_CONFIG, _SENTENCE_CONFIG = "tokenizer_config.json", "sentence_bert_config.json"
+
+
+class Tokens(NamedTuple):
+    """Texts as the encoder reads them."""
+
+    ids: Array  # [B, T] int32
+    mask: Array  # [B, T] bool, False where a text is padded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """An encoder with its weights and tokenizer.
+
+    A text longer than ``max_tokens``, which count the marks of its begin and end, is cut off there. So that a text of
+    100,000 characters costs no more, only the first ``100 * max_tokens`` characters are read at all; that makes a
+    difference only to texts with words or blanks of hundreds of characters.
+
+    Raises:
+      InputError: ``max_tokens`` is not between 3 and ``config.max_positions``.
+    """
+
+    config: EncoderConfig
+    weights: Any  # pytree, {"params": ...}, such that TextEncoder(config).apply(weights, ids, mask)
+    tokenizer: Tokenizer
+    max_tokens: int
+    source: str  # the folder it came from, for messages
+
+    def __post_init__(self) -> None:
+        """Checks the length."""
+        if not 3 <= self.max_tokens <= self.config.max_positions:
+            raise InputError(
+                f"{self.source}: max_tokens is {self.max_tokens}, "
+                f"must be from 3 to max_positions, {self.config.max_positions}"
+            )
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Returns the tokens of the texts, padded to 16, 32, 64, ... or ``max_tokens``, so that few shapes compile.
+
+        Raises:
+          InputError: a text is empty, which leaves nothing to go by, or no text.
+        """
+        return self._padded(self._encoded(texts))
+
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Returns one vector of unit length for each text, [M, D] float32, whatever texts are beside it.
+
+        Raises:
+          InputError: a text is empty or no text, or ``batch_size`` is below 1.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, must be at least 1")
+        encoded = self._encoded(texts)
+        by_length = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+        embeddings = np.zeros((len(encoded), self.config.hidden_size), np.float32)
+        for start in range(0, len(encoded), batch_size):
+            rows = by_length[start : start + batch_size]
+            batch_rows = _next_power_of_2(len(rows), at_most=batch_size)
+            repeated = rows + rows[-1:] * (batch_rows - len(rows))
+            tokens = self._padded([encoded[row] for row in repeated])
+            embeddings[rows] = _embed(self.config, self.weights, tokens)[: len(rows)]
+        return embeddings
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        if isinstance(texts, str):
+            raise InputError(f"texts is the text {texts[:40]!r}, must be a list of texts")
+        limit = _CHARACTERS_PER_TOKEN * self.max_tokens
+        cut = [_readable(number, text, limit) for number, text in enumerate(texts)]
+        encodings = self.tokenizer.encode_batch(cut, add_special_tokens=False)
+        room = self.max_tokens - self.tokenizer.num_special_tokens_to_add(False)
+        for number, encoding in enumerate(encodings):
+            if not encoding.ids:
+                raise InputError(f"text {number} is {cut[number][:40]!r}, must have a word in it")
+            encoding.truncate(room)
+        return [self.tokenizer.post_process(encoding).ids for encoding in encodings]
+
+    def _padded(self, encoded: Sequence[Sequence[int]]) -> Tokens:
+        longest = max(map(len, encoded), default=1)
+        length = _next_power_of_2(max(longest, _SHORTEST), at_most=self.max_tokens)
+        ids = np.zeros((len(encoded), length), np.int32)
+        mask = np.zeros((len(encoded), length), bool)
+        for row, text in enumerate(encoded):
+            ids[row, : len(text)] = text
+            mask[row, : len(text)] = True
+        return Tokens(jnp.asarray(ids), jnp.asarray(mask))
+
+
+def load_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
+    """Reads a folder of Hugging Face's, such as that of sentence-transformers/all-MiniLM-L6-v2.
+
+    Weights of half precision become float32; a pooler and heads are left out.
+
+    Raises:
+      InputError: a file is missing, which is then said how to get, or damaged; the model is of another kind or has
+        parts that are not supported; a tensor is missing, of another shape or not finite; or the tokenizer has tokens
+        that the model does not know.
+    """
+    folder = pathlib.Path(folder)
+    settings = _read_json(folder / _CONFIG)
+    layout = _layout(folder / _CONFIG, settings)
+    config = layout.config(folder / _CONFIG, settings)
+    return Pretrained(
+        config=config,
+        weights=_read_weights(folder / _WEIGHTS, layout, config),
+        tokenizer=_read_tokenizer(folder, config),
+        max_tokens=_read_max_tokens(folder / _SENTENCE_CONFIG, config),
+        source=str(folder),
+    )
+
+
+def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
+    """Writes a folder that ``load_pretrained`` and Hugging Face's own libraries read; each file appears whole.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    config = pretrained.config
+    layout = _BERT if config.num_token_types else _DISTILBERT
+    tensors = {}
+    for path, weight in traverse_util.flatten_dict(pretrained.weights["params"]).items():
+        tensor = np.asarray(weight, np.float32)
+        # Safetensors writes the memory as it lies, so a mere view will not do.
+        tensors[layout.tensor_name(path)] = np.ascontiguousarray(tensor.T if path[-1] == "kernel" else tensor)
+    write_whole(folder / _WEIGHTS, safetensors.numpy.save(tensors, {"format": "pt"}))
+    write_whole(folder / _TOKENIZER, pretrained.tokenizer.to_str(pretty=True))
+    write_whole(folder / _SENTENCE_CONFIG, _json({"max_seq_length": pretrained.max_tokens}))
+    write_whole(folder / _CONFIG, _json(layout.settings(config)))  # last: without it, the folder is not read at all
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What a family of models calls its settings and tensors."""
+
+    model_type: str
+    architecture: str
+    fields: Mapping[str, str]  # of EncoderConfig -> key of config.json
+    supported: Mapping[str, Any]  # key of config.json -> its only value that is supported, which is the default, too
+    modules: Mapping[str, str]  # module of TextEncoder -> of the checkpoint
+    layer: str  # what the modules of a layer begin with
+    layer_modules: Mapping[str, str]
+
+    def config(self, path: pathlib.Path, settings: Mapping[str, Any]) -> EncoderConfig:
+        for key, value in self.supported.items():
+            if settings.get(key, value) != value:
+                raise InputError(f"{path}: {key} is {settings[key]!r}, only {value!r} is supported")
+        values: dict[str, Any] = {"num_token_types": 0}
+        for field, key in self.fields.items():
+            values[field] = settings.get(key)
+            kind = float if field == "layer_norm_eps" else int
+            if type(values[field]) is not kind:  # a bool would be an int
+                raise InputError(f"{path}: {key} is {values[field]!r}, must be of type {kind.__name__}")
+        try:
+            return EncoderConfig(**values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def settings(self, config: EncoderConfig) -> dict[str, Any]:
+        """Returns the content of config.json."""
+        kind = {"model_type": self.model_type, "architectures": [self.architecture]}
+        return kind | {key: getattr(config, field) for field, key in self.fields.items()} | dict(self.supported)
+
+    def tensor_name(self, path: tuple[str, ...]) -> str:
+        """Returns the name of a weight, whose path ends with kernel, scale, embedding or bias, without prefix."""
+        *modules, leaf = path
+        if len(modules) == 2:
+            number = modules[0].removeprefix("layer_")
+            module = self.layer.format(number) + self.layer_modules[modules[1]]
+        else:
+            module = self.modules[modules[0]]
+        return f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+_BERT = _Layout(
+    model_type="bert",
+    architecture="BertModel",
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "intermediate_size": "intermediate_size",
+        "max_positions": "max_position_embeddings",
+        "num_token_types": "type_vocab_size",
+        "layer_norm_eps": "layer_norm_eps",
+    },
+    supported={"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False},
+    modules={
+        "word_embedding": "embeddings.word_embeddings",
+        "position_embedding": "embeddings.position_embeddings",
+        "token_type_embedding": "embeddings.token_type_embeddings",
+        "embedding_norm": "embeddings.LayerNorm",
+    },
+    layer="encoder.layer.{}.",
+    layer_modules={
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "attention_output": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "intermediate": "intermediate.dense",
+        "output": "output.dense",
+        "output_norm": "output.LayerNorm",
+    },
+)
+_DISTILBERT = _Layout(
+    model_type="distilbert",
+    architecture="DistilBertModel",
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "dim",
+        "num_layers": "n_layers",
+        "num_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "max_positions": "max_position_embeddings",
+    },
+    supported={"activation": "gelu"},
+    modules={
+        "word_embedding": "embeddings.word_embeddings",
+        "position_embedding": "embeddings.position_embeddings",
+        "embedding_norm": "embeddings.LayerNorm",
+    },
+    layer="transformer.layer.{}.",
+    layer_modules={
+        "query": "attention.q_lin",
+        "key": "attention.k_lin",
+        "value": "attention.v_lin",
+        "attention_output": "attention.out_lin",
+        "attention_norm": "sa_layer_norm",
+        "intermediate": "ffn.lin1",
+        "output": "ffn.lin2",
+        "output_norm": "output_layer_norm",
+    },
+)
+
+
+def _layout(path: pathlib.Path, settings: Mapping[str, Any]) -> _Layout:
+    for layout in (_BERT, _DISTILBERT):
+        if settings.get("model_type") == layout.model_type:
+            return layout
+    raise InputError(f"{path}: model_type is {settings.get('model_type')!r}, must be 'bert' or 'distilbert'")
+
+
+def _read_weights(path: pathlib.Path, layout: _Layout, config: EncoderConfig) -> Any:
+    one_token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    one_mask = jax.ShapeDtypeStruct((1, 1), jnp.bool)
+    shapes = jax.eval_shape(TextEncoder(config).init, jax.random.key(0), one_token, one_mask)["params"]
+    weights = {}
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            names = _names_in_file(file.keys(), f"{layout.model_type}.")
+            for weight, wanted in traverse_util.flatten_dict(shapes).items():
+                name = layout.tensor_name(weight)
+                if name not in names:
+                    raise InputError(f"{path}: the tensor {name} is missing, which {_CONFIG} asks for")
+                tensor = file.get_tensor(names[name])
+                is_kernel = weight[-1] == "kernel"
+                _check_tensor(f"{path}: {name}", tensor, wanted.shape[::-1] if is_kernel else wanted.shape)
+                weights[weight] = jnp.array(tensor.T if is_kernel else tensor, jnp.float32)
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: not a readable file of safetensors: {error}") from error
+    return {"params": traverse_util.unflatten_dict(weights)}
+
+
+def _names_in_file(names: Sequence[str], prefix: str) -> dict[str, str]:
+    """Returns plain names, without prefix and as of today, with those that the file has instead."""
+    plain = {}
+    for name in names:
+        today = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        plain[today.removeprefix(prefix)] = name
+    return plain
+
+
+def _check_tensor(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise InputError(f"{name} is {tensor.dtype}{list(tensor.shape)}, must be floating point {list(shape)}")
+    if not np.isfinite(tensor).all():
+        raise InputError(f"{name} has weights that are not finite; all must be")
+
+
+def _read_tokenizer(folder: pathlib.Path, config: EncoderConfig) -> Tokenizer:
+    path = folder / _TOKENIZER if (folder / _TOKENIZER).exists() else folder / _VOCABULARY
+    tokenizer = _from_tokenizer_json(path) if path.name == _TOKENIZER else _from_vocabulary(path)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= config.vocab_size:
+        raise InputError(f"{path}: has a token of id {highest}, must be below vocab_size, {config.vocab_size}")
+    return tokenizer
+
+
+def _from_tokenizer_json(path: pathlib.Path) -> Tokenizer:
+    text = _read_text(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more special
+        raise InputError(f"{path}: is no tokenizer: {error}") from error
+
+
+def _from_vocabulary(path: pathlib.Path) -> Tokenizer:
+    """Makes BERT's own tokenizer from the lines of vocab.txt; tokenizer_config.json may say that it is cased."""
+    vocabulary = {token: number for number, token in enumerate(_read_text(path).removesuffix("\n").split("\n"))}
+    for token in ("[UNK]", "[CLS]", "[SEP]"):
+        if token not in vocabulary:
+            raise InputError(f"{path}: has no line {token}; it must hold one token a line, this one among them")
+    settings_path = path.with_name(_TOKENIZER_CONFIG)
+    settings = _read_json(settings_path) if settings_path.exists() else {}
+    try:
+        tokenizer = BertWordPieceTokenizer(
+            vocabulary,
+            lowercase=settings.get("do_lower_case", True),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )
+    except TypeError as error:
+        raise InputError(f"{settings_path}: makes no tokenizer: {error}") from error
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+def _read_max_tokens(path: pathlib.Path, config: EncoderConfig) -> int:
+    if not path.exists():
+        return config.max_positions
+    max_tokens = _read_json(path).get("max_seq_length")
+    if type(max_tokens) is not int:
+        raise InputError(f"{path}: max_seq_length is {max_tokens!r}, must be a whole number")
+    return max_tokens
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is {str(content)[:40]!r}, must be a JSON object")
+    return content
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file: {error}") from error
+
+
+def _missing(path: pathlib.Path) -> InputError:
+    return InputError(
+        f"{path} is missing: download {path.name} of an encoder of the BERT or DistilBERT family, such as "
+        f"sentence-transformers/all-MiniLM-L6-v2 on Hugging Face, and put it into {path.parent}"
+    )
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _readable(number: int, text: Any, limit: int) -> str:
+    """Returns the begin of a text, checked as far as the tokenizer does not."""
+    if not isinstance(text, str):
+        raise InputError(f"text {number} is {text!r}, must be a string")
+    begin = text[:limit]
+    try:
+        begin.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"text {number} is no Unicode text: {error}") from error
+    return begin
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config: EncoderConfig, weights: Any, tokens: Tokens) -> Array:
+    states = cast(Array, TextEncoder(config).apply(weights, *tokens))
+    return mean_pooled(states, tokens.mask)
+
+
+def _next_power_of_2(number: int, at_most: int) -> int:
+    return min(at_most, 1 << (number - 1).bit_length())
