@@ -4,8 +4,8 @@ python -m experiments.reproduce --figure=all --budget=full --out=runs/reproduce
 python -m experiments.reproduce --figure=load,staleness --budget=quick --out=runs/quick
 
 The studies are listed in ``experiments.studies``. Below --out, ``runs`` holds the trained routers, ``cells`` what each
-world gave, and every study is written as json, csv and png as soon as it is done; ``index.html`` holds them all. What
-is there already is not made again, so the same command goes on with a run that was stopped or killed.
+world gave, and every study is written as json, csv, md and png as soon as it is done; ``index.html`` holds them all.
+What is there already is not made again, so the same command goes on with a run that was stopped or killed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from qos_jax.errors import InputError
 from qos_jax.evaluation import Scenario, evaluate
 from qos_jax.files import writable_folder, write_whole
 from qos_jax.report import plain, versions
-from qos_jax.routers import Router, make_router, router_names
-from qos_jax.study import StudyResult, study_figure, study_html
+from qos_jax.routers import PLANNERS, Router, make_router, router_names
+from qos_jax.sim.types import Workload
+from qos_jax.study import StudyResult, study_figure, study_html, study_markdown
 from qos_jax.workload.traces import read_trace, with_gaps
 
 FLAGS = flags.FLAGS
@@ -129,12 +130,13 @@ class _Maker:
         return rows
 
     def study(self, name: str, rows: Sequence[Mapping[str, Any]]) -> StudyResult:
-        """Writes a study as json, csv and png, and returns it."""
+        """Writes a study in all forms, and returns it."""
         study = STUDIES[name]
         result = StudyResult(name, study.title, study.question, study.axis, plain(list(rows)))
         found = {"command": self._command(name), "versions": versions()} | result.to_dict()
         write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
         write_whole(self.folder / f"{name}.csv", _csv(result.rows))
+        write_whole(self.folder / f"{name}.md", study_markdown(result))
         write_whole(self.folder / f"{name}.png", pages.png(study_figure(result)))
         return result
 
@@ -155,7 +157,7 @@ class _Maker:
         num_experts, saturation_per_s = env.spec.num_experts, float(params.saturation_per_s)
         loads = _ends(study.loads) if self.budget.ends_only else study.loads
         names = router_names(num_experts) if study.routers == ("all",) else study.routers
-        routers = [self._heuristic(name, num_experts) for name in names]
+        routers = [self._known(name, world, num_experts, params.workload) for name in names]
         seeds_of = {}
         for name, seed in self.runs(world):
             routers.append(self._learned(name, seed))
@@ -163,16 +165,19 @@ class _Maker:
         scenarios = [
             Scenario(load, load * saturation_per_s, 1000 + seed) for load in loads for seed in range(self.budget.seeds)
         ]
-        warmup = int(_WARM_UP * self.budget.requests)
-        for run in evaluate(env, params, routers, scenarios, self.budget.requests, warmup=warmup):
+        requests = round(study.share * self.budget.requests)
+        for run in evaluate(env, params, routers, scenarios, requests, warmup=int(_WARM_UP * requests)):
             router, training_seed = seeds_of.get(run.router.name, (run.router.name, 0))
             yield {
                 "router": router, "kind": run.router.kind, "training_seed": training_seed,
                 **dataclasses.asdict(run.scenario), **run.metrics,
             }  # fmt: skip
 
-    def _heuristic(self, name: str, num_experts: int) -> Router:
-        return self.known.setdefault((name, num_experts), make_router(name, num_experts))
+    def _known(self, name: str, world: World, num_experts: int, workload: Workload) -> Router:
+        of = world.label if name in PLANNERS else num_experts  # a planner imagines the requests of its world
+        if (name, of) not in self.known:
+            self.known[name, of] = make_router(name, num_experts, workload)
+        return self.known[name, of]
 
     def _learned(self, name: str, seed: int) -> Router:
         if (name, seed, "") not in self.known:
@@ -187,7 +192,7 @@ class _Maker:
 
 
 def _asked(study: Study) -> dict[str, Any]:
-    return {"loads": study.loads, "routers": study.routers, "version": qos_jax.__version__}
+    return {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
 
 
 def _is_done(path: pathlib.Path, asked: Sequence[str]) -> bool:

@@ -64,6 +64,7 @@ class Study:
     loads: tuple[float, ...] = LOADS
     routers: tuple[str, ...] = ("all",)
     axis: str | None = None  # what differs between the worlds, if QoS is drawn against that and not against load
+    share: float = 1.0  # of the budget's requests
 
 
 _OURS = {"paper-3": "ours", "paper-6": "ours_paper_6", "edge-8": "ours_edge_8"}
@@ -179,6 +180,14 @@ STUDIES = {
         ),
         loads=(0.6, 0.9, 1.1),
         routers=_FEW,
+    ),
+    "planner": Study(
+        "Against a planner",
+        "How close is the learned router to one that simulates every action ahead, at thousands of times its cost?",
+        (World("paper-3", trained=("ours",)),),
+        loads=(0.6, 0.9, 1.1),
+        routers=("impact_greedy", "rollout", "oracle_impact"),
+        share=0.2,
     ),
     "ablations": Study(
         "Ablations",

@@ -21,6 +21,7 @@ from qos_jax.report import METRICS
 Row = Mapping[str, Any]
 
 _REFERENCE = "oracle_impact"
+_PAPERS_HEURISTICS = ("bert_router", "round_robin", "shortest_queue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,37 @@ class StudyResult:
             if kind == "learned" and (gain := self._gain(world, load, router))
         ]
 
+    @cached_property
+    def claims(self) -> list[dict[str, Any]]:
+        """What the paper claims of its router, for learned ones: ``world``, ``load``, ``router`` and relative changes.
+
+        ``qos`` and ``latency_per_token_s`` are against the best of the paper's three heuristics in that metric,
+        ``qos_per_gb_s`` against round robin.
+        """
+        means = {
+            (row["world"], row["load"], row["router"], row["metric"]): row["mean"] for row in self.summary
+        }  # fmt: skip
+        rows = []
+        for gain in self.gains:
+            world, load = gain["world"], gain["load"]
+            if not all((world, load, name, "qos") in means for name in _PAPERS_HEURISTICS):
+                continue
+            against = {
+                "qos": max(means[world, load, name, "qos"] for name in _PAPERS_HEURISTICS),
+                "latency_per_token_s": min(
+                    means[world, load, name, "latency_per_token_s"] for name in _PAPERS_HEURISTICS
+                ),
+                "qos_per_gb_s": means[world, load, "round_robin", "qos_per_gb_s"],
+            }
+            changes = {
+                metric: means[world, load, gain["router"], metric] / other - 1 for metric, other in against.items()
+            }
+            rows.append({"world": world, "load": load, "router": gain["router"]} | changes)
+        return rows
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as plain values."""
-        return dataclasses.asdict(self) | {"gains": self.gains, "summary": self.summary}
+        return dataclasses.asdict(self) | {"gains": self.gains, "claims": self.claims, "summary": self.summary}
 
     def _gain(self, world: str, load: float, router: str) -> dict[str, Any]:
         grid = self._grid(world, load, router, "qos")
@@ -145,7 +174,9 @@ def study_html(result: StudyResult, picture: bytes) -> str:
         pages.figures([(str(study_figure(result).get_label()), picture)]),
     ]
     if result.gains:
-        parts += ["<h3>Gains over the best heuristic</h3>", _gains_table(result.gains)]
+        parts += ["<h3>Gains over the best heuristic</h3>", pages.rows_table(*_gains_table(result))]
+    if result.claims:
+        parts += [f"<h3>{_CLAIMS_TITLE}</h3>", pages.rows_table(*_claims_table(result))]
     for world in result.worlds:
         load = min(result.loads(world), key=lambda load: abs(load - 0.9))
         title = f"All metrics: {pages.spoken(world)}, load {load:g}"
@@ -153,26 +184,46 @@ def study_html(result: StudyResult, picture: bytes) -> str:
     return "\n".join(parts)
 
 
-def gains_markdown(gains: Sequence[Row]) -> str:
-    """Returns the gains as a Markdown table."""
-    heads = ("router", *_GAIN_HEADS)
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join([*lines, *("| " + " | ".join((gain["router"], *_gain_cells(gain))) + " |" for gain in gains)])
+def study_markdown(result: StudyResult) -> str:
+    """Returns the gains, and where the paper's heuristics took part its claims, as Markdown tables."""
+    parts = [f"{result.title}. {result.question}", _markdown(*_gains_table(result))]
+    if result.claims:
+        parts += [_CLAIMS_TITLE, _markdown(*_claims_table(result))]
+    return "\n\n".join(parts) + "\n"
 
 
-_GAIN_HEADS = ("world", "load", "best heuristic", "QoS", "gain", "over training seeds", "oracle_impact")
+_CLAIMS_TITLE = "Change against the best of bert_router, round_robin and shortest_queue in each metric"
+_Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows
 
 
-def _gain_cells(gain: Row) -> tuple[str, ...]:
-    return (
-        gain["world"], f"{gain['load']:g}", f"{gain['best']} {gain['best_qos']:.3f}",
-        f"{gain['best_qos'] + gain['mean']:.3f}", f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
-        f"{gain['least']:+.3f} to {gain['greatest']:+.3f}", "" if gain["oracle"] is None else f"{gain['oracle']:.3f}",
-    )  # fmt: skip
+def _gains_table(result: StudyResult) -> _Table:
+    heads = ("router", "world", "load", "best heuristic", "QoS", "gain", "over training seeds", "oracle_impact")
+    rows: list[tuple[str, ...]] = [
+        (
+            gain["router"], gain["world"], f"{gain['load']:g}", f"{gain['best']} {gain['best_qos']:.3f}",
+            f"{gain['best_qos'] + gain['mean']:.3f}",
+            f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
+            f"{gain['least']:+.3f} to {gain['greatest']:+.3f}",
+            "" if gain["oracle"] is None else f"{gain['oracle']:.3f}",
+        )
+        for gain in result.gains
+    ]  # fmt: skip
+    return heads, rows
 
 
-def _gains_table(gains: Sequence[Row]) -> str:
-    return pages.rows_table(("router", *_GAIN_HEADS), [(gain["router"], *_gain_cells(gain)) for gain in gains])
+def _claims_table(result: StudyResult) -> _Table:
+    heads = ("router", "world", "load", "QoS", "latency per token", "QoS per GB s, against round_robin")
+    metrics = ("qos", "latency_per_token_s", "qos_per_gb_s")
+    rows = [
+        (row["router"], row["world"], f"{row['load']:g}", *(f"{row[metric]:+.1%}" for metric in metrics))
+        for row in result.claims
+    ]
+    return heads, rows
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _metrics_table(result: StudyResult, world: str, load: float) -> str:

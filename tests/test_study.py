@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qos_jax.report import METRICS
-from qos_jax.study import StudyResult, crossed_interval, gains_markdown, study_figure, study_html
+from qos_jax.study import StudyResult, crossed_interval, study_figure, study_html, study_markdown
 
 
 def row(world: str, router: str, kind: str, load: float, seed: int, qos: float, training_seed: int = 0) -> dict:
@@ -70,7 +70,25 @@ def test_a_figure_has_a_panel_for_each_world_or_one_for_each_load(axis):
 
 
 def test_the_markdown_table_has_a_line_for_each_gain():
-    assert len(gains_markdown(result().gains).splitlines()) == 2 + 4
+    lines = study_markdown(result()).splitlines()
+    assert sum(line.startswith("| ours") for line in lines) == 4
+
+
+def test_claims_are_against_the_best_of_the_papers_heuristics_in_each_metric():
+    rows = [row("w", "ours", "learned", 0.9, seed, 0.6) | {"latency_per_token_s": 0.02} for seed in (1000, 1001)]
+    for name, qos, latency_s in (
+        ("bert_router", 0.2, 0.05),
+        ("round_robin", 0.5, 0.04),
+        ("shortest_queue", 0.4, 0.025),
+    ):
+        rows += [
+            row("w", name, "heuristic", 0.9, seed, qos) | {"latency_per_token_s": latency_s} for seed in (1000, 1001)
+        ]
+    (claim,) = StudyResult("small", "Small", "Who?", None, rows).claims
+    assert claim["qos"] == pytest.approx(0.2)
+    assert claim["latency_per_token_s"] == pytest.approx(-0.2)
+    assert claim["qos_per_gb_s"] == pytest.approx(0.0)
+    assert not result().claims  # some of the three did not take part
 
 
 def test_the_interval_covers_the_truth_at_least_as_often_as_it_says():

@@ -39,7 +39,7 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
         sees="true_scores_and_tokens",
     ),
 }
-_PLANNERS: dict[str, Callable[[Workload], Router]] = {"rollout": rollout_planner}
+PLANNERS: dict[str, Callable[[Workload], Router]] = {"rollout": rollout_planner}
 _MOST_SINGLES = 8  # in a larger fleet, to compare all experts alone says little
 
 
@@ -65,12 +65,12 @@ def make_router(name: str, num_experts: int, workload: Workload | None = None) -
     """
     if name in _ROUTERS:
         return _ROUTERS[name]()
-    if name in _PLANNERS:
+    if name in PLANNERS:
         if workload is None:
             raise InputError(f"router {name!r} plans ahead, but workload is None: give the law of requests")
-        return _PLANNERS[name](workload)
+        return PLANNERS[name](workload)
     expert = name.removeprefix("expert_")
     if name != expert and expert.isdecimal() and int(expert) < num_experts:
         return heuristics.single_expert(int(expert))
-    known = ", ".join([*_ROUTERS, *_PLANNERS])
+    known = ", ".join([*_ROUTERS, *PLANNERS])
     raise InputError(f"router {name!r} is unknown; choose all, {known}, or expert_0 to expert_{num_experts - 1}")
