@@ -31,7 +31,7 @@ class AgentConfig:
     batch_size: int = 512
     capacity: int = 32_768  # rows of the replay: lessons, or steps
     prefill: int = 200  # requests of each environment routed by lot at first
-    hyper: Hyperparameters = Hyperparameters(polyak=1.0)  # nothing is bootstrapped from the average
+    hyper: Hyperparameters = Hyperparameters()
 
     def __post_init__(self) -> None:
         """Checks the fields.

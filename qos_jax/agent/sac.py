@@ -32,7 +32,6 @@ from qos_jax.agent.rewards import RewardWeights
 _ILLEGAL = -1e9
 _LOG_ALPHA_RANGE = (-7.0, 2.0)  # of the temperature, .0009 to 7.4 in units of the reward
 _MOST_GRADIENT = 10.0  # norm
-_AVERAGED = 5.0  # the average is at least as quick as one over about the last fifth of all updates so far
 
 Weights = Any  # the parameters of the network
 
@@ -45,7 +44,7 @@ class Hyperparameters(struct.PyTreeNode):
     learning_rate: Array | float = 1e-3
     final_learning_rate: Array | float = 1e-4  # reached linearly over the second half of training
     gamma: Array | float = 0.99
-    polyak: Array | float = 0.995  # of the running average of the weights, per update; 1 for the last fifth of all
+    polyak: Array | float = 0.995  # of the running average of the weights, per update
     alpha: Array | float = 0.02  # temperature at the start, in units of QoS
     alpha_rate: Array | float = 0.0  # per update and nat by which the entropy misses its target; 0 keeps alpha
     target_entropy: Array | float = 0.3  # as a share of the logarithm of the number of legal actions
@@ -137,10 +136,7 @@ def update(
     direction, optimizer = _ADAM.update(gradient, state.optimizer)
     rate = _learning_rate(hyper, progress)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
-    done = optax.tree_utils.tree_get(optimizer, "count")
-    average = optax.incremental_update(
-        params, state.average, jnp.maximum(1.0 - hyper.polyak, _AVERAGED / (_AVERAGED + done))
-    )
+    average = optax.incremental_update(params, state.average, 1.0 - hyper.polyak)
     log_alpha = jnp.clip(state.log_alpha - hyper.alpha_rate * aux.pop("surplus"), *_LOG_ALPHA_RANGE)
     return Learned(params, average, optimizer, log_alpha), aux | {"alpha": jnp.exp(log_alpha)}
 
