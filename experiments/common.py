@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -13,7 +14,11 @@ from absl import app, flags, logging
 from experiments.compilation_cache import use_cache
 from qos_jax import presets
 from qos_jax.errors import InputError
+from qos_jax.predictor.data import read_prediction_table
+from qos_jax.predictor.predictor import load_predictor
+from qos_jax.predictor.table import table_predictions
 from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.workload.prediction import TablePredictions
 from qos_jax.workload.tables import QualityTable, read_mix_instruct, read_npz
 from qos_jax.workload.traces import ArrivalTrace, read_trace, with_gaps
 
@@ -37,6 +42,8 @@ def define_world_flags() -> None:
     )
     flags.DEFINE_float("test_fraction", 0.5, "Share of the table's prompts that are kept for testing.")
     flags.DEFINE_enum("table_part", "test", ["all", "train", "test"], "Part of the table to draw from.")
+    flags.DEFINE_string("prompts", None, "JSON lines with the texts of an .npz table, for --predictor.")
+    flags.DEFINE_string("predictor", None, "Folder of a trained predictor, which tells routers of the table's prompts.")
     flags.DEFINE_string("prediction", None, "realistic, perfect, none or r2:SCORE:LENGTH; the preset's by default.")
     flags.DEFINE_list("latency_limit", None, "Limit in s/token, or those of several equally common classes of users.")
     flags.DEFINE_float("staleness", None, "Routers see metrics at least this many seconds late.")
@@ -66,17 +73,35 @@ def world_from_flags(**overrides: Any) -> tuple[Environment, EnvParams, dict[str
         overrides["arrivals"] = with_gaps(_trace_part(read_trace(FLAGS.trace)))
         asked |= {"trace": os.path.basename(FLAGS.trace), "trace_part": FLAGS.trace_part}
     if FLAGS.quality_table is not None:
-        overrides["quality_table"] = _table_part(read_table(FLAGS.quality_table))
+        table = _table_part(read_table(FLAGS.quality_table))
+        overrides["quality_table"] = table
         asked |= {"quality_table": os.path.basename(FLAGS.quality_table), "table_part": FLAGS.table_part}
+        if FLAGS.predictor is not None:
+            overrides["prediction"] = _predictions(table, overrides.get("experts"))
+            asked |= {"prediction": f"predictor {FLAGS.predictor}"}
+    elif FLAGS.predictor is not None:
+        raise InputError(f"--predictor={FLAGS.predictor}: predicts for real prompts only; give --quality_table, too")
     env, params = presets.make(FLAGS.preset, **overrides)
     return env, params, asked
 
 
 def read_table(path: str) -> QualityTable:
-    """Reads a quality table by the ending of its name."""
+    """Reads a quality table by the ending of its name, with the texts of its prompts if they are given."""
     if path.endswith(".npz"):
-        return read_npz(path, FLAGS.score_column or "quality_bertscore_minilm", clip_scores=True)
+        table = read_npz(path, FLAGS.score_column or "quality_bertscore_minilm", clip_scores=True)
+        if FLAGS.prompts is None:
+            return table
+        return dataclasses.replace(table, prompts=read_prediction_table(path, FLAGS.score_column, FLAGS.prompts).texts)
     return read_mix_instruct(path, FLAGS.score_column or "bertscore")
+
+
+def _predictions(table: QualityTable, experts: Sequence[tuple[str, str]] | None) -> TablePredictions:
+    """Returns what the predictor of the flags says of a table's prompts."""
+    if FLAGS.prediction is not None:
+        raise InputError(f"--predictor={FLAGS.predictor} and --prediction={FLAGS.prediction} are both given: give one")
+    if experts is None and FLAGS.preset in presets.PRESETS:
+        experts = presets.PRESETS[FLAGS.preset].experts
+    return table_predictions(load_predictor(FLAGS.predictor), table, [llm for llm, _ in experts or ()])
 
 
 def start(define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:

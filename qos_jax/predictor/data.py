@@ -1,0 +1,220 @@
+"""What predictors learn from: prompts, as texts or embeddings, with the scores and output lengths of each LLM's answer.
+
+Two formats are read. An ``.npz`` has the columns ``experts`` [N] and scores [M, N]; it may have ``out_tokens`` [M, N],
+without which no lengths are learned, and ``prompt_emb_minilm`` [M, D]; the texts of its prompts may be in JSON lines
+beside it, each with ``instruction`` and perhaps ``input`` and ``prompt_id``. And the JSON lines of mix-instruct, which
+``workload.tables`` reads. All parts are taken by prompt, so that no prompt is both learned from and predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from qos_jax.errors import InputError
+from qos_jax.workload.tables import read_mix_instruct
+
+DEFAULT_SCORES = "quality_bertscore_minilm"
+EMBEDDINGS = "prompt_emb_minilm"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PredictionTable:
+    """The answers of N LLMs to M prompts, on the host; checked when it is made.
+
+    Raises:
+      InputError: if shapes do not agree, an LLM is named twice, a score is outside [0, 1] or no number, a length is
+        below 1 token, an embedding is not finite, a prompt is empty, or there are neither texts nor embeddings.
+    """
+
+    source: str  # the file it came from, for messages
+    experts: tuple[str, ...]  # N names
+    score: np.ndarray  # [M, N] in [0, 1]
+    output_tokens: np.ndarray | None  # [M, N] tokens
+    texts: tuple[str, ...] | None  # M prompts
+    embeddings: np.ndarray | None  # [M, D] of the prompts
+
+    def __post_init__(self) -> None:
+        """Checks what the fields say of each other."""
+        _check_experts(self.source, self.experts)
+        shape = (len(self.score), len(self.experts))
+        if 0 in shape or self.score.shape != shape:
+            raise InputError(
+                f"{self.source}: {shape[1]} experts, but scores have the shape {self.score.shape}; "
+                "it must be [prompts, experts], none empty"
+            )
+        bad = ~((self.score >= 0.0) & (self.score <= 1.0))  # NaN is bad, too
+        if bad.any():
+            row, expert = np.argwhere(bad)[0]
+            raise InputError(
+                f"{self.source}: score {self.score[row, expert]:g} of {self.experts[expert]} for prompt {row} "
+                f"({bad.sum()} such in all); scores must lie in [0, 1]"
+            )
+        if self.output_tokens is not None:
+            _check_tokens(self.source, self.output_tokens, shape)
+        if self.texts is None and self.embeddings is None:
+            raise InputError(f"{self.source}: has neither texts nor embeddings of its prompts; give one of them")
+        if self.texts is not None:
+            _check_texts(self.source, self.texts, shape[0])
+        if self.embeddings is not None:
+            _check_embeddings(self.source, self.embeddings, shape[0])
+
+    def __len__(self) -> int:
+        """Returns the number of prompts M."""
+        return len(self.score)
+
+    def rows(self, rows: np.ndarray) -> PredictionTable:
+        """Returns the table of these prompts only, in this order."""
+        return dataclasses.replace(
+            self,
+            score=self.score[rows],
+            output_tokens=None if self.output_tokens is None else self.output_tokens[rows],
+            texts=None if self.texts is None else tuple(self.texts[row] for row in rows),
+            embeddings=None if self.embeddings is None else self.embeddings[rows],
+        )
+
+    def split_rows(self, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the rows (train, test) of a random partition of the prompts, the same as ``QualityTable.split``.
+
+        Raises:
+          InputError: a part is empty.
+        """
+        num_test = round(test_fraction * len(self))
+        if not 0 < num_test < len(self):
+            raise InputError(
+                f"{self.source}: test_fraction {test_fraction:g} of {len(self)} prompts; both parts need some"
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        return np.sort(order[num_test:]), np.sort(order[:num_test])
+
+    def folds(self, count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns the rows (train, test) of each fold of a cross-validation; each prompt is tested once.
+
+        Raises:
+          InputError: there are fewer than 2 folds, or more than prompts.
+        """
+        if not 2 <= count <= len(self):
+            raise InputError(f"{self.source}: {count} folds of {len(self)} prompts; at least 2 and a prompt for each")
+        number = fold_numbers(len(self), count, seed)
+        return [(np.flatnonzero(number != fold), np.flatnonzero(number == fold)) for fold in range(count)]
+
+
+def fold_numbers(num_prompts: int, count: int, seed: int) -> np.ndarray:
+    """Returns the fold [M] of each prompt, at random, folds differing by one prompt at most."""
+    return np.random.default_rng(seed).permutation(np.arange(num_prompts) % count)
+
+
+def read_prediction_table(
+    path: str | os.PathLike[str], score_column: str | None = None, prompts: str | os.PathLike[str] | None = None
+) -> PredictionTable:
+    """Reads a table by the ending of its name: an ``.npz``, with ``prompts`` if given, or mix-instruct's JSON lines.
+
+    Scores of an ``.npz`` outside [0, 1] move to its ends and answers of 0 tokens count as 1, as in ``read_npz``.
+
+    Args:
+      path: the file.
+      score_column: the column, or the score of a candidate; ``quality_bertscore_minilm`` and ``bertscore`` by default.
+      prompts: JSON lines with the texts of an ``.npz``, see the module; by ``prompt_id`` where both have it, else in
+        the same order.
+
+    Raises:
+      InputError: a file is missing or damaged, lacks a column, or makes no ``PredictionTable``.
+    """
+    if str(path).endswith(".npz"):
+        return _read_npz(path, score_column or DEFAULT_SCORES, prompts)
+    if prompts is not None:
+        raise InputError(f"{path}: has texts of its own, so prompts {prompts} must not be given")
+    table = read_mix_instruct(path, score_column or "bertscore")
+    return PredictionTable(table.source, table.experts, table.score, table.output_tokens, table.prompts, None)
+
+
+def _read_npz(
+    path: str | os.PathLike[str], score_column: str, prompts: str | os.PathLike[str] | None
+) -> PredictionTable:
+    known = ("experts", score_column, "out_tokens", EMBEDDINGS, "prompt_id")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [name for name in known[:2] if name not in file.files]:
+                raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.files)}")
+            columns = {name: file[name] for name in known if name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable .npz file: {error}") from error
+    output_tokens, embeddings = columns.get("out_tokens"), columns.get(EMBEDDINGS)
+    return PredictionTable(
+        source=str(path),
+        experts=tuple(str(name) for name in columns["experts"]),
+        score=np.clip(columns[score_column].astype(np.float64), 0.0, 1.0),
+        output_tokens=None if output_tokens is None else np.maximum(output_tokens, 1),
+        texts=None if prompts is None else _read_texts(prompts, columns.get("prompt_id")),
+        embeddings=None if embeddings is None else embeddings.astype(np.float32),
+    )
+
+
+def _read_texts(path: str | os.PathLike[str], ids: np.ndarray | None) -> tuple[str, ...]:
+    """Returns the texts of JSON lines: those of the ids, or all in their order where either has no ids."""
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file: {error}") from error
+    records = [_parse_line(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    texts = [text for _, text in records]
+    if ids is None or any(prompt_id is None for prompt_id, _ in records):
+        return tuple(texts)
+    by_id = {str(prompt_id): text for prompt_id, text in records}
+    if missing := [str(prompt_id) for prompt_id in ids if str(prompt_id) not in by_id]:
+        raise InputError(f"{path}: no line has the prompt_id {missing[0]} ({len(missing)} such in all)")
+    return tuple(by_id[str(prompt_id)] for prompt_id in ids)
+
+
+def _parse_line(where: str, line: str) -> tuple[Any, str]:
+    try:
+        record: Any = json.loads(line)
+        return record.get("prompt_id"), "\n".join(
+            part for part in (record["instruction"], record.get("input", "")) if part
+        )
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{where}: {type(error).__name__} {error}; a line needs an object with the text instruction"
+        ) from error
+
+
+def _check_experts(source: str, experts: tuple[str, ...]) -> None:
+    if len(set(experts)) != len(experts):
+        raise InputError(f"{source}: experts {', '.join(experts)} are not all different")
+
+
+def _check_tokens(source: str, output_tokens: np.ndarray, shape: tuple[int, int]) -> None:
+    if output_tokens.shape != shape:
+        raise InputError(
+            f"{source}: output tokens have the shape {output_tokens.shape}, must have that of the scores, {shape}"
+        )
+    if not (np.isfinite(output_tokens).all() and output_tokens.min() >= 1):
+        raise InputError(f"{source}: a length of {output_tokens.min():g} tokens; lengths are 1 or more")
+
+
+def _check_texts(source: str, texts: tuple[str, ...], num_prompts: int) -> None:
+    if len(texts) != num_prompts:
+        raise InputError(f"{source}: {len(texts)} texts for {num_prompts} prompts; give one for each")
+    for row, text in enumerate(texts):
+        if not text.strip():
+            raise InputError(f"{source}: prompt {row} is {text!r}; prompts must not be empty")
+
+
+def _check_embeddings(source: str, embeddings: np.ndarray, num_prompts: int) -> None:
+    if embeddings.ndim != 2 or len(embeddings) != num_prompts or embeddings.shape[1] == 0:
+        raise InputError(
+            f"{source}: embeddings have the shape {embeddings.shape}, must be [prompts, D] with {num_prompts} prompts"
+        )
+    if not np.isfinite(embeddings).all():
+        row = np.flatnonzero(~np.isfinite(embeddings).all(1))[0]
+        raise InputError(f"{source}: the embedding of prompt {row} is not finite; all must be")
