@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jax import Array, lax
 
 from qos_jax.routers.base import Router
@@ -192,13 +191,3 @@ def _traces(gaps_s: Array, requests: Request, count: int) -> list[RequestTrace]:
         )
         for i in range(count)
     ]
-
-
-def summarise(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
-    """Returns mean and Student's t interval over seeds; with one seed the interval is NaN."""
-    samples = np.asarray(values, np.float64)
-    mean = float(samples.mean())
-    if len(samples) < 2:
-        return {"mean": mean, "low": float("nan"), "high": float("nan")}
-    half = scipy.stats.t.ppf((1 + confidence) / 2, len(samples) - 1) * samples.std(ddof=1) / np.sqrt(len(samples))
-    return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}

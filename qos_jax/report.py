@@ -29,8 +29,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from qos_jax import pages
-from qos_jax.evaluation import Run, summarise
+from qos_jax.evaluation import Run
 from qos_jax.files import write_whole
+from qos_jax.statistics import summarise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,10 @@ from qos_jax.agent.learner import Learner, TrainState
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.checkpoints import RunFolder
 from qos_jax.errors import InputError
-from qos_jax.evaluation import summarise
 from qos_jax.routers.impact import impact_greedy
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import Observation
+from qos_jax.statistics import summarise
 
 FIRST_HELD_OUT_SEED = 1000  # training uses seeds below
 

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 from flax import struct
 from jax import Array, lax
 
 from qos_jax import EnvParams, Observation, Request, Router, Scenario, evaluate, make, make_router, sample_requests
-from qos_jax.evaluation import Run, summarise
+from qos_jax.evaluation import Run
 from qos_jax.sim.env import Environment
 from qos_jax.sim.metrics import qos_of
 
@@ -223,21 +222,6 @@ def test_the_warmup_is_not_counted_and_progress_is_told() -> None:
     experts = jax.tree.map(np.asarray, params.experts)
     qos = qos_of(experts, run.trace, run.assignment, run.replayed)
     assert run.metrics["qos"] == pytest.approx(qos[30:].mean())
-
-
-@pytest.mark.parametrize("confidence", [0.95, 0.8])
-def test_the_interval_is_students(confidence: float) -> None:
-    values = np.random.default_rng(0).normal(3.0, 2.0, 7)
-    summary = summarise(values, confidence)
-    interval = scipy.stats.t.interval(confidence, 6, loc=values.mean(), scale=scipy.stats.sem(values))
-    assert summary["mean"] == pytest.approx(values.mean())
-    assert (summary["low"], summary["high"]) == pytest.approx(interval)
-
-
-def test_one_seed_has_no_interval() -> None:
-    summary = summarise([0.7])
-    assert summary["mean"] == 0.7
-    assert np.isnan([summary["low"], summary["high"]]).all()
 
 
 @pytest.mark.slow
