@@ -1,0 +1,455 @@
+"""Fidelity: the measured run of a real engine on one GPU, replayed by the simulator, and how far the two are apart.
+
+Only what the engine was given enters the replay: when which request came, how many tokens it has, and the KV memory.
+Timing comes from elsewhere, such as kernel tables (``qos_jax.workload.fitting``). So what was measured of the run, the
+times of its tokens and what its scheduler held at each second, tests timing and scheduling rules together.
+
+A run is a folder as LLMServingSim's benchmark writes it: ``meta.json``, ``requests.jsonl`` and ``timeseries.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from scipy.spatial import KDTree
+
+from qos_jax.errors import InputError
+from qos_jax.plots import _EXPERT_COLOURS, _GREY, _INK, _PALE, _STYLE, _WIDTH_INCHES, _legend_above
+from qos_jax.sim.cost import iteration_s
+from qos_jax.sim.iterations import Activity, IterationLog, iterations_of
+from qos_jax.sim.replay import replay
+from qos_jax.sim.types import ExpertProfile, RequestLog, RequestTrace
+from qos_jax.workload.fitting import KINDS, TIMING_UNITS, Iterations
+
+LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end"}
+LOADS = {"running": "requests running", "waiting": "requests waiting", "kv_share": "KV memory in use"}
+
+_REQUEST_FIELDS = ("input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
+_TICK_FIELDS = ("t", "running", "waiting", "kv_cache_pct", "prompt_throughput", "gen_throughput")
+_ENDLESS = 10**6  # blocks, or places in a queue
+_POINTS = 200  # of a tick
+_SIMULATED = _EXPERT_COLOURS[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRun:
+    """What an engine was given and what was measured of it; times count from the first arrival."""
+
+    name: str  # model, GPU and engine
+    arrival_s: np.ndarray  # [J] s, not decreasing
+    prompt_tokens: np.ndarray  # [J] tokens
+    output_tokens: np.ndarray  # [J] tokens
+    first_token_s: np.ndarray  # [J] s
+    finish_s: np.ndarray  # [J] s
+    tick_s: np.ndarray  # [T] s, when the engine was looked at
+    running: np.ndarray  # [T] requests
+    waiting: np.ndarray  # [T] requests
+    kv_share: np.ndarray  # [T] of the KV blocks that were held
+    prompt_tokens_per_s: np.ndarray  # [T] since the tick before, each prompt counted once
+    output_tokens_per_s: np.ndarray  # [T]
+    kv_blocks: int
+    block_size: int  # tokens of a block
+    max_running: int  # requests
+    token_budget: int  # tokens of an iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedRun:
+    """The same requests in the simulator."""
+
+    log: RequestLog
+    running: np.ndarray  # [T] requests, at the ticks of the measured run
+    waiting: np.ndarray  # [T] requests
+    kv_share: np.ndarray  # [T]
+    iterations: Iterations  # all that ran, in order
+
+
+def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
+    """Reads a measured run.
+
+    ``queued_ts`` and all later times of a request are read from another clock than ``arrival_time``, when the engine
+    takes the request between two iterations. The simulator waits for that boundary itself, so its arrivals are
+    ``arrival_time``, and the least difference of the two is taken for that of the clocks.
+
+    Raises:
+      InputError: a file cannot be read, or lacks a field.
+    """
+    folder = pathlib.Path(folder)
+    meta = _Meta(folder / "meta.json")
+    requests = sorted(_json_lines(folder / "requests.jsonl"), key=lambda row: row["arrival_time"])
+    column = {name: np.array([row[name] for row in requests], np.float64) for name in _REQUEST_FIELDS}
+    tick = _ticks(folder / "timeseries.csv")
+    begin_s = column["arrival_time"][0]
+    arrival_s = column["arrival_time"] - begin_s
+    clock_s = np.min(column["queued_ts"] - arrival_s)
+    return MeasuredRun(
+        name=f"{meta.get('model', kind=str)} on {meta.get('hardware.device_name', kind=str)}, "
+        f"vLLM {meta.get('vllm_version', kind=str)}",
+        arrival_s=arrival_s,
+        prompt_tokens=column["input_toks"].astype(np.int64),
+        output_tokens=column["output_toks"].astype(np.int64),
+        first_token_s=column["first_token_ts"] - clock_s,
+        finish_s=column["last_token_ts"] - clock_s,
+        tick_s=tick["t"] + meta.moment_s("started_at") - begin_s,
+        running=tick["running"],
+        waiting=tick["waiting"],
+        kv_share=tick["kv_cache_pct"] / 100,
+        prompt_tokens_per_s=tick["prompt_throughput"],
+        output_tokens_per_s=tick["gen_throughput"],
+        kv_blocks=meta.get("kv_cache.num_gpu_blocks"),
+        block_size=meta.get("kv_cache.block_size"),
+        max_running=meta.get("engine_kwargs.max_num_seqs"),
+        token_budget=meta.get("engine_kwargs.max_num_batched_tokens"),
+    )
+
+
+def simulate(run: MeasuredRun, timing: Mapping[str, float]) -> SimulatedRun:
+    """Replays a measured run, in float64 for its requests and in float32 for its iterations.
+
+    Args:
+      run: what the engine was given.
+      timing: coefficients of one iteration, as ``fitting.fit_timing`` returns them.
+
+    Raises:
+      InputError: a request does not fit the memory.
+    """
+    experts, trace = _expert(run, timing), _trace(run)
+    iterations = iterations_of(
+        experts, trace, np.zeros(len(run.arrival_s), int), 0, 0.0, np.inf,
+        token_budget=run.token_budget, block_size=run.block_size,
+    )  # fmt: skip
+    computed = _computed(iterations)
+    here = iterations.activity != Activity.ABSENT
+    blocks = -(-computed // run.block_size).sum(1)
+    at = np.searchsorted(iterations.start_s, run.tick_s, side="right") - 1
+    busy = (at >= 0) & (run.tick_s <= (iterations.start_s + iterations.duration_s)[at])
+    return SimulatedRun(
+        log=replayed(run, timing),
+        running=np.where(busy, (computed > 0).sum(1)[at], 0),
+        waiting=np.where(busy, (here & (computed == 0)).sum(1)[at], 0),
+        kv_share=np.where(busy, blocks[at], 0) / run.kv_blocks,
+        iterations=_batches(iterations, computed),
+    )
+
+
+def replayed(run: MeasuredRun, timing: Mapping[str, float]) -> RequestLog:
+    """Returns what happens to the requests of a measured run in the simulator; see ``simulate``."""
+    log = replay(
+        _expert(run, timing), _trace(run), np.zeros(len(run.arrival_s), int),
+        token_budget=run.token_budget, block_size=run.block_size,
+    )  # fmt: skip
+    if log.dropped.any():
+        raise InputError(
+            f"{run.name}: request {int(np.argmax(log.dropped)) + 1} does not fit {run.kv_blocks} KV blocks"
+        )
+    return log
+
+
+def latencies_s(run: MeasuredRun, log: MeasuredRun | RequestLog) -> dict[str, np.ndarray]:
+    """Returns TTFT [J] s, TPOT [J] s/token (NaN for answers of one token) and end-to-end latency [J] s by name."""
+    later_tokens = np.where(run.output_tokens > 1, run.output_tokens - 1, np.nan)
+    return {
+        "ttft_s": log.first_token_s - run.arrival_s,
+        "tpot_s": (log.finish_s - log.first_token_s) / later_tokens,
+        "e2e_s": log.finish_s - run.arrival_s,
+    }
+
+
+def latency_errors(run: MeasuredRun, log: RequestLog) -> dict[str, dict[str, float]]:
+    """Returns for each of ``LATENCIES`` how far the simulator is off.
+
+    That is: both means (``measured``, ``simulated``), the relative error of the mean (``mean_error``), median and 95th
+    percentile of the size of the relative error of a request (``median_error``, ``p95_error``), and ``correlation``.
+    """
+    errors = {}
+    measured, simulated = latencies_s(run, run), latencies_s(run, log)
+    for name in LATENCIES:
+        known = np.isfinite(measured[name])
+        real, ours = measured[name][known], simulated[name][known]
+        off = np.abs(ours / real - 1)
+        errors[name] = {
+            "measured": float(real.mean()),
+            "simulated": float(ours.mean()),
+            "mean_error": float(ours.mean() / real.mean() - 1),
+            "median_error": float(np.median(off)),
+            "p95_error": float(np.percentile(off, 95)),
+            "correlation": float(np.corrcoef(real, ours)[0, 1]),
+        }
+    return errors
+
+
+def load_errors(run: MeasuredRun, simulated: SimulatedRun) -> dict[str, dict[str, float]]:
+    """Returns for each of ``LOADS`` both means over the ticks and the mean size of their difference."""
+    errors = {}
+    for name in LOADS:
+        real, ours = getattr(run, name), getattr(simulated, name)
+        errors[name] = {
+            "measured": float(real.mean()),
+            "simulated": float(ours.mean()),
+            "mean_difference": float(np.abs(ours - real).mean()),
+        }
+    return errors
+
+
+def parts_of_time(run: Iterations, kernels: Iterations, timing: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Says for each kind of iteration how much of a run it is, and how far the cost form is off there.
+
+    The form is compared with the kernel tables at the measured batch of the same kind that is nearest to each iteration
+    of the run, in the logarithms of its prompt tokens, requests and cached tokens.
+
+    Args:
+      run: iterations that ran.
+      kernels: measured ones, as ``fitting.assemble`` returns them.
+      timing: coefficients of the form.
+
+    Returns:
+      Rows of ``kind``, ``iterations``, ``share`` of the run's time, ``form_error``, the mean over that time (NaN where
+      no such batch was measured), and ``of_the_run``, the product of the two.
+    """
+    rows = []
+    table_error = _predicted_s(kernels, timing) / kernels.time_s - 1
+    for kind in KINDS:
+        mine, measured = run.kind == kind, kernels.kind == kind
+        if not mine.any():
+            continue
+        share, form_error = run.time_s[mine].sum() / run.time_s.sum(), np.nan
+        if measured.any():
+            _, nearest = KDTree(_logarithms(kernels, measured)).query(_logarithms(run, mine))
+            form_error = np.average(table_error[measured][nearest], weights=run.time_s[mine])
+        rows.append(
+            {
+                "kind": kind,
+                "iterations": int(mine.sum()),
+                "share": float(share),
+                "form_error": float(form_error),
+                "of_the_run": float(share * form_error),
+            }
+        )
+    return rows
+
+
+def decode_errors(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Compares the cost form with the engine itself, in the ticks in which it computed no new prompt.
+
+    The form is taken at the batches that the engine had then, interpolated between the looks; the last block of a
+    request counts as half full. What kernel tables do not hold, such as the time of the scheduler, shows here.
+
+    Returns:
+      For ticks in which nobody waited (``memory free``) and those in which somebody did, while for the second tick on
+      end fewer requests ran, so that hardly a preempted one came back (``memory full``): the number of ``ticks``, the
+      ``measured`` tokens, those ``predicted`` at the same batches, and the relative ``error`` of the form's time; NaN
+      where there is no such tick.
+    """
+    tokens = np.diff(run.tick_s) * run.output_tokens_per_s[1:]
+    predicted = _decoded_tokens(run, timing)
+    fell = np.diff(run.running) < 0
+    only_decoded = run.prompt_tokens_per_s[1:] == 0
+    ticks = {
+        "memory free": only_decoded & (run.waiting[1:] == 0) & (run.waiting[:-1] == 0),
+        "memory full": only_decoded & (run.waiting[1:] > 0) & fell & np.append(False, fell[:-1]),
+    }
+    errors = {}
+    for name, mine in ticks.items():
+        measured, ours = float(tokens[mine].sum()), float(predicted[mine].sum())
+        error = measured / ours - 1 if mine.any() else np.nan
+        errors[name] = {"ticks": int(mine.sum()), "measured": measured, "predicted": ours, "error": error}
+    return errors
+
+
+def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str, float]) -> dict[str, float]:
+    """Returns ``preemptions`` in the simulator, the ``tokens`` that it computed once more, and their ``share`` of time.
+
+    The share counts the arithmetic of these tokens only; an engine that finds a part of them cached saves at most that.
+    """
+    tokens = float(simulated.iterations.prompt_tokens.sum() - run.prompt_tokens.sum())
+    return {
+        "preemptions": int(simulated.log.preemptions.sum()),
+        "tokens": int(tokens),
+        "share": tokens * timing["prefill_per_token_s"] / float(simulated.iterations.time_s.sum()),
+    }
+
+
+def parts_left_out(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Returns the relative errors of the mean latencies if one part of the model were missing, by part."""
+    variants: dict[str, tuple[MeasuredRun, dict[str, float]]] = {
+        "nothing": (run, {}),
+        "reads of the KV cache": (run, {"per_kv_token_s": 0.0}),
+        "time per request": (run, {"per_sequence_s": 0.0}),
+        "arithmetic of prompts": (run, {"prefill_base_s": 0.0, "prefill_per_token_s": 0.0}),
+        "limit of the KV memory": (dataclasses.replace(run, kv_blocks=_ENDLESS), {}),
+    }
+    errors = {}
+    for name, (given, changed) in variants.items():
+        of_log = latency_errors(run, replayed(given, {**timing, **changed}))
+        errors[name] = {latency: row["mean_error"] for latency, row in of_log.items()}
+    return errors
+
+
+@matplotlib.rc_context(_STYLE)
+def latency_scatter(run: MeasuredRun, log: RequestLog) -> Figure:
+    """Draws each request's simulated latencies against the measured ones; on the diagonal both are equal."""
+    figure = Figure(figsize=(_WIDTH_INCHES, 3.1), layout="constrained")
+    measured, simulated, errors = latencies_s(run, run), latencies_s(run, log), latency_errors(run, log)
+    for axes, (name, title) in zip(figure.subplots(1, 3), LATENCIES.items(), strict=True):
+        scale, unit = (1e3, "ms") if name == "tpot_s" else (1.0, "s")
+        real, ours = scale * measured[name], scale * simulated[name]
+        low, high = min(np.nanmin(real), np.nanmin(ours)), max(np.nanmax(real), np.nanmax(ours))
+        margin = 0.05 * (high - low)
+        ends = (low - margin, high + margin)
+        axes.plot(ends, ends, color=_GREY, linewidth=0.8, zorder=1)
+        axes.scatter(real, ours, s=9, color=_SIMULATED, alpha=0.45, linewidths=0)
+        axes.set(title=f"{title}, {unit}", xlabel="measured", xlim=ends, ylim=ends, aspect="equal")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.MaxNLocator(5))
+        mean, median = (100 * errors[name][field] for field in ("mean_error", "median_error"))
+        text = f"mean {mean:+.2f} %\nmedian |error| {median:.1f} %"
+        axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=8, color=_INK)
+    figure.axes[0].set_ylabel("simulated")
+    figure.set_label(
+        f"Latencies of {len(run.arrival_s)} requests, {run.name}: simulated against measured; on the line both are "
+        "equal. Far from it lie requests that lost their memory and started over in one of the two only."
+    )
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def load_timeline(run: MeasuredRun, simulated: SimulatedRun) -> Figure:
+    """Draws requests waiting and running and the KV memory in use over time, measured and simulated."""
+    figure = Figure(figsize=(_WIDTH_INCHES, 5.0), layout="constrained")
+    for axes, name in zip(figure.subplots(3, 1, sharex=True), ("waiting", "running", "kv_share"), strict=True):
+        scale, unit = (100, ", %") if name == "kv_share" else (1, "")
+        axes.plot(run.tick_s, scale * getattr(run, name), label="measured", color=_PALE, linewidth=3.2)
+        axes.plot(run.tick_s, scale * getattr(simulated, name), label="simulated", color=_SIMULATED, linewidth=1.1)
+        axes.set_title(LOADS[name] + unit)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0)
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+    figure.axes[-1].set_xlabel("time since the first arrival, s")
+    _legend_above(figure, figure.axes[0])
+    figure.set_label(f"What the engine held at each look, {run.name}: measured, and in the simulator.")
+    return figure
+
+
+def _expert(run: MeasuredRun, timing: Mapping[str, float]) -> ExpertProfile:
+    fields = {name: timing[name] for name in TIMING_UNITS}
+    fields |= {"kv_blocks": run.kv_blocks, "max_running": run.max_running, "max_waiting": _ENDLESS}
+    return ExpertProfile(**{name: np.array([value]) for name, value in fields.items()})
+
+
+def _trace(run: MeasuredRun) -> RequestTrace:
+    return RequestTrace(run.arrival_s, run.prompt_tokens, run.output_tokens[:, None])
+
+
+def _computed(log: IterationLog) -> np.ndarray:
+    """Returns the cached tokens [I, R] of each request at the end of each iteration."""
+    total = np.cumsum(log.tokens, axis=0, dtype=np.int64)
+    thrown_away = np.maximum.accumulate(np.where(log.activity == Activity.PREEMPTED, total, 0), axis=0)
+    return np.where(log.activity == Activity.ABSENT, 0, total - thrown_away)
+
+
+def _batches(log: IterationLog, computed: np.ndarray) -> Iterations:
+    """Returns what the cost of each iteration depends on."""
+    prefills, decodes = log.activity == Activity.PREFILL, log.activity == Activity.DECODE
+    before = computed - log.tokens
+    prompt_tokens, decoding = (log.tokens * prefills).sum(1), decodes.sum(1)
+    continued = (prefills & (before > 0)).any(1)
+    kind = np.select([continued, prompt_tokens == 0, decoding == 0], ["chunked", "decode", "prefill"], "mixed")
+    kv_tokens = (before * decodes).sum(1)
+    return Iterations(kind, prompt_tokens, decoding + prefills.sum(1), kv_tokens, log.duration_s)
+
+
+def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, float]) -> np.ndarray:
+    """Returns the tokens [T - 1] that the form gives from each tick to the next, at the batches of the engine."""
+    times_s = np.linspace(run.tick_s[:-1], run.tick_s[1:], _POINTS)
+    requests = np.interp(times_s, run.tick_s, run.running)
+    blocks = np.interp(times_s, run.tick_s, run.kv_share) * run.kv_blocks
+    kv_tokens = np.maximum(run.block_size * (blocks - requests / 2), 0)
+    batches = Iterations(np.full(times_s.shape, "decode"), np.zeros(times_s.shape), requests, kv_tokens, times_s)
+    return np.mean(requests / _predicted_s(batches, timing), 0) * np.diff(run.tick_s)
+
+
+def _predicted_s(iterations: Iterations, timing: Mapping[str, float]) -> np.ndarray:
+    counts = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
+    expert = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # the cost reads none of the three
+    return np.asarray(iteration_s(expert, *map(jnp.asarray, counts)), np.float64)
+
+
+def _logarithms(iterations: Iterations, mine: np.ndarray) -> np.ndarray:
+    columns = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
+    return np.log1p(np.stack([column[mine] for column in columns], 1).astype(np.float64))
+
+
+class _Meta:
+    """A JSON object in a file; every error names the file and the field."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.values = _parsed(path, _text(path))
+
+    def get(self, name: str, kind: type = int) -> Any:
+        """Returns the value of a field, given with the objects that it lies in and dots between them."""
+        value = self.values
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise InputError(f"{self.path}: {name} is {value!r}, must be a {kind.__name__}")
+        return value
+
+    def moment_s(self, name: str) -> float:
+        """Returns the ISO time in a field, in seconds since 1970."""
+        text = self.get(name, kind=str)
+        try:
+            return datetime.datetime.fromisoformat(text).timestamp()
+        except ValueError as error:
+            raise InputError(f"{self.path}: {name} is {text!r}, must be an ISO time") from error
+
+
+def _json_lines(path: pathlib.Path) -> list[dict[str, float]]:
+    rows = [_parsed(path, line) for line in _text(path).splitlines()]
+    for number, row in enumerate(rows, 1):
+        for name in _REQUEST_FIELDS:
+            if not isinstance(row, dict) or not isinstance(row.get(name), int | float):
+                raise InputError(f"{path}, line {number}: {name} is missing or no number")
+    if not rows:
+        raise InputError(f"{path}: holds no request")
+    return rows
+
+
+def _ticks(path: pathlib.Path) -> dict[str, np.ndarray]:
+    reader = csv.DictReader(_text(path).splitlines())
+    rows = list(reader)
+    if missing := set(_TICK_FIELDS) - set(reader.fieldnames or ()):
+        raise InputError(f"{path}: lacks the column {min(missing)}")
+    if not rows:
+        raise InputError(f"{path}: holds no row")
+    try:
+        return {name: np.array([float(row[name]) for row in rows]) for name in _TICK_FIELDS}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _parsed(path: pathlib.Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read: {reason}") from error
