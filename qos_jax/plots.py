@@ -315,6 +315,42 @@ def reliability_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 @matplotlib.rc_context(_STYLE)
+def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draws what answers were like against what was predicted of them, a panel per quantity.
+
+    Args:
+      quantities: by name, each with the bins of ``reliability`` and the expected calibration error ``ece``, as
+        ``predictor.metrics`` has them. Those with predictions above 1, such as tokens, get logarithmic axes.
+    """
+    figure = Figure(figsize=(_WIDTH_INCHES, 0.7 + _WIDTH_INCHES / max(len(quantities), 2)), layout="constrained")
+    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for axes, (name, quantity) in zip(panels, quantities.items(), strict=True):
+        bins = quantity["reliability"]
+        predicted, realised, error = (_column(bins, field) for field in ("predicted", "realised", "standard_error"))
+        is_share = max(predicted.max(), realised.max()) <= 1.0
+        ends = np.concatenate([predicted, realised - error, realised + error])
+        margin = 0.05 * np.ptp(ends)
+        low, high = (ends.min() - margin, ends.max() + margin) if is_share else (ends.min() / 1.2, ends.max() * 1.2)
+        if not is_share:
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+                axis.set_major_formatter(ticker.ScalarFormatter())
+                axis.set_minor_locator(ticker.NullLocator())
+        axes.plot([low, high], [low, high], color=_PALE, linewidth=0.8, zorder=1)
+        axes.errorbar(predicted, realised, yerr=error, color=_EXPERT_COLOURS[0], marker="o", markersize=4, linewidth=1)
+        axes.set(title=f"{name}\noff by {quantity['ece']:.2g}", xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.set_xlabel("predicted")
+    panels[0].set_ylabel("mean that came true")
+    figure.set_label(
+        "What answers were like against what was predicted of them, on prompts that were not learned from; on the "
+        "diagonal both are equal. Each point is a tenth of all predictions, with the standard error of its mean; off "
+        "by is their mean distance from the diagonal, the expected calibration error."
+    )
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
 def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws the QoS of a policy in training against steps and against minutes, beside impact_greedy's.
 
