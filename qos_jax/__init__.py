@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from qos_jax.checkpoints import load_router
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Scenario, evaluate
+from qos_jax.predictor.predictor import Predictor, load_predictor
 from qos_jax.presets import PRESETS, make
 from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.capacity import sample_requests, saturation_rate
@@ -24,6 +25,7 @@ __all__ = [
     "ExpertProfile",
     "InputError",
     "Observation",
+    "Predictor",
     "QualityTable",
     "Request",
     "RequestLog",
@@ -33,6 +35,7 @@ __all__ = [
     "evaluate",
     "flat_view",
     "graph_view",
+    "load_predictor",
     "load_router",
     "make",
     "make_router",
