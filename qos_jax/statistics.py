@@ -45,6 +45,21 @@ def summarise(values: Sequence[float] | np.ndarray, confidence: float = 0.95) ->
     return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
 
 
+def crossed_interval(values: np.ndarray) -> dict[str, float]:
+    """Returns mean and 95 % interval of a grid [training seeds, evaluation seeds], each row and column a draw.
+
+    The variance of the mean is taken to be the sum of that over rows and that over columns, which counts the noise of
+    single cells twice: the interval is a little too wide. Student's quantile is that of the axis with fewer draws; an
+    axis of one draw tells nothing of its spread and does not count. With one cell the interval is NaN.
+    """
+    axes = [means for means in (values.mean(1), values.mean(0)) if len(means) > 1]
+    mean, half = float(values.mean()), float("nan")
+    if axes:
+        error = np.sqrt(sum(means.var(ddof=1) / len(means) for means in axes))
+        half = float(scipy.stats.t.ppf(0.975, min(map(len, axes)) - 1) * error)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def stratified_bootstrap(
     key: Array,
     statistic: Callable[..., Any],

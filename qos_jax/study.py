@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from matplotlib.figure import Figure
 
 from qos_jax import pages, plots
 from qos_jax.report import METRICS
+from qos_jax.statistics import crossed_interval
 
 Row = Mapping[str, Any]
 
@@ -135,21 +135,6 @@ class StudyResult:
             for each in training_seeds
         ]
         return np.array(values, np.float64)  # None becomes NaN
-
-
-def crossed_interval(values: np.ndarray) -> dict[str, float]:
-    """Returns mean and 95 % interval of a grid [training seeds, evaluation seeds], each row and column a draw.
-
-    The variance of the mean is taken to be the sum of that over rows and that over columns, which counts the noise of
-    single cells twice: the interval is a little too wide. Student's quantile is that of the axis with fewer draws; an
-    axis of one draw tells nothing of its spread and does not count. With one cell the interval is NaN.
-    """
-    axes = [means for means in (values.mean(1), values.mean(0)) if len(means) > 1]
-    mean, half = float(values.mean()), float("nan")
-    if axes:
-        error = np.sqrt(sum(means.var(ddof=1) / len(means) for means in axes))
-        half = float(scipy.stats.t.ppf(0.975, min(map(len, axes)) - 1) * error)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def study_figure(result: StudyResult) -> Figure:

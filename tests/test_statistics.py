@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import scipy.stats
 
 from qos_jax.errors import InputError
 from qos_jax.statistics import (
+    crossed_interval,
     interquartile_mean,
     paired_difference,
     performance_profile,
@@ -143,3 +146,20 @@ def test_bad_tables_are_named(name: str) -> None:
     call, message = BAD[name]
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_crossed_interval_covers_the_truth_at_least_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        grid = rng.normal(size=(5, 1)) + 2 * rng.normal(size=(1, 5)) + rng.normal(size=(5, 5))
+        interval = crossed_interval(grid)
+        covered += interval["low"] <= 0.0 <= interval["high"]
+    assert covered >= 935  # three standard errors below 95 %
+
+
+def test_a_crossed_interval_of_one_training_seed_is_students() -> None:
+    interval = crossed_interval(np.array([[0.1, 0.2, 0.4]]))
+    values = np.array([0.1, 0.2, 0.4])
+    assert interval["high"] - interval["mean"] == pytest.approx(4.30265 * values.std(ddof=1) / math.sqrt(3), rel=1e-4)
+    assert math.isnan(crossed_interval(np.array([[0.3]]))["low"])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from qos_jax.report import METRICS
-from qos_jax.study import StudyResult, crossed_interval, study_figure, study_html, study_markdown
+from qos_jax.study import StudyResult, study_figure, study_html, study_markdown
 
 
 def row(world: str, router: str, kind: str, load: float, seed: int, qos: float, training_seed: int = 0) -> dict:
@@ -89,20 +88,3 @@ def test_claims_are_against_the_best_of_the_papers_heuristics_in_each_metric():
     assert claim["latency_per_token_s"] == pytest.approx(-0.2)
     assert claim["qos_per_gb_s"] == pytest.approx(0.0)
     assert not result().claims  # some of the three did not take part
-
-
-def test_the_interval_covers_the_truth_at_least_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(1000):
-        grid = rng.normal(size=(5, 1)) + 2 * rng.normal(size=(1, 5)) + rng.normal(size=(5, 5))
-        interval = crossed_interval(grid)
-        covered += interval["low"] <= 0.0 <= interval["high"]
-    assert covered >= 935  # three standard errors below 95 %
-
-
-def test_the_interval_of_one_training_seed_is_students():
-    interval = crossed_interval(np.array([[0.1, 0.2, 0.4]]))
-    values = np.array([0.1, 0.2, 0.4])
-    assert interval["high"] - interval["mean"] == pytest.approx(4.30265 * values.std(ddof=1) / math.sqrt(3), rel=1e-4)
-    assert math.isnan(crossed_interval(np.array([[0.3]]))["low"])
