@@ -85,6 +85,11 @@ def _results(
         "decode": fidelity.decode_errors(run, timing),
         "recomputation": fidelity.recomputation(run, simulated, timing),
         "without": fidelity.parts_left_out(run, timing),
+        "each_request": {
+            "measured": fidelity.latencies_s(run, run),
+            "simulated": fidelity.latencies_s(run, simulated.log),
+            "simulated_preemptions": simulated.log.preemptions,
+        },
     }
 
 

@@ -243,6 +243,9 @@ def test_the_program_writes_everything(crowded: Made, program: Any, tmp_path: pa
     assert "mean +0.00 %" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "fidelity.json").read_text())
     assert abs(found["latencies"]["e2e_s"]["mean_error"]) < 1e-3
+    each = found["each_request"]
+    np.testing.assert_allclose(each["simulated"]["e2e_s"], crowded.reference.finish_s - crowded.arrival_s, rtol=1e-3)
+    assert each["simulated_preemptions"] == crowded.reference.preemptions.tolist()
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "nan" not in page.split("</style>")[1].replace("data:image", "").split("base64")[0]
