@@ -170,7 +170,7 @@ class FineTuning:
     """How encoder and heads are trained together."""
 
     layers: int = 2  # last ones of the encoder that are moved; the embeddings of tokens never are
-    epochs: int = 3  # on 500 prompts of AlpacaEval, more of them overfit
+    epochs: int = 3  # 258 prompts of AlpacaEval were learned by heart from the third on
     learning_rate: float = 5e-5  # of the encoder; it grows to this over the first epoch, then falls to 0
     heads_learning_rate: float = 2e-4
     batch_size: int = 16

@@ -63,7 +63,8 @@ def scores_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
         if f"{name}_probabilities" in columns:
             probabilities = columns[f"{name}_probabilities"]
             happened = np.eye(probabilities.shape[-1])[columns[f"{name}_bucket"]]
-            bins = reliability(probabilities, happened)
+            there = probabilities > 0.0  # not the empty buckets of experts with fewer
+            bins = reliability(probabilities[there], happened[there])
             scores[name] |= {"bucket_ece": calibration_error(bins), "bucket_reliability": bins}
     return scores | {"routing": routing(columns["score"], columns["predicted_score"], columns["best_single"])}
 

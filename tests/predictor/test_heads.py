@@ -21,8 +21,15 @@ from qos_jax.predictor.heads import (
     fit_amounts,
     fit_scale,
 )
+from tests.quick_compilation import quick_compilation
 
 NONE = np.inf
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiles_quickly(tmp_path_factory):
+    with quick_compilation(tmp_path_factory.mktemp("programs")):
+        yield
 
 
 def column(*values):

@@ -188,7 +188,7 @@ class TestMeasuredTables:
 
     def test_llmrouter(self, data_dir: pathlib.Path) -> None:
         table = read_prediction_table(data_dir / "quality" / "llmrouter_train_6_experts.npz", "scores")
-        scores = cross_validated(table, HeadConfig())
+        scores = cross_validated(table, HeadConfig(num_buckets=10))  # most scores are 0 or 1; finer for the others
         assert scores["score"]["r2"] >= 0.166
         assert scores["routing"]["routed"] >= 0.588
         assert scores["routing"]["best_single"] == pytest.approx(0.56, abs=0.01)
