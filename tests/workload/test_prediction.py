@@ -118,6 +118,19 @@ def rank_correlation(truth, prediction):
     return np.nanmean([scipy.stats.spearmanr(*pair).statistic for pair in pairs])
 
 
+def confusion(truth, prediction):
+    """Share [5, 5] of the truths in each fifth of an expert's that are predicted to be in each fifth."""
+
+    def fifths(columns):
+        # Predictions may be buckets: those in one are told apart by lot.
+        mixed = columns + 1e-6 * np.random.default_rng(0).normal(size=columns.shape)
+        return np.argsort(np.argsort(mixed, 0), 0) * 5 // len(mixed)
+
+    counts = np.zeros((5, 5))
+    np.add.at(counts, (fifths(truth).ravel(), fifths(prediction).ravel()), 1)
+    return counts / counts.sum(1, keepdims=True)
+
+
 @pytest.mark.parametrize(("column", "penalty", "rank_tolerance"), [("score", 4.0, 0.06), ("log_length", 2.0, 0.03)])
 def test_realistic_predictions_are_as_good_as_measured_ones(data_dir, column, penalty, rank_tolerance):
     path = data_dir / "quality" / "alpaca_eval_644x15.npz"
@@ -132,6 +145,7 @@ def test_realistic_predictions_are_as_good_as_measured_ones(data_dir, column, pe
     unexplained = ((measured - real) ** 2).sum(0) / ((measured - measured.mean(0)) ** 2).sum(0)
     assert r2_and_slope(truth, simulated)[0].mean() == pytest.approx(1 - unexplained.mean(), abs=0.025)
     assert rank_correlation(truth, simulated) == pytest.approx(rank_correlation(measured, real), abs=rank_tolerance)
+    np.testing.assert_allclose(confusion(truth, simulated), confusion(measured, real), atol=0.06)
 
 
 def test_perfect_predictions_are_the_truth(content):
