@@ -20,6 +20,7 @@ such lognormals. Those of AlpacaEval's table fall off faster above their mean, s
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 from typing import Protocol
 
@@ -68,8 +69,8 @@ class PredictionModel:
     score_r2: Array | float  # [] share of a score's variance that is predicted
     log_length_r2: Array | float  # [] share of a log length's variance that is predicted
     bucketed: Array | bool = False  # [] name one of 5 buckets only; R^2 is .897 at most then
-    score_within_r2: Array | float | None = None  # [] the same share of what sets the experts apart on one prompt;
-    log_length_within_r2: Array | float | None = None  # [] that of all without it
+    score_within_r2: Array | float = math.nan  # [] the same share of what sets the experts apart on one prompt;
+    log_length_within_r2: Array | float = math.nan  # [] that of all where it is NaN
 
     def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
         """Returns the predicted score [N] in [0, 1] and predicted tokens [N] of one request; exact where R^2 is 1."""
@@ -102,12 +103,12 @@ class PredictionModel:
         self,
         truth: Array,
         law: tuple[Array, Array, Array],
-        shares: tuple[Array | float, Array | float | None],
+        shares: tuple[Array | float, Array | float],
         noise: Array,
     ) -> Array:
         """Returns the calibrated prediction of a truth [N] with a mean [N], an SD [N] and a correlation []."""
         (mean, sd, correlation), (r2, within_r2) = law, shares
-        within_r2 = r2 if within_r2 is None else within_r2
+        within_r2 = jnp.where(jnp.isnan(within_r2), r2, within_r2)
         lost = jnp.where(self.bucketed, _BUCKETED_SHARE, 1.0)
         latent_r2, within = jnp.minimum(r2 / lost, 1.0), jnp.minimum(within_r2 / lost, 1.0)
         shared_variance = correlation + (1.0 - correlation) / truth.shape[-1]
@@ -155,15 +156,14 @@ def parse_prediction(text: str) -> PredictionModel:
             score_within_r2=calibration.REALISTIC_SCORE_WITHIN_R2,
             log_length_within_r2=calibration.REALISTIC_LOG_LENGTH_WITHIN_R2,
         ),
-        "perfect": PredictionModel(1.0, 1.0, score_within_r2=1.0, log_length_within_r2=1.0),
-        "none": PredictionModel(0.0, 0.0, score_within_r2=0.0, log_length_within_r2=0.0),
+        "perfect": PredictionModel(1.0, 1.0),
+        "none": PredictionModel(0.0, 0.0),
     }
     if text in named:
         return named[text]
     try:
         kind, score_r2, log_length_r2 = text.split(":")
-        r2 = float(score_r2), float(log_length_r2)
-        model = PredictionModel(*r2, score_within_r2=r2[0], log_length_within_r2=r2[1])
+        model = PredictionModel(float(score_r2), float(log_length_r2))
         if kind == "r2" and 0.0 <= model.score_r2 <= 1.0 and 0.0 <= model.log_length_r2 <= 1.0:
             return model
     except ValueError:

@@ -164,7 +164,7 @@ def test_no_prediction_is_the_mean_of_each_expert(content):
 
 def test_a_sweep_over_r2_is_one_vmapped_program(content):
     r2 = jnp.array([0.0, 0.25, 1.0])
-    models = PredictionModel(r2, r2, jnp.zeros(3, bool), r2, r2)
+    models = PredictionModel(r2, r2, jnp.zeros(3, bool), r2, jnp.full(3, jnp.nan))
     keys = jax.random.split(jax.random.key(7), 20_000)
     score, _, predicted_score, _ = jax.vmap(draw, in_axes=(None, 0, None))(content, models, keys)
     for i in (1, 2):
