@@ -10,10 +10,12 @@ What is there already is not made again, so the same command goes on with a run 
 
 from __future__ import annotations
 
+import concurrent.futures
 import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -22,6 +24,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -29,19 +33,24 @@ import qos_jax
 from experiments import common
 from experiments.studies import BUDGETS, STUDIES, TRAINED, Study, World
 from qos_jax import pages, presets
+from qos_jax.bound import upper_bound
 from qos_jax.checkpoints import CONFIG, RunFolder, load_router
 from qos_jax.errors import InputError
-from qos_jax.evaluation import Scenario, evaluate
+from qos_jax.evaluation import Run, Scenario, evaluate
 from qos_jax.files import writable_folder, write_whole
+from qos_jax.hindsight import plan
 from qos_jax.report import plain, versions
 from qos_jax.routers import PLANNERS, Router, make_router, router_names
-from qos_jax.sim.types import Workload
-from qos_jax.study import StudyResult, study_figure, study_html, study_markdown
+from qos_jax.sim.metrics import metrics_of
+from qos_jax.sim.replay import replay_many
+from qos_jax.sim.types import ExpertProfile, Workload
+from qos_jax.study import BOUND, PLAN, StudyResult, study_figure, study_html, study_markdown
 from qos_jax.workload.traces import read_trace, with_gaps
 
 FLAGS = flags.FLAGS
 _DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
 _WARM_UP = 0.1  # leading share of the requests that does not count
+_PLAN_RESTARTS = 2
 
 
 def define_flags() -> None:
@@ -166,12 +175,17 @@ class _Maker:
             Scenario(load, load * saturation_per_s, 1000 + seed) for load in loads for seed in range(self.budget.seeds)
         ]
         requests = round(study.share * self.budget.requests)
-        for run in evaluate(env, params, routers, scenarios, requests, warmup=int(_WARM_UP * requests)):
+        # A plan is made of the whole trace, so there all of it counts.
+        warmup = 0 if study.hindsight else int(_WARM_UP * requests)
+        runs = evaluate(env, params, routers, scenarios, requests, warmup=warmup)
+        for run in runs:
             router, training_seed = seeds_of.get(run.router.name, (run.router.name, 0))
             yield {
                 "router": router, "kind": run.router.kind, "training_seed": training_seed,
                 **dataclasses.asdict(run.scenario), **run.metrics,
             }  # fmt: skip
+        if study.hindsight:
+            yield from _hindsight(jax.tree.map(np.asarray, params.experts), runs)
 
     def _known(self, name: str, world: World, num_experts: int, workload: Workload) -> Router:
         of = world.label if name in PLANNERS else num_experts  # a planner imagines the requests of its world
@@ -191,8 +205,30 @@ class _Maker:
         return f"python -m experiments.reproduce --figure={figure} --budget={self.budget_name}"
 
 
+def _hindsight(experts: ExpertProfile, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Yields what a plan makes of each scenario, improved from what all routers did there, and the bound."""
+    of: dict[Scenario, list[Run]] = {}
+    for run in runs:
+        of.setdefault(run.scenario, []).append(run)
+
+    def judged(done: Sequence[Run]) -> tuple[dict[str, float], dict[str, float]]:
+        trace = done[0].trace
+        best = plan(experts, trace, [run.assignment for run in done], restarts=_PLAN_RESTARTS)
+        (replayed,) = replay_many(experts, [trace], [best.assignment])
+        planned = metrics_of(experts, trace, best.assignment, replayed, 0)
+        return planned, dict.fromkeys(planned, math.nan) | {"qos": upper_bound(experts, trace)}
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for scenario, metrics in zip(of, pool.map(judged, of.values()), strict=True):
+            for name, values in zip((PLAN, BOUND), metrics, strict=True):
+                yield {
+                    "router": name, "kind": "oracle", "training_seed": 0, **dataclasses.asdict(scenario), **values
+                }  # fmt: skip
+
+
 def _asked(study: Study) -> dict[str, Any]:
-    return {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
+    asked = {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
+    return asked | ({"plan_restarts": _PLAN_RESTARTS} if study.hindsight else {})
 
 
 def _is_done(path: pathlib.Path, asked: Sequence[str]) -> bool:

@@ -27,7 +27,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(requests=200, seeds=2, steps=6_000, training_seeds=1, ends_only=True),
-    "full": Budget(requests=3_000, seeds=5, steps=500_000, training_seeds=5, ends_only=False),
+    "full": Budget(requests=1_500, seeds=8, steps=500_000, training_seeds=5, ends_only=False),
 }
 
 
@@ -65,6 +65,7 @@ class Study:
     routers: tuple[str, ...] = ("all",)
     axis: str | None = None  # what differs between the worlds, if QoS is drawn against that and not against load
     share: float = 1.0  # of the budget's requests
+    hindsight: bool = False  # a plan of who knows the whole trace, and a bound on all plans, take part
 
 
 _OURS = {"paper-3": "ours", "paper-6": "ours_paper_6", "edge-8": "ours_edge_8"}
@@ -96,6 +97,8 @@ TRAINED = {
     "ours_paper_6": Trained("paper-6", share=0.6),
     "ours_edge_8": Trained("edge-8", share=0.6),
     "ours_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet", seeds=1),
+    "ours_told_truth": Trained(flags=("--prediction=perfect",), share=0.6, seeds=3),
+    "ours_edge_8_told_truth": Trained("edge-8", flags=("--prediction=perfect",), share=0.6, seeds=3),
     **{name: dataclasses.replace(one, share=0.6, seeds=3) for name, one in _ABLATIONS.items()},
     **_ENERGY,
 }
@@ -188,6 +191,24 @@ STUDIES = {
         loads=(0.6, 0.9, 1.1),
         routers=("impact_greedy", "rollout", "oracle_impact"),
         share=0.2,
+    ),
+    "hindsight": Study(
+        "How much is left",
+        "Which share of what foresight could gain does each router get? The plan knows the whole trace beforehand.",
+        (
+            World("paper-3", "paper-3", ("ours",)),
+            World("edge-8", "edge-8", ("ours_edge_8",)),
+            World("paper-3, true predictions", "paper-3", ("ours", "ours_told_truth"), {"prediction": "perfect"}),
+            World(
+                "edge-8, true predictions",
+                "edge-8",
+                ("ours_edge_8", "ours_edge_8_told_truth"),
+                {"prediction": "perfect"},
+            ),
+        ),
+        loads=(0.9,),
+        share=2 / 3,
+        hindsight=True,
     ),
     "ablations": Study(
         "Ablations",

@@ -20,6 +20,7 @@ from qos_jax.statistics import crossed_interval
 
 Row = Mapping[str, Any]
 
+PLAN, BOUND = "hindsight_plan", "upper_bound"  # names of what is no router, in rows of kind oracle
 _REFERENCE = "oracle_impact"
 _PAPERS_HEURISTICS = ("bert_router", "round_robin", "shortest_queue")
 
@@ -105,26 +106,58 @@ class StudyResult:
             rows.append({"world": world, "load": load, "router": gain["router"]} | changes)
         return rows
 
+    @cached_property
+    def shares(self) -> list[dict[str, Any]]:
+        """Which part of the gap between the best heuristic and a hindsight plan each router closes.
+
+        ``world``, ``load``, ``router``, ``kind``, ``best`` and ``best_qos`` of the heuristics, ``plan`` and ``bound``,
+        the QoS of the plan and the bound, and ``mean``, ``low``, ``high`` of the share: paired gains over the mean gap.
+        """
+        return [
+            share
+            for world in self.worlds
+            for load in self.loads(world)
+            if (planned := self._grid(world, load, PLAN, "qos")).size
+            for router, kind in self.kinds.items()
+            if router not in (PLAN, BOUND) and (share := self._share(world, load, router, planned))
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as plain values."""
-        return dataclasses.asdict(self) | {"gains": self.gains, "claims": self.claims, "summary": self.summary}
+        return dataclasses.asdict(self) | {
+            "gains": self.gains,
+            "claims": self.claims,
+            "shares": self.shares,
+            "summary": self.summary,
+        }
 
     def _gain(self, world: str, load: float, router: str) -> dict[str, Any]:
-        grid = self._grid(world, load, router, "qos")
-        others = {
-            name: each[0]
-            for name, kind in self.kinds.items()
-            if kind == "heuristic" and (each := self._grid(world, load, name, "qos")).size
-        }
-        if not grid.size or not others:
+        grid, (best, best_grid) = self._grid(world, load, router, "qos"), self._best(world, load)
+        if not grid.size or not best_grid.size:
             return {}
-        best = max(others, key=lambda name: others[name].mean())
-        gains, oracle = grid - others[best], self._grid(world, load, _REFERENCE, "qos")
+        gains, oracle = grid - best_grid, self._grid(world, load, _REFERENCE, "qos")
         return {
-            "world": world, "load": load, "router": router, "best": best, "best_qos": float(others[best].mean()),
+            "world": world, "load": load, "router": router, "best": best, "best_qos": float(best_grid.mean()),
             **crossed_interval(gains), "least": float(gains.mean(1).min()), "greatest": float(gains.mean(1).max()),
             "oracle": float(oracle.mean()) if oracle.size else None,
         }  # fmt: skip
+
+    def _share(self, world: str, load: float, router: str, planned: np.ndarray) -> dict[str, Any]:
+        grid, (best, best_grid) = self._grid(world, load, router, "qos"), self._best(world, load)
+        if not grid.size or not best_grid.size:
+            return {}
+        gap = float(planned.mean() - best_grid.mean())
+        return {
+            "world": world, "load": load, "router": router, "kind": self.kinds[router],
+            "best": best, "best_qos": float(best_grid.mean()), "plan": float(planned.mean()),
+            "bound": float(self._grid(world, load, BOUND, "qos").mean()),
+            **crossed_interval((grid - best_grid) / gap),
+        }  # fmt: skip
+
+    def _best(self, world: str, load: float) -> tuple[str, np.ndarray]:
+        """Returns the best heuristic and its QoS [1, seeds]; empty without one."""
+        grids = {name: self._grid(world, load, name, "qos") for name, kind in self.kinds.items() if kind == "heuristic"}
+        return max(grids.items(), key=lambda item: item[1].mean() if item[1].size else -1.0, default=("", np.empty(0)))
 
     def _grid(self, world: str, load: float, router: str, metric: str) -> np.ndarray:
         """Returns a metric [training seeds, seeds]."""
@@ -162,6 +195,8 @@ def study_html(result: StudyResult, picture: bytes) -> str:
         parts += ["<h3>Gains over the best heuristic</h3>", pages.rows_table(*_gains_table(result))]
     if result.claims:
         parts += [f"<h3>{_CLAIMS_TITLE}</h3>", pages.rows_table(*_claims_table(result))]
+    if result.shares:
+        parts += [f"<h3>{_SHARES_TITLE}</h3>", pages.rows_table(*_shares_table(result))]
     for world in result.worlds:
         load = min(result.loads(world), key=lambda load: abs(load - 0.9))
         title = f"All metrics: {pages.spoken(world)}, load {load:g}"
@@ -174,10 +209,13 @@ def study_markdown(result: StudyResult) -> str:
     parts = [f"{result.title}. {result.question}", _markdown(*_gains_table(result))]
     if result.claims:
         parts += [_CLAIMS_TITLE, _markdown(*_claims_table(result))]
+    if result.shares:
+        parts += [_SHARES_TITLE, _markdown(*_shares_table(result))]
     return "\n\n".join(parts) + "\n"
 
 
 _CLAIMS_TITLE = "Change against the best of bert_router, round_robin and shortest_queue in each metric"
+_SHARES_TITLE = "Share of the gap between the best heuristic and the plan"
 _Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows
 
 
@@ -203,6 +241,19 @@ def _claims_table(result: StudyResult) -> _Table:
         (row["router"], row["world"], f"{row['load']:g}", *(f"{row[metric]:+.1%}" for metric in metrics))
         for row in result.claims
     ]
+    return heads, rows
+
+
+def _shares_table(result: StudyResult) -> _Table:
+    heads = ("router", "world", "load", "best heuristic", "plan", "no plan exceeds", "share of the gap")
+    rows: list[tuple[str, ...]] = [
+        (
+            share["router"], share["world"], f"{share['load']:g}", f"{share['best']} {share['best_qos']:.3f}",
+            f"{share['plan']:.3f}", f"{share['bound']:.3f}",
+            f"{share['mean']:+.0%} [{share['low']:+.0%}, {share['high']:+.0%}]",
+        )
+        for share in result.shares
+    ]  # fmt: skip
     return heads, rows
 
 

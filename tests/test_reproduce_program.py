@@ -15,6 +15,7 @@ from experiments import reproduce, studies
 from experiments.studies import Budget, Study, World
 from tests.programs import program_of
 
+_ROUNDING = 1e-6  # of float32 metrics
 BUDGET = Budget(requests=40, seeds=2, steps=1, training_seeds=1, ends_only=False)
 SMALL = Study(
     "Small",
@@ -22,6 +23,7 @@ SMALL = Study(
     (World("Poisson"), World("bursts", fields={"arrivals": "gamma:3"})),
     loads=(0.9,),
     routers=("shortest_queue", "round_robin"),
+    hindsight=True,
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 BROWSER_FLAGS = (
@@ -55,9 +57,17 @@ def small(monkeypatch):
 def test_a_study_is_written_in_every_form(made):
     study = json.loads((made / "small.json").read_text())
     assert {row["world"] for row in study["rows"]} == {"Poisson", "bursts"}
-    assert len(study["rows"]) == 2 * 2 * BUDGET.seeds
+    assert len(study["rows"]) == 2 * (2 + 2) * BUDGET.seeds
     assert (made / "small.csv").read_text().count("\n") == 1 + len(study["rows"])
     assert (made / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nobody_beats_the_plan_and_the_plan_not_the_bound(made):
+    rows = json.loads((made / "small.json").read_text())["rows"]
+    for world, seed in {(row["world"], row["seed"]) for row in rows}:
+        qos = {row["router"]: row["qos"] for row in rows if (row["world"], row["seed"]) == (world, seed)}
+        assert max(qos["shortest_queue"], qos["round_robin"]) <= qos["hindsight_plan"] + _ROUNDING
+        assert qos["hindsight_plan"] <= qos["upper_bound"] + _ROUNDING
 
 
 def test_what_is_there_is_not_made_again_but_what_is_missing_is(made, small, program):

@@ -42,6 +42,25 @@ def test_gains_are_paired_with_the_best_heuristic():
     assert gain["high"] - gain["mean"] == pytest.approx(12.706 * 0.01 / math.sqrt(3), rel=1e-3)
 
 
+def test_shares_are_of_the_gap_between_the_best_heuristic_and_the_plan():
+    assert not result().shares
+    rows = list(result().rows)
+    for seed, luck in ((1000, 0.0), (1001, 0.2)):
+        for name, more in (("hindsight_plan", 0.24), ("upper_bound", 0.3)):
+            rows.append(row("hard", name, "oracle", 0.9, seed, 0.4 + luck + more) | {"ttft_s": None})
+    found = StudyResult("small", "Small", "Who?", None, rows)
+    shares = {share["router"]: share for share in found.shares}
+    assert {name: share["mean"] for name, share in shares.items()} == pytest.approx(
+        {"ours": 0.06 / 0.24, "quick": 0.0, "slow": -0.1 / 0.24, "oracle_impact": 0.2 / 0.24}
+    )
+    assert all((share["world"], share["load"], share["best"]) == ("hard", 0.9, "quick") for share in shares.values())
+    assert (shares["ours"]["plan"], shares["ours"]["bound"]) == pytest.approx((0.74, 0.8))
+    assert shares["ours"]["high"] - shares["ours"]["mean"] == pytest.approx(
+        12.706 * 0.01 / math.sqrt(3) / 0.24, rel=1e-3
+    )
+    assert "| ours | hard | 0.9 | quick 0.500 | 0.740 | 0.800 | +25% [" in study_markdown(found)
+
+
 def test_oracles_come_last_and_the_best_first():
     assert list(result().kinds) == ["ours", "quick", "slow", "oracle_impact"]
 
