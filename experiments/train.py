@@ -31,6 +31,7 @@ from qos_jax.agent.replay import num_bytes
 from qos_jax.checkpoints import RunFolder, run_config
 from qos_jax.errors import InputError
 from qos_jax.files import write_whole
+from qos_jax.parallel import leads
 from qos_jax.sim.env import EnvParams
 from qos_jax.training import FIRST_HELD_OUT_SEED, HeldOut, Progress, TrainResult, train
 
@@ -38,7 +39,8 @@ FLAGS = flags.FLAGS
 _DEFAULT_LOAD = 0.9
 _HELD_OUT_LOADS = (0.6, 0.9, 1.1, 1.3)  # where loads are drawn
 _DRAWN = ("load", "arrivals", "prediction", "staleness", "fleet")
-_MAY_CHANGE = {"out", "resume", "checkpoint_minutes", "flagfile"}  # when a run is resumed
+_PLACES = {"devices", "distributed", "coordinator_address", "num_processes", "process_id"}
+_MAY_CHANGE = {"out", "resume", "checkpoint_minutes", "flagfile"} | _PLACES  # when a run is resumed
 _BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
 
 
@@ -61,6 +63,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("evaluation_steps", 800, "Requests of each of them.", 1)
     flags.DEFINE_float("checkpoint_minutes", 2.0, "Minutes between checkpoints.", 0.0)
     flags.DEFINE_bool("save_replay", True, "Checkpoints hold the replay; without it a run does not resume bit for bit.")
+    flags.DEFINE_integer("devices", None, "Devices that share seeds and shards (--set=shards=N); one by default.", 1)
+    flags.DEFINE_bool("distributed", False, "Several processes run this command, and all their devices share the work.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first process; found out under Slurm and MPI.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are; found out likewise.", 1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on; found out likewise.", 0)
     flags.DEFINE_string("out", "runs/train", "Folder of the run.")
     flags.DEFINE_bool("resume", False, "Go on with the run in that folder.")
 
@@ -68,6 +75,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Trains, and writes checkpoints, metrics and the learning curve."""
     del argv
+    devices = _devices()
     earlier = RunFolder.reopen(FLAGS.out) if FLAGS.resume else None
     if earlier is not None:
         _take_flags(earlier)
@@ -85,20 +93,39 @@ def main(argv: list[str]) -> None:
     if earlier is not None:
         earlier.check_same(config)
     folder = earlier or RunFolder.start(FLAGS.out, config)
-    _print_sizes(learner, params, len(seeds))
-    with _stop_asked() as should_stop, _Reporter(folder, seeds) as reporter:
+    if leads():
+        _print_sizes(learner, params, len(seeds))
+    with _stop_asked() as should_stop, _Reporter(folder, seeds) if leads() else contextlib.nullcontext() as reporter:
         result = train(
             learner, params, learner.config.hyper, held_out,
-            steps=FLAGS.steps, seeds=seeds, evaluate_every=FLAGS.evaluate_every, folder=folder,
-            checkpoint_every_s=60 * FLAGS.checkpoint_minutes, progress_fn=reporter.report, should_stop=should_stop,
+            steps=FLAGS.steps, seeds=seeds, devices=devices, evaluate_every=FLAGS.evaluate_every, folder=folder,
+            checkpoint_every_s=60 * FLAGS.checkpoint_minutes, should_stop=should_stop,
+            progress_fn=reporter.report if reporter else lambda progress: None,
         )  # fmt: skip
-    picture = io.BytesIO()
-    plots.learning_curve(result.records).savefig(picture, format="png")
-    write_whole(folder.path / "learning_curve.png", picture.getvalue())
-    _print_summary(result, folder)
+    if leads():
+        _write_summary(result, folder)
     if not result.finished:
         print("stopped: go on with --resume")
         sys.exit(128 + signal.SIGTERM)
+
+
+def _devices() -> list[jax.Device]:
+    """Returns the devices that share the work; none for the one that JAX takes by itself.
+
+    Raises:
+      InputError: there are not so many, or the processes do not find each other.
+    """
+    if FLAGS.distributed:
+        try:
+            jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"--distributed: {str(error).splitlines()[0]}") from error
+    there = jax.devices()
+    if FLAGS.devices is None:
+        return there if FLAGS.distributed else []
+    if FLAGS.devices > len(there) or (FLAGS.distributed and FLAGS.devices != len(there)):
+        raise InputError(f"--devices={FLAGS.devices}: there are {len(there)} devices of kind {there[0].platform}")
+    return there[: FLAGS.devices]
 
 
 def overridden(config: AgentConfig, settings: Mapping[str, str]) -> AgentConfig:
@@ -231,7 +258,11 @@ def _print_sizes(learner: Learner, params: EnvParams, num_seeds: int) -> None:
     )
 
 
-def _print_summary(result: TrainResult, folder: RunFolder) -> None:
+def _write_summary(result: TrainResult, folder: RunFolder) -> None:
+    """Writes the learning curve, and prints what came out."""
+    picture = io.BytesIO()
+    plots.learning_curve(result.records).savefig(picture, format="png")
+    write_whole(folder.path / "learning_curve.png", picture.getvalue())
     last = next(record for record in reversed(result.records) if record["kind"] == "evaluation")
     interval = f"[{last['low']:+.4f}, {last['high']:+.4f}]"
     print(f"compilation: {result.compile_s:.1f} s")

@@ -10,7 +10,8 @@ The folder of a run holds
 
 A checkpoint is written under a hidden name and then renamed, so that whatever ends the program, and whenever, the last
 whole checkpoint is there. Lines of metrics.jsonl are written before the checkpoint that they lead to, and those beyond
-it are dropped when the run is resumed.
+it are dropped when the run is resumed. Of several processes each writes its part of a checkpoint, so all of them must
+see the folder. All else is written by the first.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from qos_jax.agent.learner import Learner, TrainState, make_learner
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.errors import InputError
 from qos_jax.files import writable_folder, write_whole
+from qos_jax.parallel import leads, wait_for_all
 from qos_jax.report import versions
 from qos_jax.routers.base import Memory, Router
 from qos_jax.sim.engine import EngineSpec
@@ -71,9 +73,11 @@ class RunFolder:
           InputError: the folder holds a run already, or cannot be written to.
         """
         folder = writable_folder(path).absolute()
-        if (folder / CONFIG).exists():
-            raise InputError(f"{folder} holds a run already: resume it, or take another folder")
-        write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
+        if leads():
+            if (folder / CONFIG).exists():
+                raise InputError(f"{folder} holds a run already: resume it, or take another folder")
+            write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
+        wait_for_all("run folder")
         return cls(folder, config)
 
     @classmethod
@@ -117,28 +121,32 @@ class RunFolder:
         if not self.config["with_replay"]:
             state = state.replace(replay=None)
         hidden = self._hidden(steps)
-        shutil.rmtree(hidden, ignore_errors=True)
+        if leads():
+            shutil.rmtree(hidden, ignore_errors=True)
+        wait_for_all(f"before checkpoint {steps}")
         with ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
             checkpointer.save(hidden / "weights", weights)
             checkpointer.save(hidden / "state", state)
-        os.replace(hidden, self.checkpoint(steps))
-        for old in self._saved()[:-_KEPT]:
-            os.replace(self.checkpoint(old), self._hidden(old))
-            shutil.rmtree(self._hidden(old))
+        if leads():
+            os.replace(hidden, self.checkpoint(steps))
+            for old in self._saved()[:-_KEPT]:
+                os.replace(self.checkpoint(old), self._hidden(old))
+                shutil.rmtree(self._hidden(old))
+        wait_for_all(f"checkpoint {steps}")
 
     def restore_state(self, steps: int, like: TrainState) -> TrainState:
         """Returns the state after so many steps; a replay that was not saved is empty.
 
         Args:
           steps: of the checkpoint.
-          like: a state of the same shapes; may be abstract.
+          like: a state of the same shapes, and where its leaves shall be if it says so; may be abstract.
 
         Raises:
           InputError: the checkpoint cannot be read, or is not like that.
         """
         if self.config["with_replay"]:
             return self._restore(steps, "state", like)
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.replay)
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like.replay)
         return self._restore(steps, "state", like.replace(replay=None)).replace(replay=empty)
 
     def restore_weights(self, steps: int, like: Any) -> Any:
@@ -147,6 +155,8 @@ class RunFolder:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl; ``record["steps"]`` is when it happened."""
+        if not leads():
+            return
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
@@ -165,17 +175,21 @@ class RunFolder:
     def rewind(self, steps: int | None) -> list[dict[str, Any]]:
         """Drops what metrics.jsonl says of the time after ``steps``, all of it without them, and returns the rest."""
         kept = [record for record in self.records() if steps is not None and record["steps"] <= steps]
-        write_whole(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        wait_for_all("metrics")  # have been read
+        if leads():
+            write_whole(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
     def _hidden(self, steps: int) -> pathlib.Path:
         return self.path / "checkpoints" / f".{steps}"
 
     def _restore(self, steps: int, item: str, like: Any) -> Any:
-        """Reads one item on to the first device, wherever it was made."""
+        """Reads one item on to the devices of ``like``, by default the first one, wherever it was made."""
         path = self.checkpoint(steps) / item
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), like
+        )
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 _check_alike(path, checkpointer.metadata(path).item_metadata.tree, target)

@@ -31,6 +31,7 @@ from qos_jax.agent.learner import Learner, TrainState
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.checkpoints import RunFolder
 from qos_jax.errors import InputError
+from qos_jax.parallel import Layout, any_says
 from qos_jax.routers.impact import impact_greedy
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import Observation
@@ -64,28 +65,28 @@ class HeldOut:
                 raise InputError(f"{name} of the evaluation is {getattr(self, name)}, must be at least {least}")
 
     def arguments(self) -> tuple[Array, EnvParams]:
-        """Returns the keys [E] and the parameters, of which only the loads have an axis [E]."""
-        keys = jax.vmap(jax.random.key)(FIRST_HELD_OUT_SEED + jnp.arange(self.num_envs))
+        """Returns the seeds [E] and the parameters, of which only the loads have an axis [E]."""
+        seeds = FIRST_HELD_OUT_SEED + jnp.arange(self.num_envs)
         if not self.loads:
-            return keys, self.params
-        return keys, self.params.at_load(jnp.resize(jnp.asarray(self.loads), (self.num_envs,)))
+            return seeds, self.params
+        return seeds, self.params.at_load(jnp.resize(jnp.asarray(self.loads), (self.num_envs,)))
 
-    def qos(self, env: Environment, act: Act, keys: Array, params: EnvParams) -> Array:
+    def qos(self, env: Environment, act: Act, seeds: Array, params: EnvParams) -> Array:
         """Returns the mean QoS [E] of the requests behind the warm-up; pure."""
         axes = jax.tree.map(lambda many, one: 0 if jnp.ndim(many) > jnp.ndim(one) else None, params, self.params)
 
-        def one(key: Array, params: EnvParams) -> Array:
+        def one(seed: Array, params: EnvParams) -> Array:
             def decide(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], Array]:
                 obs, state = carry
                 key_act, key_step = jax.random.split(key)
                 obs, state, *_, info = env.step(key_step, state, act(key_act, obs), params)
                 return (obs, state), info["answers"].qos
 
-            key_reset, key_steps = jax.random.split(key)
+            key_reset, key_steps = jax.random.split(jax.random.key(seed))
             _, earned = lax.scan(decide, env.reset(key_reset, params), jax.random.split(key_steps, self.steps))
             return jnp.mean(earned[int(_WARM_UP * self.steps) :])
 
-        return jax.vmap(one, in_axes=(0, axes))(keys, params)
+        return jax.vmap(one, in_axes=(0, axes))(seeds, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,7 @@ def train(
     *,
     steps: int,
     seeds: Sequence[int] = (0,),
+    devices: Sequence[jax.Device] = (),
     evaluate_every: int | None = None,
     folder: RunFolder | None = None,
     checkpoint_every_s: float = 120.0,
@@ -135,6 +137,7 @@ def train(
       held_out: what the policy is judged by.
       steps: of the environments of each seed, rounded up to whole chunks.
       seeds: each trains on its own; several do so side by side in one program.
+      devices: of all processes, to share the seeds and the shards of the agent; see ``qos_jax.parallel``.
       evaluate_every: steps between evaluations, a tenth of all by default; there is also one at the start and the end.
       folder: where checkpoints and metrics.jsonl go; without it nothing is written.
       checkpoint_every_s: seconds between checkpoints; there is also one at the end.
@@ -142,30 +145,36 @@ def train(
       should_stop: asked before each chunk; the run then ends with a checkpoint.
 
     Raises:
-      InputError: a loss is not finite, or the checkpoint is not of this learner.
+      InputError: a loss is not finite, the checkpoint is not of this learner, or the devices cannot share the work.
     """
+    differ = jnp.ndim(params.max_steps_in_episode) > 0
+    layout = Layout(len(seeds), learner.config.shards, tuple(devices), differ)
     chunks = math.ceil(steps / learner.steps_per_chunk)
     chunks_per_evaluation = max(1, round((evaluate_every or steps / 10) / learner.steps_per_chunk))
-    phases = _compile(learner, params, hyper, held_out, seeds)
+    phases = _compile(learner, params, hyper, held_out, seeds, layout)
     run = _Run(learner.steps_per_chunk, chunks, seeds, folder, progress_fn)
     first, state = _resumed(folder, phases.like, learner.steps_per_chunk)
     if state is None:
         state = phases.start()
-    reference = phases.qos(state, False).reshape(len(seeds), -1)[0]
+    reference = phases.qos(phases.weights(state), False).reshape(len(seeds), -1)[0]
     if first == 0:
-        run.evaluated(0, phases.qos(state, True), reference)
+        run.evaluated(0, phases.qos(phases.weights(state), True), reference)
     # A replay that is not saved is empty again, and its rows are counted from there.
     rows_from = 0 if folder is None or folder.config["with_replay"] else first
     chunk, saved_at = run.start(first), time.perf_counter()
-    while chunk < chunks and not should_stop():
-        state, metrics = phases.chunk(state, jnp.int32(chunk - rows_from), jnp.float32(chunk / chunks))
+    while chunk < chunks:
+        due = time.perf_counter() - saved_at >= checkpoint_every_s
+        stop, due = any_says(should_stop(), due)
+        if due and chunk > first:
+            run.save(chunk, state, phases.weights(state))
+            saved_at = time.perf_counter()
+        if stop:
+            break
+        state, metrics = phases.chunk(state, chunk - rows_from, chunk / chunks)
         chunk += 1
         run.trained(chunk, metrics)
         if chunk % chunks_per_evaluation == 0 or chunk == chunks:
-            run.evaluated(chunk, phases.qos(state, True), reference)
-        if time.perf_counter() - saved_at >= checkpoint_every_s:
-            run.save(chunk, state, phases.weights(state))
-            saved_at = time.perf_counter()
+            run.evaluated(chunk, phases.qos(phases.weights(state), True), reference)
     weights = phases.weights(state)
     run.save(chunk, state, weights)
     return TrainResult(
@@ -190,53 +199,60 @@ class _Phases:
     """The compiled programs, for all seeds at once, with the world and the hyperparameters put in."""
 
     start: Callable[[], TrainState]
-    chunk: Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]  # takes the state's memory
+    chunk: Callable[[TrainState, int, float], tuple[TrainState, dict[str, Array]]]  # takes the state's memory
     weights: Callable[[TrainState], Any]
-    qos: Callable[[TrainState, bool], Array]  # [E] or [seeds, E]; of the policy, or of impact_greedy
+    qos: Callable[[Any, bool], Array]  # [E] or [seeds, E]; of a policy by its weights, or of impact_greedy
     like: TrainState  # its shapes
     compile_s: float
 
 
 def _compile(
-    learner: Learner, params: EnvParams, hyper: Hyperparameters, held_out: HeldOut, seeds: Sequence[int]
+    learner: Learner,
+    params: EnvParams,
+    hyper: Hyperparameters,
+    held_out: HeldOut,
+    seeds: Sequence[int],
+    layout: Layout,
 ) -> _Phases:
     """Compiles all phases ahead of time, side by side."""
     started = time.perf_counter()
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    keys = keys if len(seeds) > 1 else keys[0]
-    world, test = (params, jax.tree.map(jnp.float32, hyper)), held_out.arguments()
+    shard, reference = layout.one_shard(learner), impact_greedy()
 
-    def start(key: Array, params: EnvParams, hyper: Hyperparameters) -> TrainState:
-        return learner.prefill(learner.init(key, params, hyper), params, hyper)
+    def start(seed: Array, params: EnvParams, hyper: Hyperparameters) -> TrainState:
+        return shard.prefill(shard.init(jax.random.key(seed), params, hyper), params, hyper)
 
-    def qos(state: TrainState, learned: Array, keys: Array, params: EnvParams) -> Array:
-        weights, reference = learner.weights(state), impact_greedy()
-
+    def qos(weights: Any, learned: Array, seeds: Array, params: EnvParams) -> Array:
         def act(key: Array, obs: Observation) -> Array:
             return lax.cond(
                 learned, lambda: learner.act(weights, key, obs), lambda: reference.act(key, obs, reference.init())[0]
             )
 
-        return held_out.qos(learner.env, act, keys, params)
+        return held_out.qos(learner.env, act, seeds, params)
 
-    def over_seeds(phase: Callable[..., Any], shared: int) -> Callable[..., Any]:
-        return jax.vmap(phase, in_axes=(0, *[None] * shared)) if len(seeds) > 1 else phase
-
-    start, chunk = over_seeds(start, 2), over_seeds(learner.train_chunk, 4)
-    like = jax.eval_shape(start, keys, *world)
+    seed = layout.placed("seed", np.asarray(seeds if len(seeds) > 1 else seeds[0]))
+    world = layout.placed("world", layout.worlds(params)), layout.placed("all", jax.tree.map(np.float32, hyper))
+    test = layout.placed("all", held_out.arguments())
+    start = layout.spread(start, ("seed", "world", "all"), ("state",))
+    chunk = layout.spread(shard.train_chunk, ("state", "world", "all", "all", "all"), ("state", "seed"))
+    qos = layout.spread(qos, ("seed", "all", "all", "all"), ("seed",))
+    like = layout.described("state", jax.eval_shape(start, seed, *world))
+    weights = layout.described("all", learner.weights(like))
+    where, everywhere = layout.shardings("state"), layout.shardings("all")
     lowered = [
-        jax.jit(start).lower(keys, *world),
-        jax.jit(chunk, donate_argnums=0).lower(like, *world, jnp.int32(0), jnp.float32(0)),
-        jax.jit(over_seeds(learner.weights, 0)).lower(like),
-        jax.jit(over_seeds(qos, 3)).lower(like, jnp.bool_(True), *test),
+        jax.jit(start, out_shardings=where).lower(seed, *world),
+        jax.jit(chunk, donate_argnums=0, out_shardings=(where, everywhere)).lower(
+            like, *world, np.int32(0), np.float32(0)
+        ),
+        jax.jit(learner.weights, out_shardings=everywhere).lower(like),
+        jax.jit(qos, out_shardings=everywhere).lower(weights, np.bool_(True), *test),
     ]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         run_start, run_chunk, run_weights, run_qos = pool.map(lambda program: program.compile(), lowered)
     return _Phases(
-        start=lambda: run_start(keys, *world),
-        chunk=lambda state, chunk, progress: run_chunk(state, *world, chunk, progress),
+        start=lambda: run_start(seed, *world),
+        chunk=lambda state, chunk, progress: run_chunk(state, *world, np.int32(chunk), np.float32(progress)),
         weights=run_weights,
-        qos=lambda state, learned: run_qos(state, jnp.bool_(learned), *test),
+        qos=lambda weights, learned: run_qos(weights, np.bool_(learned), *test),
         like=like,
         compile_s=time.perf_counter() - started,
     )

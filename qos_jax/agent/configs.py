@@ -31,6 +31,7 @@ class AgentConfig:
     batch_size: int = 512
     capacity: int = 32_768  # rows of the replay: lessons, or steps
     prefill: int = 200  # requests of each environment routed by lot at first
+    shards: int = 1  # parts of the environments, replay and batch, so that devices may share them; see ``parallel``
     hyper: Hyperparameters = Hyperparameters()
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class AgentConfig:
         """
         if self.teacher not in get_args(Teacher):
             raise InputError(f"teacher is {self.teacher!r}, must be one of {', '.join(get_args(Teacher))}")
-        for name in ("num_envs", "chunk", "twins", "updates", "batch_size", "capacity", "prefill"):
+        for name in ("num_envs", "chunk", "twins", "updates", "batch_size", "capacity", "prefill", "shards"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.teacher == "temporal_difference" and self.chunk < 2:
@@ -50,6 +51,10 @@ class AgentConfig:
             raise InputError(
                 f"capacity is {self.capacity}, must be a multiple of the {self.rows_per_chunk} rows of a chunk"
             )
+
+        for name in ("num_envs", "batch_size", "capacity"):
+            if getattr(self, name) % self.shards:
+                raise InputError(f"{name} is {getattr(self, name)}, must be a multiple of the {self.shards} shards")
 
     @property
     def rows_per_chunk(self) -> int:

@@ -50,6 +50,7 @@ class Learner:
     inputs: Callable[[Any], Inputs]
     network: nn.Module
     reward: Callable[..., Array] = shaped_reward
+    axes: tuple[str, ...] = ()  # by name, along which shards train together; see ``qos_jax.parallel``
 
     @property
     def steps_per_chunk(self) -> int:
@@ -65,6 +66,8 @@ class Learner:
     def init(self, key: Array, params: EnvParams, hyper: Hyperparameters) -> TrainState:
         """Returns the state before training; ``params`` may have an axis [num_envs] on every leaf."""
         key, key_reset, key_net = jax.random.split(key, 3)
+        if self.axes:  # the weights are common to all shards, the environments are not
+            key, key_reset = (jax.random.fold_in(one, lax.axis_index(self.axes)) for one in (key, key_reset))
         keys = jax.random.split(key_reset, self.config.num_envs)
         obs, states = jax.vmap(self.env.reset, in_axes=(0, _axis(params)))(keys, params)
         inputs = jax.tree.map(jnp.zeros_like, self.inputs(jax.tree.map(lambda x: x[0], obs)))
@@ -120,10 +123,13 @@ class Learner:
         filled = jnp.minimum(chunk + 1, chunks_kept) * count
 
         def learn(learned: Learned, key: Array) -> tuple[Learned, dict[str, Array]]:
-            return sac.update(self.network, hyper, learned, self._batch(ring, key, oldest, filled), progress)
+            batch = self._batch(ring, key, oldest, filled)
+            return sac.update(self.network, hyper, learned, batch, progress, self.axes)
 
         learned, losses = lax.scan(learn, state.learned, jax.random.split(key_learn, self.config.updates))
         metrics |= jax.tree.map(jnp.mean, losses)
+        if self.axes:
+            metrics = lax.pmean(metrics, self.axes)
         return state.replace(learned=learned, replay=ring, key=key), metrics
 
     def weights(self, state: TrainState) -> Weights:

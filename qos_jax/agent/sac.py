@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from qos_jax.agent.networks import Heads, Inputs, heads_of
 from qos_jax.agent.rewards import RewardWeights
@@ -103,7 +103,12 @@ def policy_logits(heads: Heads, legal: Array, log_alpha: Array) -> Array:
 
 
 def update(
-    network: nn.Module, hyper: Hyperparameters, state: Learned, batch: Step | Lesson, progress: Array
+    network: nn.Module,
+    hyper: Hyperparameters,
+    state: Learned,
+    batch: Step | Lesson,
+    progress: Array,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Learned, dict[str, Array]]:
     """Takes one gradient step on a batch and returns the state after it, and the losses.
 
@@ -113,6 +118,7 @@ def update(
       state: before the update.
       batch: steps, or lessons; leaves [B, ...].
       progress: [] share of the training that is done, for the learning rate.
+      axes: by name, along which others have other batches; the gradient is the mean.
     """
     alpha = jnp.exp(state.log_alpha)
     inputs, critic_loss_of = _teaching(network, hyper, state, batch)
@@ -125,7 +131,7 @@ def update(
         entropy = -jnp.sum(policy * jnp.where(inputs.legal, log_policy, 0.0), -1)
         actor_loss = jnp.float32(0)
         if heads.logits is not None:
-            worth = jax.lax.stop_gradient(_combined(hyper, heads.q))
+            worth = lax.stop_gradient(_combined(hyper, heads.q))
             actor_loss = -jnp.mean(jnp.sum(policy * jnp.where(inputs.legal, worth, 0.0), -1) + alpha * entropy)
         choices = jnp.maximum(jnp.sum(inputs.legal, -1), 1)
         surplus = jnp.mean(entropy - hyper.target_entropy * jnp.log(choices))
@@ -133,6 +139,8 @@ def update(
         return critic_loss + actor_loss, aux
 
     (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    if axes:
+        gradient, aux = lax.pmean((gradient, aux), axes)
     direction, optimizer = _ADAM.update(gradient, state.optimizer)
     rate = _learning_rate(hyper, progress)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
