@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -143,6 +145,15 @@ def numbers(flag: str, texts: Sequence[str] | None) -> list[float]:
     if not all(0 < value < math.inf for value in values):
         raise InputError(f"--{flag}={','.join(texts or ())}: give numbers above 0, with commas between them")
     return values
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows as CSV, with a column for each name that any of them has."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _trace_part(trace: ArrivalTrace) -> ArrivalTrace:

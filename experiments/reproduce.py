@@ -11,15 +11,11 @@ What is there already is not made again, so the same command goes on with a run 
 from __future__ import annotations
 
 import concurrent.futures
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
 import pathlib
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,10 +27,11 @@ from tqdm import tqdm
 
 import qos_jax
 from experiments import common
+from experiments.runs import train_once
 from experiments.studies import BUDGETS, STUDIES, TRAINED, Study, World
 from qos_jax import pages, presets
 from qos_jax.bound import upper_bound
-from qos_jax.checkpoints import CONFIG, RunFolder, load_router
+from qos_jax.checkpoints import load_router
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Run, Scenario, evaluate
 from qos_jax.files import writable_folder, write_whole
@@ -106,25 +103,13 @@ class _Maker:
         return [(name, seed) for name in names for seed in range(min(TRAINED[name].seeds, self.budget.training_seeds))]
 
     def train(self, name: str, seed: int) -> None:
-        """Trains one seed of a router, or goes on with it.
-
-        Raises:
-          InputError: the folder holds another run, or training failed.
-        """
-        trained, path = TRAINED[name], self._run(name, seed)
+        """Trains one seed of a router, or goes on with it."""
+        trained = TRAINED[name]
         asked = [
             f"--preset={trained.preset}", f"--agent={trained.agent}", f"--randomise={trained.randomise}",
             *trained.flags, f"--steps={round(trained.share * self.budget.steps)}", f"--seed={seed}",
         ]  # fmt: skip
-        if (path / CONFIG).exists() and _is_done(path, asked):
-            return
-        command = [sys.executable, "-m", "experiments.train", *asked, f"--out={path}"]
-        command += ["--resume"] if (path / CONFIG).exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".log"), "ab") as log:
-            status = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
-        if status:
-            raise InputError(f"{shlex.join(command)} ended with status {status}; see {path.with_suffix('.log')}")
+        train_once(self._run(name, seed), asked, quiet=True)
 
     def cell(self, study: str, world: World) -> list[dict[str, Any]]:
         """Returns what every router made of a world at each load and seed: one row each."""
@@ -144,7 +129,7 @@ class _Maker:
         result = StudyResult(name, study.title, study.question, study.axis, plain(list(rows)))
         found = {"command": self._command(name), "versions": versions()} | result.to_dict()
         write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
-        write_whole(self.folder / f"{name}.csv", _csv(result.rows))
+        write_whole(self.folder / f"{name}.csv", common.csv_text(result.rows))
         write_whole(self.folder / f"{name}.md", study_markdown(result))
         write_whole(self.folder / f"{name}.png", pages.png(study_figure(result)))
         return result
@@ -231,20 +216,6 @@ def _asked(study: Study) -> dict[str, Any]:
     return asked | ({"plan_restarts": _PLAN_RESTARTS} if study.hindsight else {})
 
 
-def _is_done(path: pathlib.Path, asked: Sequence[str]) -> bool:
-    """Tells whether a run has all its steps.
-
-    Raises:
-      InputError: it was asked for with other flags.
-    """
-    folder = RunFolder.reopen(path)
-    began = sorted(text for name, text in folder.config["flags"].items() if name != "steps")
-    steps = next(int(text.partition("=")[2]) for text in asked if text.startswith("--steps="))
-    if began != sorted(text for text in asked if not text.startswith("--steps=")) or folder.config["steps"] != steps:
-        raise InputError(f"{path} holds another run: {folder.config['command']}; give another --out, or delete it")
-    return folder.latest is not None and folder.latest >= steps
-
-
 def _recorded(world: World) -> dict[str, Any]:
     if world.trace is None:
         return {}
@@ -264,14 +235,6 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; delete it") from error
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 if __name__ == "__main__":

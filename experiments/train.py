@@ -2,6 +2,8 @@
 
 python -m experiments.train --preset=paper-3 --agent=ours --load=0.9 --steps=1000000 --seed=0 --out=runs/ours
 
+Seeds, and with --vary numbers of the algorithm and loads, train side by side in one program.
+
 With --resume a run that was stopped or killed goes on from its last checkpoint; its other flags are those that it began
 with. What is trained on is apart from what evaluation uses: seeds below 1000, and by default the first half of a trace
 and the training part of a table of prompts.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import shlex
 import signal
 import sys
@@ -28,6 +31,7 @@ from qos_jax import plots
 from qos_jax.agent import AGENTS, AgentConfig, Learner, configs, domain, make_learner
 from qos_jax.agent.domain import Domain, randomised
 from qos_jax.agent.replay import num_bytes
+from qos_jax.agent.sac import Hyperparameters
 from qos_jax.checkpoints import RunFolder, run_config
 from qos_jax.errors import InputError
 from qos_jax.files import write_whole
@@ -51,6 +55,12 @@ def define_flags() -> None:
     FLAGS.set_default("table_part", "train")
     flags.DEFINE_string("agent", "ours", f"Who learns: {', '.join(AGENTS)}.")
     flags.DEFINE_list("set", [], "Other values for fields of the agent: learning_rate=3e-4,han.layers=3,hidden=64x64.")
+    flags.DEFINE_multi_string(
+        "vary",
+        [],
+        "FIELD=VALUE,VALUE: other values for a number of the algorithm, or for the load. Every combination trains with "
+        "every seed, side by side.",
+    )
     flags.DEFINE_integer("num_envs", None, "Environments side by side of each seed; the agent's by default.")
     flags.DEFINE_float("learning_rate", None, "The agent's by default.")
     flags.DEFINE_list("load", None, "Load to train at, or the least and the greatest, to be drawn; 0.9 by default.")
@@ -85,20 +95,23 @@ def main(argv: list[str]) -> None:
     env, params, world = common.world_from_flags()
     learner = make_learner(env, overridden(configs.named(FLAGS.agent), _settings()))
     params, held_out = _worlds(learner, params)
+    runs = _runs(learner.config, seeds)
     command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
     config = run_config(
-        learner, learner.config.hyper, seeds, with_replay=FLAGS.save_replay,
-        world=world, loads=held_out.loads, steps=FLAGS.steps, flags=_flags_given(), command=command,
+        learner, learner.config.hyper, [run["seed"] for run in runs], with_replay=FLAGS.save_replay,
+        runs=runs, world=world, loads=held_out.loads, steps=FLAGS.steps, flags=_flags_given(), command=command,
     )  # fmt: skip
     if earlier is not None:
         earlier.check_same(config)
     folder = earlier or RunFolder.start(FLAGS.out, config)
     if leads():
-        _print_sizes(learner, params, len(seeds))
-    with _stop_asked() as should_stop, _Reporter(folder, seeds) if leads() else contextlib.nullcontext() as reporter:
+        _print_sizes(learner, params, len(runs))
+    with _stop_asked() as should_stop, _Reporter(folder, runs) if leads() else contextlib.nullcontext() as reporter:
         result = train(
-            learner, params, learner.config.hyper, held_out,
-            steps=FLAGS.steps, seeds=seeds, devices=devices, evaluate_every=FLAGS.evaluate_every, folder=folder,
+            learner, params, _hyperparameters(learner.config, runs), held_out,
+            steps=FLAGS.steps, seeds=[run["seed"] for run in runs],
+            loads=[run["load"] for run in runs] if "load" in runs[0] else None,
+            devices=devices, evaluate_every=FLAGS.evaluate_every, folder=folder,
             checkpoint_every_s=60 * FLAGS.checkpoint_minutes, should_stop=should_stop,
             progress_fn=reporter.report if reporter else lambda progress: None,
         )  # fmt: skip
@@ -189,6 +202,50 @@ def _settings() -> dict[str, str]:
     return settings
 
 
+def _runs(config: AgentConfig, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns what each of the runs side by side has of its own: ``seed``, and values by the names of --vary.
+
+    Raises:
+      InputError: what is to vary is no number of the algorithm, and not the load, or the load is drawn.
+    """
+    varied: dict[str, Sequence[float]] = {}
+    for text in FLAGS.vary:
+        name, _, values = text.partition("=")
+        numbers = _varied(text, values)
+        if name == "load":
+            common.numbers("vary=load", values.split(","))
+            if FLAGS.load is not None or {"load", "all"}.intersection(FLAGS.randomise):
+                raise InputError(f"--vary={text}: the load is given or drawn already, by --load or --randomise")
+        else:
+            can_vary = [path for path, _ in _leaves(configs.to_dict(config)["hyper"])]
+            if not any(f".{path}".endswith(f".{name}") for path in can_vary):
+                raise InputError(f"--vary={text}: choose load, or one of {', '.join(can_vary)}")
+            overridden(config, {name: repr(numbers[0])})
+        varied[name] = numbers
+    return [
+        dict(zip(varied, values, strict=True)) | {"seed": seed}
+        for values in itertools.product(*varied.values())
+        for seed in seeds
+    ]
+
+
+def _varied(text: str, values: str) -> list[float]:
+    with contextlib.suppress(ValueError):
+        numbers = [float(value) for value in values.split(",")]
+        if np.isfinite(numbers).all():
+            return numbers
+    raise InputError(f"--vary={text}: give FIELD=NUMBER,NUMBER")
+
+
+def _hyperparameters(config: AgentConfig, runs: Sequence[Mapping[str, Any]]) -> Hyperparameters:
+    """Returns the numbers of all runs, leaves [runs]."""
+    each = [
+        overridden(config, {name: repr(value) for name, value in run.items() if name not in ("seed", "load")}).hyper
+        for run in runs
+    ]
+    return jax.tree.map(lambda *values: np.array(values, np.float32), *each)
+
+
 def _worlds(learner: Learner, params: EnvParams) -> tuple[EnvParams, HeldOut]:
     """Returns the parameters of the environments to train in, and what the policy is judged by."""
     loads = tuple(common.numbers("load", FLAGS.load))
@@ -276,8 +333,8 @@ def _write_summary(result: TrainResult, folder: RunFolder) -> None:
 class _Reporter:
     """Shows progress as a bar, and writes it down for TensorBoard."""
 
-    def __init__(self, folder: RunFolder, seeds: Sequence[int]) -> None:
-        self.seeds = seeds
+    def __init__(self, folder: RunFolder, runs: Sequence[Mapping[str, Any]]) -> None:
+        self.names = ["_".join(f"{name}_{value:g}" for name, value in run.items()) for run in runs]
         self.board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=(folder.latest or 0) + 1)
         self.bar = tqdm(total=FLAGS.steps, bar_format=_BAR, desc="compiles: ", unit_scale=True, dynamic_ncols=True)
 
@@ -299,17 +356,17 @@ class _Reporter:
         if not np.isnan(progress.left_s):
             parts.append(f"{tqdm.format_interval(progress.left_s)} left")
         self.bar.set_postfix_str(", ".join(parts))
-        for name, value in _scalars(progress.record, self.seeds):
+        for name, value in _scalars(progress.record, self.names):
             self.board.add_scalar(name, value, progress.steps)
 
 
-def _scalars(record: Mapping[str, Any], seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
-    """Returns the numbers of a record by name; lists of several seeds one by one."""
+def _scalars(record: Mapping[str, Any], runs: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Returns the numbers of a record by name; lists of several runs one by one."""
     kind = record["kind"]
     values = record["metrics"] if kind == "train" else {name: record[name] for name in ("qos", "gain", "impact_greedy")}
     for name, value in values.items():
         each = value if isinstance(value, list) else [value]
-        tags = [f"{kind}/{name}"] if len(each) == 1 else [f"{kind}/{name}/seed_{seed}" for seed in seeds]
+        tags = [f"{kind}/{name}"] if len(each) == 1 else [f"{kind}/{name}/{run}" for run in runs]
         yield from ((tag, number) for tag, number in zip(tags, each, strict=True) if number is not None)
 
 

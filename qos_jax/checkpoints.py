@@ -258,7 +258,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def load_router(path: str | os.PathLike[str], *, seed: int | None = None, name: str | None = None) -> Router:
+def load_router(
+    path: str | os.PathLike[str], *, seed: int | None = None, run: int | None = None, name: str | None = None
+) -> Router:
     """Returns the router in the newest checkpoint of a training run.
 
     It runs on any device, and for fleets of any size if its network does.
@@ -266,16 +268,19 @@ def load_router(path: str | os.PathLike[str], *, seed: int | None = None, name: 
     Args:
       path: folder of the run.
       seed: of a run of several seeds, which one; the first by default.
+      run: instead of the seed, which of ``config["runs"]``, where a seed was trained more than once with other numbers.
       name: of the router; that of the folder by default.
 
     Returns:
       The router; its ``params`` are the weights.
 
     Raises:
-      InputError: the folder holds no run that this version can read, or none of this seed.
+      InputError: the folder holds no run that this version can read, or none of this seed or number.
     """
     folder = RunFolder.reopen(path)
     seeds = folder.config["seeds"]
+    if run is not None and run not in range(len(seeds)):
+        raise InputError(f"{folder.path / CONFIG}: run is {run}, must be from 0 to {len(seeds) - 1}")
     if seed is not None and seed not in seeds:
         raise InputError(f"{folder.path / CONFIG}: seed is {seed}, must be one of {', '.join(map(str, seeds))}")
     if folder.latest is None:
@@ -286,7 +291,7 @@ def load_router(path: str | os.PathLike[str], *, seed: int | None = None, name: 
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(seeds), *x.shape), x.dtype), like)
     weights = folder.restore_weights(folder.latest, like)
     if len(seeds) > 1:
-        which = seeds.index(seeds[0] if seed is None else seed)
+        which = run if run is not None else 0 if seed is None else seeds.index(seed)
         weights = jax.tree.map(lambda x: x[which], weights)
     return _for_its_fleets(learner.router(weights, name or folder.path.name), learner.env.spec.num_experts)
 

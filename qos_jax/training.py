@@ -8,9 +8,9 @@ What happens is told in records, which ``progress_fn`` gets and metrics.jsonl ho
 the environments of one seed) and ``seconds`` (of training, without compilation), and by its kind:
 
 * ``train``: after each chunk, ``metrics``: by name, for each seed;
-* ``evaluation``: ``qos``: mean QoS on the held-out requests, for each seed; ``impact_greedy``: the same of that router;
-  ``gain``, with ``low`` and ``high``: the mean paired difference of the two with its 95 % interval, over the seeds, or
-  over the environments if there is one seed.
+* ``evaluation``: ``qos``: mean QoS on the held-out requests, for each seed; ``gains``: the mean paired differences to
+  impact_greedy, for each seed; ``impact_greedy``: the mean QoS of that router; ``gain``, with ``low`` and ``high``: the
+  mean of the differences with its 95 % interval, over the seeds, or over the environments if there is one seed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array, lax
 
 from qos_jax.agent.learner import Learner, TrainState
@@ -121,6 +122,7 @@ def train(
     *,
     steps: int,
     seeds: Sequence[int] = (0,),
+    loads: Sequence[float] | None = None,
     devices: Sequence[jax.Device] = (),
     evaluate_every: int | None = None,
     folder: RunFolder | None = None,
@@ -133,10 +135,12 @@ def train(
     Args:
       learner: what learns.
       params: of its environments, see ``Learner.init``.
-      hyper: numbers of the algorithm.
+      hyper: numbers of the algorithm; leaves of several seeds may have an axis [seeds].
       held_out: what the policy is judged by.
       steps: of the environments of each seed, rounded up to whole chunks.
-      seeds: each trains on its own; several do so side by side in one program.
+      seeds: each trains on its own; several do so side by side in one program. A seed may be there more than once, with
+        other numbers or another load.
+      loads: of each seed's environments and evaluation; by default they are those of ``params`` and ``held_out``.
       devices: of all processes, to share the seeds and the shards of the agent; see ``qos_jax.parallel``.
       evaluate_every: steps between evaluations, a tenth of all by default; there is also one at the start and the end.
       folder: where checkpoints and metrics.jsonl go; without it nothing is written.
@@ -151,12 +155,12 @@ def train(
     layout = Layout(len(seeds), learner.config.shards, tuple(devices), differ)
     chunks = math.ceil(steps / learner.steps_per_chunk)
     chunks_per_evaluation = max(1, round((evaluate_every or steps / 10) / learner.steps_per_chunk))
-    phases = _compile(learner, params, hyper, held_out, seeds, layout)
+    phases = _compile(learner, params, _runs(seeds, hyper, loads), held_out, layout)
     run = _Run(learner.steps_per_chunk, chunks, seeds, folder, progress_fn)
     first, state = _resumed(folder, phases.like, learner.steps_per_chunk)
     if state is None:
         state = phases.start()
-    reference = phases.qos(phases.weights(state), False).reshape(len(seeds), -1)[0]
+    reference = phases.qos(phases.weights(state), False)
     if first == 0:
         run.evaluated(0, phases.qos(phases.weights(state), True), reference)
     # A replay that is not saved is empty again, and its rows are counted from there.
@@ -206,40 +210,58 @@ class _Phases:
     compile_s: float
 
 
-def _compile(
-    learner: Learner,
-    params: EnvParams,
-    hyper: Hyperparameters,
-    held_out: HeldOut,
-    seeds: Sequence[int],
-    layout: Layout,
-) -> _Phases:
+class _Runs(struct.PyTreeNode):
+    """What distinguishes the runs that train side by side; leaves [seeds], or [] of one."""
+
+    seed: Any  # int
+    hyper: Hyperparameters
+    load: Any  # None: that of the worlds
+
+    def at_load(self, params: EnvParams) -> EnvParams:
+        """Returns the parameters of one run."""
+        return params if self.load is None else params.at_load(self.load)
+
+
+def _runs(seeds: Sequence[int], hyper: Hyperparameters, loads: Sequence[float] | None) -> _Runs:
+    shape = (len(seeds),) if len(seeds) > 1 else ()
+    given = _Runs(np.asarray(seeds), hyper, None if loads is None else np.asarray(loads, np.float32))
+    given = given.replace(hyper=jax.tree.map(lambda x: np.broadcast_to(np.float32(x), (len(seeds),)), hyper))
+    return jax.tree.map(lambda x: x.reshape(shape), given)
+
+
+def _compile(learner: Learner, params: EnvParams, runs: _Runs, held_out: HeldOut, layout: Layout) -> _Phases:
     """Compiles all phases ahead of time, side by side."""
     started = time.perf_counter()
     shard, reference = layout.one_shard(learner), impact_greedy()
 
-    def start(seed: Array, params: EnvParams, hyper: Hyperparameters) -> TrainState:
-        return shard.prefill(shard.init(jax.random.key(seed), params, hyper), params, hyper)
+    def start(run: _Runs, params: EnvParams) -> TrainState:
+        params = run.at_load(params)
+        return shard.prefill(shard.init(jax.random.key(run.seed), params, run.hyper), params, run.hyper)
 
-    def qos(weights: Any, learned: Array, seeds: Array, params: EnvParams) -> Array:
+    def chunk(
+        state: TrainState, run: _Runs, params: EnvParams, chunk: Array, progress: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return shard.train_chunk(state, run.at_load(params), run.hyper, chunk, progress)
+
+    def qos(weights: Any, learned: Array, run: _Runs, seeds: Array, params: EnvParams) -> Array:
         def act(key: Array, obs: Observation) -> Array:
             return lax.cond(
                 learned, lambda: learner.act(weights, key, obs), lambda: reference.act(key, obs, reference.init())[0]
             )
 
-        return held_out.qos(learner.env, act, seeds, params)
+        return held_out.qos(learner.env, act, seeds, run.at_load(params))
 
-    seed = layout.placed("seed", np.asarray(seeds if len(seeds) > 1 else seeds[0]))
-    world = layout.placed("world", layout.worlds(params)), layout.placed("all", jax.tree.map(np.float32, hyper))
-    test = layout.placed("all", held_out.arguments())
-    start = layout.spread(start, ("seed", "world", "all"), ("state",))
-    chunk = layout.spread(shard.train_chunk, ("state", "world", "all", "all", "all"), ("state", "seed"))
-    qos = layout.spread(qos, ("seed", "all", "all", "all"), ("seed",))
-    like = layout.described("state", jax.eval_shape(start, seed, *world))
+    runs = layout.placed("seed", runs)
+    world = runs, layout.placed("world", layout.worlds(params))
+    test = runs, *layout.placed("all", held_out.arguments())
+    start = layout.spread(start, ("seed", "world"), ("state",))
+    chunk = layout.spread(chunk, ("state", "seed", "world", "all", "all"), ("state", "seed"))
+    qos = layout.spread(qos, ("seed", "all", "seed", "all", "all"), ("seed",))
+    like = layout.described("state", jax.eval_shape(start, *world))
     weights = layout.described("all", learner.weights(like))
     where, everywhere = layout.shardings("state"), layout.shardings("all")
     lowered = [
-        jax.jit(start, out_shardings=where).lower(seed, *world),
+        jax.jit(start, out_shardings=where).lower(*world),
         jax.jit(chunk, donate_argnums=0, out_shardings=(where, everywhere)).lower(
             like, *world, np.int32(0), np.float32(0)
         ),
@@ -249,7 +271,7 @@ def _compile(
     with concurrent.futures.ThreadPoolExecutor() as pool:
         run_start, run_chunk, run_weights, run_qos = pool.map(lambda program: program.compile(), lowered)
     return _Phases(
-        start=lambda: run_start(seed, *world),
+        start=lambda: run_start(*world),
         chunk=lambda state, chunk, progress: run_chunk(state, *world, np.int32(chunk), np.float32(progress)),
         weights=run_weights,
         qos=lambda weights, learned: run_qos(weights, np.bool_(learned), *test),
@@ -291,12 +313,12 @@ class _Run:
         self.running = (chunk, metrics)
 
     def evaluated(self, chunk: int, qos: Array, reference: Array) -> None:
-        """Waits for the QoS [E] or [seeds, E] after so many chunks, and reports it beside the reference's [E]."""
+        """Waits for the QoS [E] or [seeds, E] after so many chunks, and reports it beside the reference's."""
         self._report()
-        each, other = np.asarray(qos, np.float64).reshape(len(self.seeds), -1), np.asarray(reference, np.float64)
+        each, other = (np.asarray(x, np.float64).reshape(len(self.seeds), -1) for x in (qos, reference))
         gains = each - other
         gain = summarise(gains.mean(1) if len(gains) > 1 else gains[0])
-        values = {"qos": each.mean(1).tolist(), "impact_greedy": float(other.mean())}
+        values = {"qos": each.mean(1).tolist(), "gains": gains.mean(1).tolist(), "impact_greedy": float(other.mean())}
         values |= {"gain": gain["mean"], "low": gain["low"], "high": gain["high"]}
         self._tell("evaluation", chunk, values)
 
