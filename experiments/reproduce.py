@@ -113,7 +113,8 @@ class _Maker:
 
     def cell(self, study: str, world: World) -> list[dict[str, Any]]:
         """Returns what every router made of a world at each load and seed: one row each."""
-        asked = plain(dataclasses.asdict(world) | dataclasses.asdict(self.budget) | {"study": _asked(STUDIES[study])})
+        asked = dataclasses.asdict(world) | dataclasses.asdict(self.budget) | {"study": _asked(STUDIES[study])}
+        asked = plain(asked | {"trained": {name: dataclasses.asdict(TRAINED[name]) for name in world.trained}})
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
         if path.exists():
             kept = _read(path)

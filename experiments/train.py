@@ -30,11 +30,11 @@ from experiments import common
 from qos_jax import plots
 from qos_jax.agent import AGENTS, AgentConfig, Learner, configs, domain, make_learner
 from qos_jax.agent.domain import Domain, randomised
-from qos_jax.agent.replay import num_bytes
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.checkpoints import RunFolder, run_config
 from qos_jax.errors import InputError
 from qos_jax.files import write_whole
+from qos_jax.memory import available_bytes, check_fits, needed_bytes
 from qos_jax.parallel import leads
 from qos_jax.sim.env import EnvParams
 from qos_jax.training import FIRST_HELD_OUT_SEED, HeldOut, Progress, TrainResult, train
@@ -103,9 +103,10 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     if earlier is not None:
         earlier.check_same(config)
+    sizes = _sizes(learner, params, len(runs), devices)
     folder = earlier or RunFolder.start(FLAGS.out, config)
     if leads():
-        _print_sizes(learner, params, len(runs))
+        print(sizes, flush=True)
     with _stop_asked() as should_stop, _Reporter(folder, runs) if leads() else contextlib.nullcontext() as reporter:
         result = train(
             learner, params, _hyperparameters(learner.config, runs), held_out,
@@ -305,13 +306,20 @@ def _take_flags(folder: RunFolder) -> None:
     FLAGS([sys.argv[0], *(typed for name, typed in began.items() if not FLAGS[name].present)])
 
 
-def _print_sizes(learner: Learner, params: EnvParams, num_seeds: int) -> None:
+def _sizes(learner: Learner, params: EnvParams, num_runs: int, devices: Sequence[jax.Device]) -> str:
+    """Says how large the runs are.
+
+    Raises:
+      InputError: they do not fit into memory.
+    """
     state = jax.eval_shape(learner.init, jax.random.key(0), params, learner.config.hyper)
     weights = sum(leaf.size for leaf in jax.tree.leaves(learner.weights(state)))
-    print(
+    here = available_bytes((devices or jax.devices())[0])
+    on_cpu = jax.default_backend() == "cpu"  # whose devices share the machine's memory
+    fits = check_fits(needed_bytes(state), num_runs, 1 if on_cpu else max(len(devices), 1), here)
+    return (
         f"{FLAGS.agent} on {FLAGS.preset}: {weights:,} weights, {learner.steps_per_chunk:,} steps in a chunk, "
-        f"{num_bytes(state.replay) / 1e6:,.0f} MB of replay; {num_seeds} of each",
-        flush=True,
+        f"{num_runs} side by side\n{fits}"
     )
 
 

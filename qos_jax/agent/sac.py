@@ -170,7 +170,9 @@ def temporal_difference(network: nn.Module, hyper: Hyperparameters, state: Learn
 
 
 def _step_loss(heads: Heads, step: Transition, target: Array) -> Array:
-    q = jnp.take_along_axis(heads.q, step.action[:, None, None], -1)[..., 0]
+    # A mask, as the gradient of an index is a scatter, which on GPUs adds in any order.
+    taken = jnp.arange(heads.q.shape[-1]) == step.action[:, None]
+    q = jnp.sum(jnp.where(taken[:, None], heads.q, 0.0), -1)
     taught = (~step.truncated).astype(q.dtype)[:, None]
     return jnp.sum(taught * jnp.square(q - target[:, None])) / jnp.maximum(jnp.sum(taught) * q.shape[-1], 1.0)
 

@@ -109,7 +109,7 @@ def remember(spec: WorldSpec, world: World, duration_s: Array) -> World:
     seen = world.snapshots
     newest = (seen.newest + 1) % spec.history
     looks = jax.tree.map(lambda ring, now: ring.at[newest].set(now), seen.looks, _look(spec, world))
-    age_s = (seen.age_s + duration_s).at[newest].set(0.0)
+    age_s = jnp.where(jnp.arange(spec.history) == newest, 0.0, seen.age_s + duration_s)
     return world.replace(snapshots=Snapshots(age_s, newest, looks))
 
 
@@ -194,7 +194,8 @@ def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
 def _look_back(seen: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:
     """Picks the newest snapshot that is at least ``staleness_s`` old, or the oldest one if none is."""
     history = seen.age_s.shape[0]
-    newest_first = (seen.newest - jnp.arange(history)) % history
-    old_enough = (seen.age_s[newest_first] >= staleness_s).at[-1].set(True)
+    back = jnp.arange(history)
+    newest_first = (seen.newest - back) % history
+    old_enough = (seen.age_s[newest_first] >= staleness_s) | (back == history - 1)
     pick = newest_first[jnp.argmax(old_enough)]
     return jax.tree.map(lambda ring: ring[pick], seen.looks)
