@@ -37,7 +37,7 @@ from qos_jax.agent import configs
 from qos_jax.agent.learner import Learner, TrainState, make_learner
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.errors import InputError
-from qos_jax.files import writable_folder, write_whole
+from qos_jax.files import parse_json, writable_folder, write_whole
 from qos_jax.parallel import leads, wait_for_all
 from qos_jax.report import versions
 from qos_jax.routers.base import Memory, Router
@@ -242,11 +242,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = pathlib.Path(path) / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}; give the folder of a training run") from error
-    except ValueError as error:
-        raise InputError(f"{file}: is not JSON: {error}") from error
     version = config.get("format") if isinstance(config, dict) else None
     if version != _FORMAT:
         raise InputError(f"{file}: format is {version!r}, must be {_FORMAT}")
@@ -362,7 +360,7 @@ def _described(tree: Any) -> dict[str, str]:
 
 
 def _record(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line)
         if isinstance(record, dict) and isinstance(record.get("steps"), int):
             return record

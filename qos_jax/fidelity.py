@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from matplotlib.figure import Figure
 from scipy.spatial import KDTree
 
 from qos_jax.errors import InputError
+from qos_jax.files import parse_json
 from qos_jax.plots import _EXPERT_COLOURS, _GREY, _INK, _PALE, _STYLE, _WIDTH_INCHES, _legend_above
 from qos_jax.sim.cost import iteration_s
 from qos_jax.sim.iterations import Activity, IterationLog, iterations_of
@@ -396,7 +396,7 @@ class _Meta:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self.values = _parsed(path, _text(path))
+        self.values = parse_json(_text(path), str(path))
 
     def get(self, name: str, kind: type = int) -> Any:
         """Returns the value of a field, given with the objects that it lies in and dots between them."""
@@ -417,7 +417,7 @@ class _Meta:
 
 
 def _json_lines(path: pathlib.Path) -> list[dict[str, float]]:
-    rows = [_parsed(path, line) for line in _text(path).splitlines()]
+    rows = [parse_json(line, str(path)) for line in _text(path).splitlines()]
     for number, row in enumerate(rows, 1):
         for name in _REQUEST_FIELDS:
             if not isinstance(row, dict) or not isinstance(row.get(name), int | float):
@@ -438,13 +438,6 @@ def _ticks(path: pathlib.Path) -> dict[str, np.ndarray]:
         return {name: np.array([float(row[name]) for row in rows]) for name in _TICK_FIELDS}
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _parsed(path: pathlib.Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
 
 
 def _text(path: pathlib.Path) -> str:

@@ -1,11 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files of others, of which nothing is taken for granted."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from qos_jax.errors import InputError
 
@@ -43,3 +50,57 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def parse_json(text: str, where: str, **options: Any) -> Any:
+    """Returns what a text says.
+
+    Args:
+      text: in JSON.
+      where: it is from, for the message.
+      **options: of ``json.loads``.
+
+    Raises:
+      InputError: it is not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(text, **options)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not JSON: {error}") from error
+
+
+def read_columns(
+    path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """Returns arrays of an ``.npz`` by name, of one axis at least; nothing in the file is executed.
+
+    Args:
+      path: of the file.
+      needed: names that must be there.
+      others: names that are taken if they are.
+
+    Raises:
+      InputError: the file is missing or damaged, lacks a column, or has one of Python objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            if missing := [name for name in needed if name not in file.files]:
+                raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.files)}")
+            return {name: np.atleast_1d(file[name]) for name in (*needed, *others) if name in file.files}
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a readable .npz file: {error}") from error
+
+
+def numbers_in(path: str | os.PathLike[str], name: str, column: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+    """Returns a column as numbers.
+
+    Raises:
+      InputError: it holds something else.
+    """
+    if column.dtype.kind not in "biuf":
+        raise InputError(f"{path}: column {name} is of kind {column.dtype}, must be numbers")
+    return column.astype(dtype)

@@ -183,7 +183,7 @@ def test_figures_show_both(crowded: Made) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("meta.json", "{", "meta.json: not JSON"),
+        ("meta.json", "{", "meta.json: is not JSON"),
         ("meta.json", "{}", "meta.json: "),
         ("requests.jsonl", "", "requests.jsonl: holds no request"),
         ("requests.jsonl", '{"input_toks": 1}', "requests.jsonl, line 1: output_toks is missing or no number"),

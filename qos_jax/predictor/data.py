@@ -9,15 +9,14 @@ beside it, each with ``instruction`` and perhaps ``input`` and ``prompt_id``. An
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
-import zipfile
 from typing import Any
 
 import numpy as np
 
 from qos_jax.errors import InputError
+from qos_jax.files import numbers_in, parse_json, read_columns
 from qos_jax.workload.tables import read_mix_instruct
 
 DEFAULT_SCORES = "quality_bertscore_minilm"
@@ -137,24 +136,15 @@ def read_prediction_table(
 def _read_npz(
     path: str | os.PathLike[str], score_column: str, prompts: str | os.PathLike[str] | None
 ) -> PredictionTable:
-    known = ("experts", score_column, "out_tokens", EMBEDDINGS, "prompt_id")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if missing := [name for name in known[:2] if name not in file.files]:
-                raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.files)}")
-            columns = {name: file[name] for name in known if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable .npz file: {error}") from error
-    output_tokens, embeddings = columns.get("out_tokens"), columns.get(EMBEDDINGS)
+    columns = read_columns(path, ("experts", score_column), ("out_tokens", EMBEDDINGS, "prompt_id"))
+    output_tokens, embeddings, ids = (columns.get(name) for name in ("out_tokens", EMBEDDINGS, "prompt_id"))
     return PredictionTable(
         source=str(path),
         experts=tuple(str(name) for name in columns["experts"]),
-        score=np.clip(columns[score_column].astype(np.float64), 0.0, 1.0),
-        output_tokens=None if output_tokens is None else np.maximum(output_tokens, 1),
-        texts=None if prompts is None else _read_texts(prompts, columns.get("prompt_id")),
-        embeddings=None if embeddings is None else embeddings.astype(np.float32),
+        score=np.clip(numbers_in(path, score_column, columns[score_column]), 0.0, 1.0),
+        output_tokens=None if output_tokens is None else np.maximum(numbers_in(path, "out_tokens", output_tokens), 1),
+        texts=None if prompts is None else _read_texts(prompts, ids),
+        embeddings=None if embeddings is None else numbers_in(path, EMBEDDINGS, embeddings, np.float32),
     )
 
 
@@ -175,13 +165,11 @@ def _read_texts(path: str | os.PathLike[str], ids: np.ndarray | None) -> tuple[s
 
 
 def _parse_line(where: str, line: str) -> tuple[Any, str]:
+    record = parse_json(line, where)
     try:
-        record: Any = json.loads(line)
         return record.get("prompt_id"), "\n".join(
             part for part in (record["instruction"], record.get("input", "")) if part
         )
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(
             f"{where}: {type(error).__name__} {error}; a line needs an object with the text instruction"

@@ -28,7 +28,7 @@ from flax import serialization, traverse_util
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.files import writable_folder, write_whole
+from qos_jax.files import parse_json, writable_folder, write_whole
 from qos_jax.predictor.heads import Buckets, Forecast, Head, HeadConfig, Network, Standard
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained, save_pretrained
 
@@ -165,11 +165,9 @@ def load_predictor(folder: str | os.PathLike[str]) -> Predictor:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; give the folder of a predictor") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON: {error}") from error
     version = config.get("format") if isinstance(config, dict) else None
     if version != _FORMAT:
         raise InputError(f"{path}: format is {version!r}, must be {_FORMAT}")

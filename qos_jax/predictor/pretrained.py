@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from qos_jax.errors import InputError
-from qos_jax.files import write_whole
+from qos_jax.files import parse_json, write_whole
 from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pooled
 
 _SHORTEST = 16  # tokens, the length that shorter texts are padded to
@@ -363,10 +363,7 @@ def _read_max_tokens(path: pathlib.Path, config: EncoderConfig) -> int:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: is not JSON: {error}") from error
+    content = parse_json(_read_text(path), str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: is {str(content)[:40]!r}, must be a JSON object")
     return content

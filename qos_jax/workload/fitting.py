@@ -30,7 +30,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from qos_jax.errors import InputError
-from qos_jax.files import write_whole
+from qos_jax.files import parse_json, write_whole
 from qos_jax.sim.cost import iteration_s
 from qos_jax.sim.types import TOKEN_BUDGET, ExpertProfile
 
@@ -203,11 +203,10 @@ def load_profile(path: str) -> dict[str, float]:
       InputError: the file cannot be read, or a coefficient is missing, not a finite number, or negative.
     """
     try:
-        profile = json.loads(pathlib.Path(path).read_text(encoding="utf-8"), parse_int=float)
+        text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+    profile = parse_json(text, path, parse_int=float)
     timing = profile.get("timing") if isinstance(profile, dict) else None
     if not isinstance(timing, dict):
         raise InputError(f"{path}: no object 'timing', must hold {', '.join(TIMING_UNITS)}")

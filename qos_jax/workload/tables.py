@@ -8,12 +8,9 @@ list of ``{model, text, scores: {bertscore, ...}}``. Scores must lie in [0, 1]: 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +19,10 @@ from flax import struct
 from jax import Array
 
 from qos_jax.errors import InputError
+from qos_jax.files import numbers_in, parse_json, read_columns
 from qos_jax.workload.content import Answers, LatencyLimits, latency_limits
+
+_MOST_TOKENS = 2**24  # of an answer or a prompt
 
 
 @struct.dataclass
@@ -157,24 +157,23 @@ def read_npz(path: str | os.PathLike[str], score_column: str, clip_scores: bool 
     Raises:
         InputError: if the file is missing or damaged, lacks a column, or makes no `QualityTable`.
     """
-    try:
-        with np.load(path, allow_pickle=False) as columns:
-            needed = ("experts", "prompt_tokens", "out_tokens", score_column)
-            missing = [name for name in needed if name not in columns.files]
-            if missing:
-                raise InputError(f"{path}: no column {', '.join(missing)}; it has {', '.join(columns.files)}")
-            experts, prompt_tokens, output_tokens, score = (columns[name] for name in needed)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable .npz file: {error}") from error
+    columns = read_columns(path, ("experts", "prompt_tokens", "out_tokens", score_column))
+    prompt_tokens, output_tokens, score = (
+        numbers_in(path, name, columns[name]) for name in ("prompt_tokens", "out_tokens", score_column)
+    )
     return QualityTable(
         source=str(path),
-        experts=tuple(str(name) for name in experts),
-        prompt_tokens=prompt_tokens.astype(np.int32),
-        output_tokens=np.maximum(output_tokens, 1).astype(np.int32),
+        experts=tuple(str(name) for name in columns["experts"]),
+        prompt_tokens=_whole(path, "prompt_tokens", prompt_tokens),
+        output_tokens=_whole(path, "out_tokens", np.maximum(output_tokens, 1)),
         score=np.clip(score, 0.0, 1.0) if clip_scores else score,
     )
+
+
+def _whole(path: str | os.PathLike[str], name: str, lengths: np.ndarray) -> np.ndarray:
+    if not (np.isfinite(lengths) & (np.abs(lengths) < _MOST_TOKENS)).all():
+        raise InputError(f"{path}: column {name} holds lengths that no answer has; they must be below {_MOST_TOKENS}")
+    return lengths.astype(np.int32)
 
 
 def approximate_tokens(text: str) -> int:
@@ -235,12 +234,10 @@ def read_mix_instruct(
 
 def _parse_line(where: str, line: str, score_name: str) -> tuple[str, dict[str, tuple[str, float]]]:
     """Returns the prompt of a line of mix-instruct and each model's answer and score."""
+    record = parse_json(line, where)
     try:
-        record: Any = json.loads(line)
         prompt = "\n".join(part for part in (record["instruction"], record["input"]) if part)
         candidates = [(c["model"], (c["text"], float(c["scores"][score_name]))) for c in record["candidates"]]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{where}: {type(error).__name__} {error}; a line needs instruction, input and candidates, "

@@ -240,7 +240,7 @@ def _json_rows(lines: list[str], path: str | pathlib.Path) -> Iterator[Row]:
         try:
             record = json.loads(line)
             yield number, [str(record[field]) for field in COLUMNS["mooncake"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             legal = ", ".join(COLUMNS["mooncake"])
             raise InputError(f"{path}, line {number}: must be a JSON object with {legal}, got {line[:80]!r}") from None
 

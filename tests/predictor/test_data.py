@@ -139,7 +139,7 @@ class TestBadTables:
         [
             ('{"prompt_id": 100, "instruction": "Hi"}', r"no line has the prompt_id 101 \(19 such in all\)"),
             ('{"instruction": "Hi"}', "1 texts for 20 prompts"),
-            ("\n{", "line 2: not JSON"),
+            ("\n{", "line 2: is not JSON"),
             ('{"text": "Hi"}', "line 1: KeyError 'instruction'; a line needs"),
             ("[1]", "line 1: AttributeError"),
             ('{"instruction": 5}', "line 1: TypeError"),

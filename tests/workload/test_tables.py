@@ -171,7 +171,7 @@ def test_mix_instruct_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": ', "line 2: not JSON"),
+        ('{"id": ', "line 2: is not JSON"),
         ({"id": "x", "instruction": "a"}, "line 2: KeyError 'input'; a line needs instruction, input and candidates"),
         (mix_instruct_line(1, candidates=[]), "line 2: 0 candidates of 0 models"),
         (

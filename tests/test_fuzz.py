@@ -1,0 +1,247 @@
+"""Damaged, odd and hostile files: every reader returns something usable or says in an InputError what is wrong.
+
+No other exception may come out, whatever the bytes; nothing in a file is executed, and none of them makes a reader ask
+for much more memory than the file is large.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments import common, train
+from qos_jax import InputError
+from qos_jax.agent import AGENTS, configs
+from qos_jax.checkpoints import CONFIG, METRICS, RunFolder, load_router, run_config
+from qos_jax.predictor.data import read_prediction_table
+from qos_jax.predictor.predictor import load_predictor
+from qos_jax.predictor.pretrained import load_pretrained
+from qos_jax.workload.arrivals import parse_arrivals
+from qos_jax.workload.fitting import TIMING_UNITS, load_profile
+from qos_jax.workload.prediction import parse_prediction
+from qos_jax.workload.tables import read_mix_instruct, read_npz
+from qos_jax.workload.traces import read_trace
+from tests.instant_env import small_learner
+from tests.predictor.tables import made_up_table, write_mix_instruct, write_npz
+from tests.predictor.tiny import write_tiny_encoder
+
+EXAMPLES = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+ODD = (
+    b"null", b"NaN", b"-1", b"1e999", b"99999999999999999999999", b"[]", b"{}", b'""', b"true", b"0.5", b",", b"\n",
+    b'"', b"\x00", b"\xff\xfe", "é".encode(), b"{", b"[" * 3000, b"0" * 5000, b"2023-13-45", b"../../etc/passwd",
+)  # fmt: skip
+LENGTHS = {"prompt_tokens": np.full(4, 9)}
+
+edits = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 30), st.one_of(st.sampled_from(ODD), st.binary(max_size=12))), max_size=6
+)
+
+
+def edited(content: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
+    """Returns a file with some stretches replaced, each given by where it begins, its length and what comes there."""
+    for begin, length, new in changes:
+        at = int(begin * len(content))
+        content = content[:at] + new + content[at + length :]
+    return content
+
+
+Reader = Callable[[pathlib.Path], Any]
+TRACES = {
+    "azure": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,374,44\n2023-11-16 18:17:04,396,9\n",
+    "burstgpt": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Chat\n",
+    "mooncake": '{"timestamp": 0, "input_length": 6755, "output_length": 500, "hash_ids": [0, 1]}\n' * 2,
+    "plain": "arrival_s,prompt_tokens,output_tokens\n0.5,3,4\n1.25,5,6\n",
+}
+
+
+def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]:
+    """Yields for each kind of file its name, a file that is as it should be, and what reads it."""
+    for name, text in TRACES.items():
+        (folder / f"{name}.trace").write_text(text)
+        yield name, folder / f"{name}.trace", read_trace
+    table = made_up_table(num_prompts=4)
+    yield "npz", write_npz(folder / "table.npz", table, **LENGTHS), lambda path: read_npz(path, "quality")
+    path = write_npz(folder / "predictions.npz", table)
+    yield "predictions", path, lambda path: read_prediction_table(path, "quality")
+    yield "mix_instruct", write_mix_instruct(folder / "table.jsonl", table), read_mix_instruct
+    profile = folder / "profile.json"
+    profile.write_text(json.dumps({"timing": {field: 0.5 for field in TIMING_UNITS}}))
+    yield "profile", profile, lambda path: load_profile(str(path))
+    run = folder / "run"
+    learner = small_learner()
+    RunFolder.start(run, run_config(learner, learner.config.hyper, [0, 1]))
+    (run / METRICS).write_text('{"kind": "train", "steps": 32, "metrics": {"qos": [0.5]}}\n' * 3)
+    yield "run", run / CONFIG, lambda path: load_router(path.parent)
+    yield "metrics", run / METRICS, lambda path: RunFolder(path.parent, {}).records()
+    encoder = write_tiny_encoder(folder / "encoder")
+    for name in ("config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json", "model.safetensors"):
+        yield f"encoder {name}", encoder / name, lambda path: load_pretrained(path.parent)
+    predictor = folder / "predictor"
+    predictor.mkdir()
+    head = {"form": "buckets", "hidden": [8], "num_buckets": 3, "dropout": 0.0}
+    sizes = {"embedding_size": 8, "members": 1, "with_length": False, "with_encoder": False}
+    (predictor / "config.json").write_text(json.dumps({"format": 1, "experts": ["a", "b"], "head": head} | sizes))
+    yield "predictor", predictor / "config.json", lambda path: load_predictor(path.parent)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[pathlib.Path, Reader]]:
+    return {name: (path, read) for name, path, read in _written(tmp_path_factory.mktemp("files"))}
+
+
+KINDS = (
+    *TRACES, "npz", "predictions", "mix_instruct", "profile", "run", "metrics", "predictor",
+    *(f"encoder {name}" for name in ("config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json")),
+    "encoder model.safetensors",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@EXAMPLES
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(kind: str, files: dict, data: st.DataObject) -> None:
+    path, read = files[kind]
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(edited(whole, data.draw(edits)))
+        read(path)
+    except InputError as error:
+        assert str(error)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["azure", "npz", "mix_instruct", "profile", "run", "metrics"])
+@EXAMPLES
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(kind: str, files: dict, content: bytes) -> None:
+    path, read = files[kind]
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        read(path)
+    except InputError as error:
+        assert str(path) in str(error) or str(path.parent) in str(error)
+    finally:
+        path.write_bytes(whole)
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-10, 10**20), st.floats(), st.text(max_size=5))
+VALUES = st.recursive(
+    SCALARS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=5), each), max_leaves=6
+)
+
+
+@pytest.mark.parametrize("kind", ["mooncake", "profile", "run", "metrics", "predictor", "encoder config.json"])
+@EXAMPLES
+@given(data=st.data())
+def test_json_with_another_value_somewhere_is_read_or_refused(kind: str, files: dict, data: st.DataObject) -> None:
+    path, read = files[kind]
+    whole = path.read_bytes()
+    record = json.loads(whole.decode().splitlines()[0] if kind in ("mooncake", "metrics") else whole)
+    place = record
+    while True:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else list(range(len(place)))))
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(VALUES)
+    try:
+        path.write_text(json.dumps(record) + "\n")
+        read(path)
+    except InputError as error:
+        assert str(error)
+    finally:
+        path.write_bytes(whole)
+
+
+COLUMN_KINDS = (np.float32, np.float64, np.int8, np.int64, np.uint64, np.complex64, "U3", "S3", bool, "datetime64[s]")
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_columns_of_any_kind_and_shape_make_a_table_or_are_refused(files: dict, data: st.DataObject) -> None:
+    path, _ = files["npz"]
+    shapes = st.sampled_from([(), (0,), (3,), (4,), (4, 3), (3, 4), (4, 3, 2), (0, 3)])
+    name = data.draw(st.sampled_from(["experts", "quality", "out_tokens", "prompt_tokens", "prompt_emb_minilm"]))
+    column = np.ones(data.draw(shapes)).astype(data.draw(st.sampled_from(COLUMN_KINDS)))
+    changes = LENGTHS | {name: column}
+    other = write_npz(path.with_name("other.npz"), made_up_table(num_prompts=4), **changes)
+    for read in (lambda: read_npz(other, "quality"), lambda: read_prediction_table(other, "quality")):
+        try:
+            read()
+        except InputError as error:
+            assert str(other) in str(error)
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_in_a_table_is_executed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = made_up_table(num_prompts=4)
+    path = write_npz(tmp_path / "table.npz", table, **LENGTHS, quality=np.array([_Harmful()] * 4, object))
+    for read in (read_npz, read_prediction_table):
+        with pytest.raises(InputError, match="not a readable"):
+            read(path, "quality")
+    path.write_bytes(pickle.dumps(_Harmful()))
+    with pytest.raises(InputError, match="not a readable"):
+        read_npz(path, "quality")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("read", [read_npz, read_prediction_table])
+def test_a_table_cannot_ask_for_memory_that_it_does_not_fill(tmp_path: pathlib.Path, read: Any) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 8)})
+    path = write_npz(tmp_path / "table.npz", made_up_table(num_prompts=4), **LENGTHS, quality=None)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("quality.npy", header.getvalue() + bytes(64))
+    with pytest.raises(InputError, match="not a readable"):
+        read(path, "quality")
+
+
+@EXAMPLES
+@given(
+    text=st.one_of(
+        st.text(max_size=20), st.from_regex(r"(gamma|mmpp|sinusoidal|r2)(:[0-9.e+-]{0,6}){0,3}", fullmatch=True)
+    )
+)
+def test_any_text_of_a_law_is_parsed_or_refused(text: str) -> None:
+    for parse in (
+        lambda: parse_arrivals(text, 1.0),
+        lambda: parse_prediction(text),
+        lambda: common.numbers("load", [text]),
+    ):
+        try:
+            parse()
+        except InputError as error:
+            assert str(error)
+
+
+@EXAMPLES
+@given(
+    name=st.sampled_from(
+        ["num_envs", "han.layers", "hidden", "alpha", "encoder", "residual", "teacher", "capacity", "slots"]
+    ),
+    text=st.one_of(st.text(max_size=8), st.from_regex(r"-?[0-9]{1,9}(x[0-9]{0,4})?", fullmatch=True)),
+)
+def test_any_setting_of_an_agent_is_taken_or_refused(name: str, text: str) -> None:
+    try:
+        config = train.overridden(AGENTS["ours"], {name: text})
+        assert configs.from_dict(configs.to_dict(config)) == config
+    except InputError as error:
+        assert str(error)
