@@ -80,6 +80,7 @@ _ABLATIONS = {
     "one_layer": Trained(agent="ours_1_layer"),
     "three_layers": Trained(agent="ours_3_layers"),
     "no_impact_features": Trained(agent="ours_no_impact"),
+    "no_rates": Trained(agent="ours_no_rates"),
     "no_residual": Trained(agent="ours_no_residual"),
     "sac_potential_reward": Trained(agent="sac"),
     "sac_paper_reward": Trained(agent="sac_paper_reward"),

@@ -70,7 +70,14 @@ def _value_learner(network: NetworkConfig, hyper: Hyperparameters) -> AgentConfi
 
 _OURS = NetworkConfig(slots=32)  # as many as run at a time; they were three quarters of the time to train
 _PAPER = NetworkConfig(
-    readout="arrived", actor=True, with_impact=False, residual=False, slots=20, hidden=(64, 64), han=HANConfig(64, 8)
+    readout="arrived",
+    actor=True,
+    with_impact=False,
+    with_rates=False,
+    residual=False,
+    slots=20,
+    hidden=(64, 64),
+    han=HANConfig(64, 8),
 )
 _FLAT = NetworkConfig("flat", "arrived", actor=True, with_impact=False, residual=False, hidden=(64, 64))
 _SAC_HYPER = Hyperparameters(
@@ -90,6 +97,7 @@ AGENTS: dict[str, AgentConfig] = {
     "ours": AgentConfig(_OURS),
     "ours_no_han": AgentConfig(replace(_OURS, encoder="pooled")),
     "ours_no_impact": AgentConfig(replace(_OURS, with_impact=False, residual=False)),
+    "ours_no_rates": AgentConfig(replace(_OURS, with_rates=False)),
     "ours_no_residual": AgentConfig(replace(_OURS, residual=False)),
     "ours_1_layer": AgentConfig(replace(_OURS, han=HANConfig(layers=1))),
     "ours_3_layers": AgentConfig(replace(_OURS, han=HANConfig(layers=3))),

@@ -144,7 +144,7 @@ def follow(
     sets = twins.whole.shape[0]
 
     def step(carry: tuple[Any, ...], x: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array, Array]]:
-        (experts, snapshots, request, action, workload), (is_first, key) = carry, x
+        (experts, memory, request, action, workload), (is_first, key) = carry, x
         key_next, key_policy = jax.random.split(key)
         # The newest twins have, or lack, the first request already.
         had = is_first & (jnp.arange(1 + sets) == 1 + newest)
@@ -157,17 +157,17 @@ def follow(
         # A queue that is full for one of them may not be for the other.
         income -= judge.weights.drop * refused[:, None] * (jnp.arange(spec.num_experts) == action)
         worlds, answers = jax.vmap(lambda e: collect(profile, World(e, None)))(experts)
-        real = remember(spec, World(_at(worlds.experts, 0), snapshots), gap_s)
+        real = remember(spec, World(_at(worlds.experts, 0), memory), gap_s)
         later = policy(key_policy, env.observe(EnvState(state.time, real, request, workload), params))
-        carry = worlds.experts, real.snapshots, request, later, workload
+        carry = worlds.experts, real.memory, request, later, workload
         return carry, (income[1:] - income[0], answers.qos[0], dropped[0])
 
     experts = jax.tree.map(lambda real, twin: jnp.concatenate([real[None], twin]), state.world.experts, twins.experts)
-    carry = experts, state.world.snapshots, state.request, twins.action[newest], state.workload
+    carry = experts, state.world.memory, state.request, twins.action[newest], state.workload
     steps = jnp.arange(requests) == 0, jax.random.split(key, requests)
-    (experts, snapshots, request, _, workload), (gain, qos, dropped) = lax.scan(step, carry, steps)
+    (experts, memory, request, _, workload), (gain, qos, dropped) = lax.scan(step, carry, steps)
     twins = twins.replace(experts=jax.tree.map(lambda x: x[1:], experts), gain=twins.gain + jnp.sum(gain, 0))
-    state = EnvState(state.time + requests, World(_at(experts, 0), snapshots), request, workload)
+    state = EnvState(state.time + requests, World(_at(experts, 0), memory), request, workload)
     return state, twins, Followed(jnp.sum(qos), jnp.sum(dropped))
 
 

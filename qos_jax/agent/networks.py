@@ -39,6 +39,7 @@ class NetworkConfig:
     readout: Readout = "pointer"
     actor: bool = False  # a policy of its own; else the soft-optimal one for its critics
     with_impact: bool = True  # the impact estimate is among the features
+    with_rates: bool = True  # the recent rates of arrivals are, too; always in the flat view
     residual: bool = True  # the critics learn what the impact estimate misses
     slots: int | None = None  # requests that are seen of each expert; all without it
     hidden: tuple[int, ...] = (64,)  # widths of the heads
@@ -84,7 +85,7 @@ def inputs_of(config: NetworkConfig, obs: Observation) -> Inputs:
     """Returns the features of the observation of one environment."""
     if config.encoder == "flat":
         return FlatInputs(flat_view(obs), obs.action_mask)
-    return nodes(obs, with_impact=config.with_impact, slots=config.slots)
+    return nodes(obs, with_impact=config.with_impact, with_rates=config.with_rates, slots=config.slots)
 
 
 class ActorCritic(nn.Module):

@@ -13,7 +13,7 @@ from jax import Array
 from qos_jax.errors import InputError
 from qos_jax.routers.impact import impact
 from qos_jax.sim.cost import blocks_of
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, Observation
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation
 from qos_jax.sim.views import FLAT_ARRIVED, FLAT_EXPERT, arrived_columns, expert_columns, log_tokens
 
 FEATURE_LIMIT = 5.0
@@ -38,7 +38,7 @@ _SHORTEST_LIMIT_S, _LONGEST_LIMIT_S = 1e-6, 1e6  # s/token, so that ratios of li
 class Nodes(struct.PyTreeNode):
     """The nodes of the graph and where they hang together; any leading batch axes may stand in front."""
 
-    arrived: Array  # [Fa] float32, ``ARRIVED_FEATURES``
+    arrived: Array  # [Fa] float32, ``ARRIVED_FEATURES``, or without the recent rates those before them
     experts: Array  # [N, Fe] float32, ``EXPERT_FEATURES`` and perhaps ``IMPACT_FEATURES``
     requests: Array  # [N, S, Fr] float32, ``REQUEST_FEATURES``; 0 where there is no request
     running: Array  # [N, S] bool
@@ -46,7 +46,7 @@ class Nodes(struct.PyTreeNode):
     legal: Array  # [N + 1] bool, legal actions; the last one drops the request
 
 
-def nodes(obs: Observation, *, with_impact: bool = True, slots: int | None = None) -> Nodes:
+def nodes(obs: Observation, *, with_impact: bool = True, with_rates: bool = True, slots: int | None = None) -> Nodes:
     """Returns the nodes of the observation of one environment.
 
     Arrived and expert features are the columns of ``flat_view``. The impact estimate's own latency is a fraction of the
@@ -59,6 +59,7 @@ def nodes(obs: Observation, *, with_impact: bool = True, slots: int | None = Non
     Args:
       obs: what the router sees.
       with_impact: gives the experts ``IMPACT_FEATURES`` too.
+      with_rates: gives the arrived request the recent rates of arrivals too.
       slots: keeps only this many requests of each expert, the first to arrive; all slots without it.
 
     Raises:
@@ -78,7 +79,7 @@ def nodes(obs: Observation, *, with_impact: bool = True, slots: int | None = Non
         requests = jnp.where(there[..., None], jnp.take_along_axis(requests, first[..., None], -2), 0.0)
         running, waiting = (jnp.take_along_axis(mask, first, -1) & there for mask in (running, waiting))
     return Nodes(
-        arrived=_stacked(arrived, ARRIVED_FEATURES),
+        arrived=_stacked(arrived, ARRIVED_FEATURES if with_rates else ARRIVED_FEATURES[: -len(RATE_WINDOWS_S)]),
         experts=_stacked(experts, EXPERT_FEATURES + IMPACT_FEATURES if with_impact else EXPERT_FEATURES),
         requests=requests,
         running=running,

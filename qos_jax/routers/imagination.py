@@ -13,8 +13,8 @@ from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
 from qos_jax.sim.engine import ExpertState, Slots
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, Observation, Request, RequestView
-from qos_jax.sim.world import SlotPayload, World
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
+from qos_jax.sim.world import Memory, SlotPayload, World
 
 LENGTH_CV = 1.1  # of an output length given its prediction: a lognormal with 3/4 of a log variance of 1 unexplained
 _LONGEST_TOKENS = 2.0**30
@@ -55,7 +55,8 @@ def imagine(obs: Observation, length_cv: float = LENGTH_CV, key: Array | None = 
     taken = (seen.running | seen.waiting) & (output_tokens > emitted)
     slots = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), slots)
     idle_s, passes = no_time_s[:, 0], no_tokens[:, 0]
-    return World(ExpertState(slots, idle_s, idle_s, idle_s, passes), None)
+    arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
+    return World(ExpertState(slots, idle_s, idle_s, idle_s, passes), Memory(arrivals, None))
 
 
 def imagine_request(obs: Observation, length_cv: float = LENGTH_CV, key: Array | None = None) -> Request:

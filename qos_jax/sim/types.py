@@ -86,13 +86,17 @@ class Workload(Protocol):
         """Returns the same workload at another mean arrival rate [requests/s]."""
 
 
+RATE_WINDOWS_S = (2.0, 10.0, 60.0)  # K of them
+
+
 class ArrivedView(struct.PyTreeNode):
-    """What a router knows of the request it must place now."""
+    """What a router knows of the request it must place now, and of how they have come lately."""
 
     prompt_tokens: Array  # [] int32 tokens
     latency_limit_s: Array  # [] s/token
     predicted_score: Array  # [N]
     predicted_tokens: Array  # [N] tokens
+    recent_rate_per_s: Array  # [K] requests/s that arrived, over about the last ``RATE_WINDOWS_S``
 
 
 class ExpertView(struct.PyTreeNode):

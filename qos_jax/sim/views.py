@@ -16,10 +16,10 @@ import jraph
 import numpy as np
 from jax import Array
 
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, ExpertView, Observation, RequestView
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, ExpertProfile, ExpertView, Observation, RequestView
 
 FLAT_LIMIT = 5.0
-FLAT_ARRIVED = ("prompt_tokens", "latency_limit")
+FLAT_ARRIVED = ("prompt_tokens", "latency_limit", "rate_2_s", "rate_10_s", "rate_60_s")
 FLAT_EXPERT = (
     "predicted_score",
     "predicted_tokens",
@@ -56,7 +56,8 @@ def flat_size(num_experts: int) -> int:
 def flat_view(obs: Observation) -> Array:
     """Returns the observation of one environment as float32 [F]: ``FLAT_ARRIVED``, then ``FLAT_EXPERT`` by expert.
 
-    Loads are fractions of what the expert can hold, tokens are on a logarithmic scale, and times are fractions of the
+    Rates are log(1 + requests/s per expert) over about the last 2, 10 and 60 s. Loads are fractions of what the expert
+    can hold, tokens are on a logarithmic scale, and times are fractions of the
     arrived request's latency limit: an iteration's floor, the prefill of 256 tokens, what a full batch and full memory
     add to an iteration, and the network. ``tokens_left``, ``latency`` and ``score`` sum up the requests that run (wait)
     on the expert: the tokens that they are predicted to emit from now on, the mean of their age over the time that they
@@ -76,9 +77,11 @@ def flat_view(obs: Observation) -> Array:
 def arrived_columns(obs: Observation) -> dict[str, Array]:
     """Returns what ``flat_view`` says of the arrived request: scalars by ``FLAT_ARRIVED``, not cut yet."""
     arrived = jax.tree.map(jnp.asarray, obs.arrived)
+    rates = jnp.log1p(arrived.recent_rate_per_s / obs.experts.running.shape[-1])
     return {
         "prompt_tokens": log_tokens(arrived.prompt_tokens),
         "latency_limit": jnp.maximum(arrived.latency_limit_s, _NO_TIME_S) / _LATENCY_LIMIT_S,
+        **{name: rates[k] for k, name in enumerate(FLAT_ARRIVED[-len(RATE_WINDOWS_S) :])},
     }
 
 
@@ -120,7 +123,7 @@ def graph_view(obs: Observation) -> dict[Relation, jraph.GraphsTuple]:
 
     Edges lead to experts: ``("arrived", "expert")`` to each of them, with ``predicted_score``, ``predicted_tokens`` and
     ``legal``, columns [N]; ``("running", "expert")`` and ``("waiting", "expert")`` from each request to where it is,
-    without features. ``globals`` is ``{"drop_legal": [1]}``.
+    without features. ``globals`` holds ``drop_legal`` [1] and ``recent_rate_per_s`` [1, K].
     """
     obs = jax.tree.map(np.asarray, obs)
     num_experts = obs.experts.running.shape[0]
@@ -134,13 +137,18 @@ def graph_view(obs: Observation) -> dict[Relation, jraph.GraphsTuple]:
         "legal": obs.action_mask[:-1].astype(np.float32),
     }
 
+    shared = {
+        "drop_legal": obs.action_mask[-1:].astype(np.float32),
+        "recent_rate_per_s": obs.arrived.recent_rate_per_s[None].astype(np.float32),
+    }
+
     def relation(senders: np.ndarray, experts: np.ndarray, edges: dict[str, Any]) -> jraph.GraphsTuple:
         return jraph.GraphsTuple(
             nodes=nodes,
             edges=edges,
             senders=senders.astype(np.int32),
             receivers=(1 + experts).astype(np.int32),
-            globals={"drop_legal": obs.action_mask[-1:].astype(np.float32)},
+            globals=shared,
             n_node=np.array([len(nodes["kind"])]),
             n_edge=np.array([len(senders)]),
         )

@@ -16,7 +16,15 @@ from jax import Array
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.engine import EngineSpec, ExpertState
-from qos_jax.sim.types import ArrivedView, ExpertProfile, ExpertView, Observation, Request, RequestView
+from qos_jax.sim.types import (
+    RATE_WINDOWS_S,
+    ArrivedView,
+    ExpertProfile,
+    ExpertView,
+    Observation,
+    Request,
+    RequestView,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +54,18 @@ class Snapshots(struct.PyTreeNode):
     looks: tuple[ExpertView, RequestView]  # leaves [H, ...]; the profile is left out
 
 
+class Memory(struct.PyTreeNode):
+    """What the router's side remembers."""
+
+    arrivals: Array  # [K] requests so far, each counted less the longer ago, with the time constants RATE_WINDOWS_S
+    snapshots: Snapshots | None  # of a router that sees metrics late
+
+
 class World(struct.PyTreeNode):
-    """Experts with the requests on them, and what a late-seeing router remembers."""
+    """Experts with the requests on them, and what the router's side remembers."""
 
     experts: ExpertState  # payload: SlotPayload
-    snapshots: Snapshots | None
+    memory: Memory | None  # None where nobody looks
 
 
 class Answers(struct.PyTreeNode):
@@ -71,11 +86,12 @@ def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
     dtype = jnp.asarray(profile.step_base_s).dtype
     zero = jnp.zeros((), dtype)
     experts = engine.init_state(spec.engine, (spec.num_experts,), SlotPayload(zero, zero, zero, zero), dtype)
+    arrivals = jnp.zeros(len(RATE_WINDOWS_S), dtype)
     if spec.history == 0:
-        return World(experts, None)
-    looks = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _look(spec, World(experts, None)))
+        return World(experts, Memory(arrivals, None))
+    looks = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _look(spec, experts))
     age_s = jnp.full((spec.history,), jnp.inf, dtype)
-    return World(experts, Snapshots(age_s, jnp.int32(0), looks))
+    return World(experts, Memory(arrivals, Snapshots(age_s, jnp.int32(0), looks)))
 
 
 def dispatch(
@@ -97,20 +113,23 @@ def dispatch(
 
 
 def pass_time(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
-    """Runs the experts for ``duration_s`` [] s and remembers what they then look like."""
+    """Runs the experts for ``duration_s`` [] s, until the next arrival, which is remembered."""
     experts = engine.advance(spec.engine, profile, world.experts, duration_s)
     return remember(spec, world.replace(experts=experts), duration_s)
 
 
 def remember(spec: WorldSpec, world: World, duration_s: Array) -> World:
-    """Adds what the experts look like, ``duration_s`` [] s after the last look, for a router that sees them late."""
-    if world.snapshots is None:
+    """Adds an arrival ``duration_s`` [] s after the last one, and what the experts look like then."""
+    if world.memory is None:
         return world
-    seen = world.snapshots
+    arrivals = 1.0 + world.memory.arrivals * jnp.exp(-duration_s / jnp.array(RATE_WINDOWS_S, duration_s.dtype))
+    seen = world.memory.snapshots
+    if seen is None:
+        return world.replace(memory=Memory(arrivals, None))
     newest = (seen.newest + 1) % spec.history
-    looks = jax.tree.map(lambda ring, now: ring.at[newest].set(now), seen.looks, _look(spec, world))
+    looks = jax.tree.map(lambda ring, now: ring.at[newest].set(now), seen.looks, _look(spec, world.experts))
     age_s = jnp.where(jnp.arange(spec.history) == newest, 0.0, seen.age_s + duration_s)
-    return world.replace(snapshots=Snapshots(age_s, newest, looks))
+    return world.replace(memory=Memory(arrivals, Snapshots(age_s, newest, looks)))
 
 
 def payload_of(request: Request) -> SlotPayload:
@@ -152,13 +171,18 @@ def observe(
     spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, staleness_s: Array | float = 0.0
 ) -> Observation:
     """Returns what the router sees when ``request`` arrives: fresh, or the newest snapshot at least that old."""
-    if world.snapshots is None:
-        experts, requests = _look(spec, world)
+    assert world.memory is not None
+    if world.memory.snapshots is None:
+        experts, requests = _look(spec, world.experts)
     else:
-        experts, requests = _look_back(world.snapshots, staleness_s)
+        experts, requests = _look_back(world.memory.snapshots, staleness_s)
     experts = experts.replace(profile=profile)
     arrived = ArrivedView(
-        request.prompt_tokens, request.latency_limit_s, request.predicted_score, request.predicted_tokens
+        request.prompt_tokens,
+        request.latency_limit_s,
+        request.predicted_score,
+        request.predicted_tokens,
+        world.memory.arrivals / jnp.array(RATE_WINDOWS_S, world.memory.arrivals.dtype),
     )
     fits = blocks_of(request.prompt_tokens + 1, spec.engine.block_size) <= profile.kv_blocks
     legal = fits & (experts.waiting < profile.max_waiting)
@@ -166,8 +190,8 @@ def observe(
     return Observation(arrived, experts, requests, action_mask)
 
 
-def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
-    slots = world.experts.slots
+def _look(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:
+    slots = experts.slots
     running, waiting = slots.running, slots.waiting
     requests = RequestView(
         running=running,
@@ -180,7 +204,7 @@ def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
         predicted_score=slots.payload.predicted_score,
         predicted_tokens=jnp.maximum(slots.payload.predicted_tokens, slots.generated + 1),
     )
-    experts = ExpertView(
+    view = ExpertView(
         profile=None,  # the same for every look, so it is put in by the caller
         running=jnp.sum(running, -1, dtype=jnp.int32),
         waiting=jnp.sum(waiting, -1, dtype=jnp.int32),
@@ -188,7 +212,7 @@ def _look(spec: WorldSpec, world: World) -> tuple[ExpertView, RequestView]:
             jnp.where(running, blocks_of(slots.computed, spec.engine.block_size), 0), -1, dtype=jnp.int32
         ),
     )
-    return experts, requests
+    return view, requests
 
 
 def _look_back(seen: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:

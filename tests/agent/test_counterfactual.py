@@ -228,7 +228,8 @@ def test_the_world_that_goes_on_is_that_of_the_environment() -> None:
     ours, theirs = measurements["state"], jax.tree.map(lambda x: x[:, ::STRETCH], steps["state"])
     for name in ("request", "workload", "time"):
         chex.assert_trees_all_equal(getattr(ours, name), getattr(theirs, name))
-    chex.assert_trees_all_close(ours.world.snapshots.age_s, theirs.world.snapshots.age_s, rtol=1e-5, atol=1e-5)
+    for part in (lambda memory: memory.arrivals, lambda memory: memory.snapshots.age_s):
+        chex.assert_trees_all_close(part(ours.world.memory), part(theirs.world.memory), rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(tidy(ours), tidy(theirs), rtol=1e-4, atol=1e-4)
     followed = jax.tree.map(lambda x: x[:, :-1], measurements["followed"])
     by_stretch = (len(WORLDS), -1, STRETCH)

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qos_jax import ExpertProfile, Observation
-from qos_jax.sim.types import ArrivedView, ExpertView, RequestView
+from qos_jax.sim.types import RATE_WINDOWS_S, ArrivedView, ExpertView, RequestView
 from tests.small_env import small_experts
 
 SLOTS = 8
@@ -78,6 +78,7 @@ def observation(
     arrived = {"prompt_tokens": 32, "latency_limit_s": 0.05, "predicted_score": 0.5, "predicted_tokens": 40.0} | arrived
     for name in ("predicted_score", "predicted_tokens"):
         arrived[name] = jnp.broadcast_to(jnp.asarray(arrived[name], jnp.float32), num_experts)
+    arrived["recent_rate_per_s"] = np.full(len(RATE_WINDOWS_S), arrived.get("recent_rate_per_s", 6.0))
     filled = [[*there, *[_JUNK] * (slots - len(there))] for there in fleet]
     there = np.arange(slots) < np.array([len(there) for there in fleet])[:, None]
     columns = {

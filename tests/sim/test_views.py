@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qos_jax import ExpertProfile, Observation
-from qos_jax.sim.types import ArrivedView, ExpertView, RequestView
+from qos_jax.sim.types import RATE_WINDOWS_S, ArrivedView, ExpertView, RequestView
 from qos_jax.sim.views import FLAT_ARRIVED, FLAT_EXPERT, FLAT_LIMIT, NODE_KINDS, flat_size, flat_view, graph_view
 from tests.small_env import small_experts
 
@@ -57,6 +57,7 @@ def some_observation(
             np.float32(0.06),
             rng.random(num_experts).astype(np.float32),
             rng.exponential(token_scale, num_experts).astype(np.float32),
+            rng.exponential(time_scale_s, len(RATE_WINDOWS_S)).astype(np.float32),
         ),
         experts=ExpertView(
             profile=jax.tree.map(np.asarray, small_experts(num_experts, max_running=8, max_waiting=4)),
@@ -98,8 +99,10 @@ def test_the_flat_view_by_hand() -> None:
         latency_limit_s=np.full(shape, 0.03, np.float32),
         predicted_score=np.tile(np.float32([0.2, 0.8, 0.9, 0.0, 0.0, 0.0]), (NUM_EXPERTS, 1)),
     )
+    obs = obs.replace(arrived=obs.arrived.replace(recent_rate_per_s=np.float32([0.0, 3.0, 6.0])))
     flat = np.asarray(flat_view(obs))
-    np.testing.assert_allclose(flat[:2], [math.log1p(obs.arrived.prompt_tokens) / math.log(1025), 2.0], rtol=1e-5)
+    arrived = [math.log1p(obs.arrived.prompt_tokens) / math.log(1025), 2.0, 0.0, math.log(2), math.log(3)]
+    np.testing.assert_allclose(flat[: len(FLAT_ARRIVED)], arrived, rtol=1e-5)
     columns = by_expert(flat)
     expected = {
         "running": [0, 2 / 8, 0],
