@@ -107,7 +107,11 @@ def main(argv: list[str]) -> None:
     folder = earlier or RunFolder.start(FLAGS.out, config)
     if leads():
         print(sizes, flush=True)
-    with _stop_asked() as should_stop, _Reporter(folder, runs) if leads() else contextlib.nullcontext() as reporter:
+    with (
+        folder.locked(),
+        _stop_asked() as should_stop,
+        _Reporter(folder, runs) if leads() else contextlib.nullcontext() as reporter,
+    ):
         result = train(
             learner, params, _hyperparameters(learner.config, runs), held_out,
             steps=FLAGS.steps, seeds=[run["seed"] for run in runs],

@@ -6,7 +6,7 @@ The folder of a run holds
   versions; the network is rebuilt from it without any code of the user's;
 * ``metrics.jsonl``: one object per line: what has happened, see ``training``;
 * ``checkpoints/STEPS/``: two Orbax items, ``state``, which training goes on from bit for bit, and ``weights``, which
-  is all that a router needs.
+  is all that a router needs; and ``checksums.json`` of all their files, as a bit that has flipped would be read.
 
 A checkpoint is written under a hidden name and then renamed, so that whatever ends the program, and whenever, the last
 whole checkpoint is there. Lines of metrics.jsonl are written before the checkpoint that they lead to, and those beyond
@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -50,6 +52,7 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 _FORMAT = 1
 _KEPT = 2  # checkpoints
+_ITEMS, _CHECKSUMS = ("state", "weights"), "checksums.json"
 _FIELDS = {"spec": dict, "agent": dict, "seeds": list, "with_replay": bool}  # what every config.json has
 
 
@@ -90,6 +93,25 @@ class RunFolder:
         folder = pathlib.Path(path).absolute()
         return cls(folder, read_config(folder))
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other programs from training in the folder; the system ends that with the process, however it ends.
+
+        Raises:
+          InputError: another one trains there.
+        """
+        if not leads():
+            yield
+            return
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path}: another program trains in this folder: wait for it, or stop it"
+                ) from error
+            yield
+
     def check_same(self, config: Mapping[str, Any]) -> None:
         """Compares what fixes a run with another configuration.
 
@@ -115,6 +137,9 @@ class RunFolder:
           steps: environment steps so far, of each seed.
           state: everything that training goes on from.
           weights: what a router needs of it.
+
+        Raises:
+          InputError: it cannot be written; the checkpoints before it are as they were.
         """
         if steps in self._saved():
             return
@@ -124,10 +149,15 @@ class RunFolder:
         if leads():
             shutil.rmtree(hidden, ignore_errors=True)
         wait_for_all(f"before checkpoint {steps}")
-        with ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
-            checkpointer.save(hidden / "weights", weights)
-            checkpointer.save(hidden / "state", state)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
+                checkpointer.save(hidden / "weights", weights)
+                checkpointer.save(hidden / "state", state)
+        except Exception as error:  # Orbax and TensorStore raise whatever they like on full disks
+            kept = f"the last one is {self.checkpoint(self.latest)}" if self.latest is not None else "there is none"
+            raise InputError(f"{hidden}: checkpoint cannot be written ({_first_line(error)}); {kept}") from error
         if leads():
+            write_whole(hidden / _CHECKSUMS, json.dumps({item: _checksums(hidden / item) for item in _ITEMS}))
             os.replace(hidden, self.checkpoint(steps))
             for old in self._saved()[:-_KEPT]:
                 os.replace(self.checkpoint(old), self._hidden(old))
@@ -157,8 +187,11 @@ class RunFolder:
         """Adds a line to metrics.jsonl; ``record["steps"]`` is when it happened."""
         if not leads():
             return
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        try:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path / METRICS}: cannot be written: {error.strerror}") from error
 
     def records(self) -> list[dict[str, Any]]:
         """Returns the lines of metrics.jsonl, without a last one that was not written to its end.
@@ -190,6 +223,7 @@ class RunFolder:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), like
         )
+        self._check_whole(steps, item)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 _check_alike(path, checkpointer.metadata(path).item_metadata.tree, target)
@@ -197,10 +231,18 @@ class RunFolder:
         except InputError:
             raise
         except Exception as error:  # Orbax and TensorStore raise whatever they like on broken files
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"{path}: cannot be restored ({reason:.200}): delete {path.parent} to take the checkpoint before it"
-            ) from error
+            raise InputError(f"{path}: cannot be restored ({_first_line(error)}): {_otherwise(path.parent)}") from error
+
+    def _check_whole(self, steps: int, item: str) -> None:
+        path = self.checkpoint(steps)
+        try:
+            expected = parse_json((path / _CHECKSUMS).read_text(encoding="utf-8", errors="replace"), str(path))[item]
+        except (OSError, KeyError, TypeError) as error:
+            raise InputError(f"{path / _CHECKSUMS}: cannot be read: {_otherwise(path)}") from error
+        found = _checksums(path / item)
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
+                raise InputError(f"{path / item / name}: is not what was written: {_otherwise(path)}")
 
     def _saved(self) -> list[int]:
         folder = self.path / "checkpoints"
@@ -331,6 +373,24 @@ def _for_its_fleets(router: Router, trained_on: int) -> Router:
             ) from error
 
     return dataclasses.replace(router, act=act)
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file below a folder."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _otherwise(checkpoint: pathlib.Path) -> str:
+    return f"delete {checkpoint} to take the checkpoint before it"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check_same(name: str, saved: Any, asked: Any) -> None:

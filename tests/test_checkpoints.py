@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,32 @@ class TestRunFolder:
         assert folder.latest == 64
         folder.save(96, state, state)
         assert_equal(folder.restore_weights(96, state), state)
+
+    def test_a_full_disk_leaves_the_checkpoints_that_are_there(self, copy: pathlib.Path) -> None:
+        folder, state = RunFolder.reopen(copy), {"a": jnp.arange(300_000.0)}
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(InputError, match=r"cannot be written .*; the last one is .*/checkpoints/64$"):
+                folder.save(128, state, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert folder.latest == 64
+        before = state_of(small_learner())
+        assert_equal(folder.restore_state(64, jax.eval_shape(lambda: before)), before)
+        folder.save(128, state, state)
+        assert folder.latest == 128
+
+    def test_a_folder_that_nobody_may_write_to_is_named(self) -> None:
+        with pytest.raises(InputError, match=r"/proc/run cannot be written"):
+            RunFolder.start("/proc/run", {})
+
+    def test_two_programs_do_not_train_in_one_folder(self, copy: pathlib.Path) -> None:
+        first, second = RunFolder.reopen(copy), RunFolder.reopen(copy)
+        with first.locked(), pytest.raises(InputError, match="another program trains in this folder"), second.locked():
+            pass
+        with second.locked():
+            pass
 
     def test_another_run_is_not_overwritten(self, flat: RunFolder) -> None:
         before = (flat.path / "config.json").read_bytes()
@@ -193,11 +220,21 @@ def changed(**fields: Any) -> Callable[[pathlib.Path], None]:
     return spoil
 
 
-def truncated(folder: pathlib.Path) -> None:
-    """Cuts the file that holds most of the weights."""
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+    """The file that holds most of the weights."""
     files = [file for file in (folder / "checkpoints" / "64" / "weights").rglob("*") if file.parent.name == "d"]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def truncated(folder: pathlib.Path) -> None:
+    file = largest_file(folder)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flipped(folder: pathlib.Path) -> None:
+    content = bytearray(largest_file(folder).read_bytes())
+    content[len(content) // 2] ^= 4
+    largest_file(folder).write_bytes(content)
 
 
 SPOILED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
@@ -219,11 +256,13 @@ SPOILED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "other fleet": (changed(spec__num_experts=4), "/checkpoints/64/weights: params/"),
     "other seeds": (changed(seeds=[0, 1]), "/checkpoints/64/weights: params/"),
     "no checkpoint": (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds no checkpoint yet"),
-    "no weights": (lambda folder: shutil.rmtree(folder / "checkpoints" / "64" / "weights"), "64/weights: cannot be"),
-    "truncated weights": (truncated, "/checkpoints/64/weights: cannot be restored"),
+    "no weights": (lambda folder: shutil.rmtree(folder / "checkpoints" / "64" / "weights"), "is not what was written"),
+    "no checksums": (lambda folder: os.remove(folder / "checkpoints/64/checksums.json"), "sums.json: cannot be read"),
+    "truncated weights": (truncated, "is not what was written"),
+    "a bit that flipped": (flipped, "is not what was written"),
     "foreign folder": (
         lambda folder: [os.remove(file) for file in (folder / "checkpoints/64/weights").rglob("*") if file.is_file()],
-        "/checkpoints/64/weights: cannot be restored",
+        "is not what was written",
     ),
 }
 

@@ -87,7 +87,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
 
 def test_the_folder_is_complete(whole: pathlib.Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", "tensorboard", "learning_curve.png",
+        "config.json", "metrics.jsonl", "checkpoints", "tensorboard", "learning_curve.png", ".lock",
     }  # fmt: skip
     assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(whole / "checkpoints")) == ["224", "256"]
@@ -161,7 +161,7 @@ def test_what_is_killed_again_and_again_goes_on_bit_for_bit(
     whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     folder, arguments = tmp_path / "killed", TINY
-    for kill in range(20):
+    for kill in range(25):
         process = start(folder, variables, *arguments)
         lines = (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
         wait_for_lines(folder, lines + 1 if kill % 2 else lines, process)
