@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: run test slow coverage lint format types lock clean
+.PHONY: run test slow newest coverage lint format types lock licences clean
 
 run: .venv/installed
 	.venv/bin/python -m experiments.train --preset=paper-3 --agent=ours --randomise=load,arrivals --steps=400000 --out=runs/ours \
@@ -20,6 +20,12 @@ test: .venv/installed
 
 slow: .venv/installed-sb3 .venv/installed-minilm
 	$(PYTEST) -m slow
+
+# The same on the newest release of everything; what fails here tells what the next lock must mend.
+newest:
+	"$(PYTHON)" -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip --disable-pip-version-check -qq install --upgrade --editable '.[dev]'
+	.venv-newest/bin/python -m pytest -n 2 --dist=loadfile tests/sim tests/workload tests/agent
 
 coverage: .venv/installed
 	$(PYTEST) --cov
@@ -63,5 +69,14 @@ lock:
 		> requirements-sb3.lock
 	rm -rf .venv-lock
 
+licences: .venv/installed
+	"$(PYTHON)" -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip --disable-pip-version-check -qq install pip-licenses
+	{ printf '# Licences of the locked dependencies\n\nWritten by `make licences`.\n\n'; \
+		.venv-lock/bin/pip-licenses --python=.venv/bin/python --format=markdown --order=name --with-system \
+		--packages $$(sed 's/==.*//' requirements.lock); \
+		} > docs/licences.md
+	rm -rf .venv-lock
+
 clean:
-	rm -rf .venv .venv-lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-lock .venv-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

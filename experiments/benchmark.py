@@ -30,13 +30,13 @@ from experiments import common, native, training_speed
 from qos_jax.files import write_whole
 from qos_jax.presets import make
 from qos_jax.report import versions
+from qos_jax.sim.blocks import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import RequestTrace
 from tests.reference import Job, ReferenceExpert
 
 FLAGS = flags.FLAGS
-_ENVIRONMENTS_PER_BLOCK = 16
 _CASES = (  # preset, environments, load, answers so many times as long
     *(("paper-3", num_envs, 0.8, 1) for num_envs in (1, 16, 256, 1024, 4096)),
     ("paper-3", 1024, 1.1, 1),
@@ -131,7 +131,7 @@ def _episodes(env: Environment, params: EnvParams, steps: int) -> Callable[[Arra
         _, (reward, passes) = lax.scan(step, env.reset(key_reset, params), jax.random.split(key_steps, steps))
         return jnp.sum(reward), jnp.sum(passes)
 
-    return lambda keys: lax.map(play, keys, batch_size=_ENVIRONMENTS_PER_BLOCK)
+    return lambda keys: map_environments(play, keys)
 
 
 def _trace(params: EnvParams, num_requests: int) -> RequestTrace:

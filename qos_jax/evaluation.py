@@ -20,14 +20,13 @@ import numpy as np
 from jax import Array, lax
 
 from qos_jax.routers.base import Router
+from qos_jax.sim.blocks import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.metrics import metrics_of
 from qos_jax.sim.replay import Replayed, replay_many
 from qos_jax.sim.types import Request, RequestTrace
 from qos_jax.sim.world import WorldSpec, dispatch, empty_world, observe, pass_time
-
-_ENVIRONMENTS_PER_BLOCK = 16  # few enough that their state stays in cache and that no slow one holds up many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +179,7 @@ def _rollouts(
         gaps_s, requests, key = scenario
         return rollout(spec, routers, which, params, gaps_s, requests, jax.random.fold_in(key, 1))
 
-    return lax.map(one, (gaps_s, requests, keys), batch_size=_ENVIRONMENTS_PER_BLOCK)
+    return map_environments(one, (gaps_s, requests, keys))
 
 
 def _traces(gaps_s: Array, requests: Request, count: int) -> list[RequestTrace]:

@@ -24,9 +24,9 @@ from qos_jax.agent.networks import Inputs, greedy, heads_of, network_of
 from qos_jax.agent.rewards import shaped_reward
 from qos_jax.agent.sac import Hyperparameters, Learned, Lesson, Step, Transition, Weights
 from qos_jax.routers.base import Router
+from qos_jax.sim.blocks import map_environments
 from qos_jax.sim.env import EnvParams
 
-_ENVIRONMENTS_PER_BLOCK = 16  # few enough that their worlds stay in cache
 _FAVOURITISM = 2.0  # of the routing by lot: SD of the log odds of each action, so that some experts are overrun
 
 
@@ -187,9 +187,7 @@ class Learner:
         ended = jax.tree.map(lambda sets: lax.dynamic_index_in_dim(sets, which, 1, keepdims=False), twins)
         keys = jax.random.split(key_envs, config.num_envs)
         own_params = params if _axis(params) == 0 else None
-        envs, twins, lessons, happened = lax.map(
-            one, (keys, envs, ended, twins, own_params), batch_size=_ENVIRONMENTS_PER_BLOCK
-        )
+        envs, twins, lessons, happened = map_environments(one, (keys, envs, ended, twins, own_params))
         metrics = {"qos": jnp.mean(happened.qos) / requests, "dropped": jnp.mean(happened.dropped) / requests}
         return state.replace(envs=(state.envs[0], envs), twins=twins), lessons, metrics
 
