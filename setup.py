@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 GYM = ["gymnasium>=1.1"]
-NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
+NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbconvert>=7.16", "nbformat>=5.10"]
 
 setup(
     name="qos_jax",

@@ -6,10 +6,10 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -54,16 +54,21 @@ def whole_files(folder: pathlib.Path) -> None:
             json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("command", [SWEEP, STUDY], ids=["sweep", "reproduce"])
-def test_killed_again_and_again(command: Sequence[str], variables: dict[str, str], tmp_path: pathlib.Path) -> None:
-    began = time.perf_counter()
+@pytest.mark.parametrize(("command", "part"), [(SWEEP, "seed=1"), (STUDY, "runs")], ids=["sweep", "reproduce"])
+def test_killed_again_and_again(
+    command: Sequence[str], part: str, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
     finish(start(command, tmp_path / "whole", variables))
-    took_s = time.perf_counter() - began
-    for _ in range(KILLS):
+    kills = 0
+    while kills < KILLS:
         process = start(command, tmp_path / "killed", variables)
-        time.sleep(random.uniform(0.3, 0.6) * took_s)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        try:
+            process.communicate(timeout=random.uniform(1, 15))
+            shutil.rmtree(tmp_path / "killed" / part)  # all was done: there must be something to do
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
         whole_files(tmp_path / "killed")
     finish(start(command, tmp_path / "killed", variables))
     results = [json.loads(next((tmp_path / name).glob("s*.json")).read_text())["rows"] for name in ("whole", "killed")]

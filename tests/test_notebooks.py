@@ -1,4 +1,4 @@
-"""Notebooks are kept without outputs, open in Colab, and run from a clean kernel."""
+"""Notebooks are kept without outputs, open in Colab, and run from a clean kernel; build/notebooks then shows them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import pathlib
 
 import pytest
+
+from qos_jax.files import write_whole
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -44,6 +46,7 @@ def test_it_opens_in_colab_and_installs_what_it_needs(path: pathlib.Path) -> Non
 @each_notebook
 def test_it_runs_from_a_clean_kernel(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
     import nbclient  # here, as the extra is not needed for the others
+    import nbconvert
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
@@ -53,6 +56,8 @@ def test_it_runs_from_a_clean_kernel(path: pathlib.Path, tmp_path: pathlib.Path)
     )
     found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     client.execute(env=os.environ | {"PYTHONPATH": found})
+    page, _ = nbconvert.HTMLExporter(embed_images=True).from_notebook_node(notebook)
+    write_whole(ROOT / "build" / "notebooks" / f"{path.stem}.html", page)
     printed = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
     assert "all is well" in printed
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
