@@ -2,7 +2,8 @@
 
 python -m experiments.benchmark --suite=sim --out=benchmark.json
 
---suite=train measures the learner instead: steps and memory, a decision, the encoder's two forms.
+--suite=train measures the learner instead: steps and memory, a decision, the encoder's two forms. --suite=peers
+measures the same agent in PyTorch beside it, and needs the extra sb3.
 
 Run from a checkout: the plain-Python loop is the one that the tests hold the engine to.
 """
@@ -16,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-if "--suite=train" not in sys.argv:  # there, one device with all cores; here, one device a core
+# To train, one device has all cores; else each core is a device.
+if not {"--suite=train", "--suite=peers"} & {*sys.argv}:
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")
 
 import jax
@@ -50,7 +52,7 @@ _CASES = (  # preset, environments, load, answers so many times as long
 
 def define_flags() -> None:
     """Defines the flags of this program."""
-    flags.DEFINE_enum("suite", "sim", ["sim", "train"], "What to measure.")
+    flags.DEFINE_enum("suite", "sim", ["sim", "train", "peers"], "What to measure.")
     flags.DEFINE_integer("requests", 400_000, "Requests of each case, over all environments.", lower_bound=10_000)
     flags.DEFINE_string("out", "benchmark.json", "File for the results.")
 
@@ -59,11 +61,21 @@ def main(argv: list[str]) -> None:
     """Measures each case, prints a line for it and writes all of them."""
     del argv
     rows = []
-    for row in _simulator_rows() if FLAGS.suite == "sim" else training_speed.rows():
+    for row in _rows():
         rows.append(row)
         numbers = (f"{name} {value:,.4g}" for name, value in row.items() if isinstance(value, float | int))
         print(f"{row['case']:34} {'  '.join(numbers)}", flush=True)
     write_whole(FLAGS.out, json.dumps({"versions": versions(), "rows": rows}, indent=1))
+
+
+def _rows() -> Iterator[dict[str, Any]]:
+    if FLAGS.suite == "sim":
+        return _simulator_rows()
+    if FLAGS.suite == "train":
+        return training_speed.rows()
+    from experiments import peers  # needs torch, which is no dependency
+
+    return peers.rows()
 
 
 def _simulator_rows() -> Iterator[dict[str, Any]]:

@@ -36,13 +36,14 @@ _GRAPHS = 64
 def rows(load: float = 0.9) -> Iterator[dict[str, Any]]:
     """Measures one case after the other."""
     for preset, agent in _LEARNERS:
-        yield _learner_row(preset, agent, load)
+        yield learner_row(preset, agent, load)
     for preset in ("paper-3", "edge-8"):
         yield from _decision_rows(preset, load)
     yield _encoder_row("paper-3", load)
 
 
-def _learner_row(preset: str, agent: str, load: float) -> dict[str, Any]:
+def learner_row(preset: str, agent: str, load: float) -> dict[str, Any]:
+    """Times chunks of a learner, after the first."""
     env, params = make(preset, load=load)
     learner = make_learner(env, AGENTS[agent])
     config, hyper = learner.config, learner.config.hyper

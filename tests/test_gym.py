@@ -17,6 +17,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from qos_jax import InputError
+from qos_jax.encoder import nodes
 from qos_jax.gym import RouterEnv, RouterVectorEnv
 from qos_jax.sim.views import flat_view
 from tests.small_env import small_env, small_params
@@ -39,6 +40,22 @@ def test_gymnasium_finds_nothing_wrong() -> None:
             check_env(gymnasium.make("EdgeServing-v0", disable_env_checker=True).unwrapped)
     finally:
         del gymnasium.registry["EdgeServing-v0"]
+
+
+def test_observations_may_be_the_nodes_of_the_graph() -> None:
+    env = small_env()
+    vector_env = RouterVectorEnv(env, PARAMS, NUM_ENVS, graph=True)
+    obs, _ = vector_env.reset(seed=7)
+    assert obs in vector_env.observation_space
+    for _ in range(STEPS_IN_EPISODE):
+        obs, *_, info = vector_env.step(vector_env.action_space.sample())
+        assert obs in vector_env.observation_space
+    assert info["final_obs"][0] in vector_env.single_observation_space  # all episodes are as long
+    reset_key = jax.random.split(jax.random.fold_in(jax.random.key(7), 1))[1]
+    expected = nodes(env.reset(reset_key, PARAMS)[0])
+    first, _ = vector_env.reset(seed=7)
+    for name, value in vars(expected).items():
+        np.testing.assert_allclose(first[name][1], value, rtol=1e-5, err_msg=name)
 
 
 def test_steps_are_those_of_the_environment(vector_env: RouterVectorEnv) -> None:
