@@ -3,7 +3,8 @@
 python -m experiments.benchmark --suite=sim --out=benchmark.json
 
 --suite=train measures the learner instead: steps and memory, a decision, the encoder's two forms. --suite=peers
-measures the same agent in PyTorch beside it, and needs the extra sb3.
+measures the same agent in PyTorch beside it, and needs the extra sb3. --suite=roofline says what limits a step and an
+update, on this device and on GPUs.
 
 Run from a checkout: the plain-Python loop is the one that the tests hold the engine to.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # To train, one device has all cores; else each core is a device.
-if not {"--suite=train", "--suite=peers"} & {*sys.argv}:
+if not {"--suite=train", "--suite=peers", "--suite=roofline"} & {*sys.argv}:
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")
 
 import jax
@@ -28,7 +29,7 @@ from absl import flags
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments import common, native, training_speed
+from experiments import common, native, roofline, training_speed
 from qos_jax.files import write_whole
 from qos_jax.presets import make
 from qos_jax.report import versions
@@ -52,7 +53,7 @@ _CASES = (  # preset, environments, load, answers so many times as long
 
 def define_flags() -> None:
     """Defines the flags of this program."""
-    flags.DEFINE_enum("suite", "sim", ["sim", "train", "peers"], "What to measure.")
+    flags.DEFINE_enum("suite", "sim", ["sim", "train", "peers", "roofline"], "What to measure.")
     flags.DEFINE_integer("requests", 400_000, "Requests of each case, over all environments.", lower_bound=10_000)
     flags.DEFINE_string("out", "benchmark.json", "File for the results.")
 
@@ -73,6 +74,8 @@ def _rows() -> Iterator[dict[str, Any]]:
         return _simulator_rows()
     if FLAGS.suite == "train":
         return training_speed.rows()
+    if FLAGS.suite == "roofline":
+        return roofline.rows()
     from experiments import peers  # needs torch, which is no dependency
 
     return peers.rows()

@@ -176,7 +176,8 @@ class Learner:
             key, env, ended, twins, own = x
             world = params if own is None else own
             key_act, key_follow = jax.random.split(key)
-            lesson = Lesson(ended.decision, ended.whole, measured(self.env, world, judge, env, ended))
+            value = jnp.maximum(measured(self.env, world, judge, env, ended), -hyper.most_harm)
+            lesson = Lesson(ended.decision, ended.whole, value)
             obs = self.env.observe(env, world)
             seen = replay.halved(self.inputs(obs))
             twins = begun(self.env, world, judge, env, twins, which, seen, policy(key_act, obs))
