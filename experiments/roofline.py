@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def rows(load: float = 0.9) -> Iterator[dict[str, Any]]:
             cost: Any = compiled.cost_analysis()
             kernels = _kernels(compiled.as_text() or "")
             bound_s = max(cost["flops"] / peak_flops, cost["bytes accessed"] / peak_bytes)
-            taken_s = _seconds(lambda compiled=compiled, arguments=arguments: compiled(*arguments))
+            taken_s = _seconds(partial(compiled, *arguments))
             row = {"case": f"{case} on {preset}", "flops": cost["flops"] / units}
             row |= {"bytes": cost["bytes accessed"] / units, "kernels": kernels}
             row |= {"per_s": units / taken_s, "share_of_roofline": bound_s / taken_s}
