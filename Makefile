@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: run test slow newest coverage lint format types lock licences clean
+.PHONY: run test slow reproduce newest coverage lint format types lock licences clean
 
 run: .venv/installed
 	.venv/bin/python -m experiments.train --preset=paper-3 --agent=ours --randomise=load,arrivals --steps=400000 --out=runs/ours \
@@ -21,7 +21,11 @@ test: .venv/installed
 slow: .venv/installed-sb3 .venv/installed-minilm
 	$(PYTEST) -m slow
 
-# The same on the newest release of everything; what fails here tells what the next lock must mend.
+# Two studies at the smallest size: only shows that they can be made.
+reproduce: .venv/installed
+	.venv/bin/python -m experiments.reproduce --figure=load,hindsight --budget=quick --out=build/reproduce
+
+# The tests on the newest release of everything; what fails here tells what the next lock must mend.
 newest:
 	"$(PYTHON)" -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip --disable-pip-version-check -qq install --upgrade --editable '.[dev]'

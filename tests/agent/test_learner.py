@@ -51,10 +51,10 @@ def run(learner: Learner, key: Array, params: Any, hyper: Hyperparameters) -> tu
 
 
 @functools.cache
-def trained(name: str, restart: float = 0.0) -> tuple[TrainState, TrainState, dict[str, Array]]:
+def trained(name: str, **numbers: float) -> tuple[TrainState, TrainState, dict[str, Array]]:
     """The named agent, small, before and after a few chunks in two environments of different loads."""
     params = stacked([small_params(NUM_EXPERTS, rate_per_s=rate) for rate in RATES])
-    hyper = arrays(AGENTS[name].hyper.replace(restart=restart))
+    hyper = arrays(AGENTS[name].hyper.replace(**({"restart": 0.0} | numbers)))
     return run(tiny(name), jax.random.key(0), params, hyper)
 
 
@@ -94,6 +94,12 @@ def test_a_restarted_environment_has_no_lesson() -> None:
     assert not np.any(after.replay.whole)
     np.testing.assert_array_equal(after.envs[1].time, PREFILL + tiny("ours").requests_per_chunk)
     chex.assert_trees_all_equal(before.learned.params, after.learned.params)
+
+
+def test_no_lesson_says_that_a_placement_costs_more_than_it_may() -> None:
+    free, bounded = (trained("ours", most_harm=most)[1].replay for most in (10.0, 0.02))
+    assert np.min(free.value) < -0.02
+    np.testing.assert_array_equal(bounded.value[: 3 * NUM_ENVS], np.maximum(free.value[: 3 * NUM_ENVS], -0.02))
 
 
 @pytest.mark.parametrize("name", QUICK)
