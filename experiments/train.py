@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import shlex
 import signal
 import sys
@@ -73,6 +74,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("evaluation_steps", 800, "Requests of each of them.", 1)
     flags.DEFINE_float("checkpoint_minutes", 2.0, "Minutes between checkpoints.", 0.0)
     flags.DEFINE_bool("save_replay", True, "Checkpoints hold the replay; without it a run does not resume bit for bit.")
+    flags.DEFINE_bool("deterministic", False, "Repeats bit for bit on a GPU, too, at some cost; a CPU always does.")
     flags.DEFINE_integer("devices", None, "Devices that share seeds and shards (--set=shards=N); one by default.", 1)
     flags.DEFINE_bool("distributed", False, "Several processes run this command, and all their devices share the work.")
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first process; found out under Slurm and MPI.")
@@ -133,6 +135,8 @@ def _devices() -> list[jax.Device]:
     Raises:
       InputError: there are not so many, or the processes do not find each other.
     """
+    if FLAGS.deterministic:  # read when JAX first looks for devices
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     if FLAGS.distributed:
         try:
             jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)

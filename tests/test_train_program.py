@@ -175,6 +175,19 @@ def test_what_is_killed_again_and_again_goes_on_bit_for_bit(
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
+def test_a_seed_repeats_bit_for_bit_and_another_one_differs(
+    whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    for name, flag in (("again", "--deterministic"), ("other", "--seed=1")):
+        process = start(tmp_path / name, variables, *TINY, flag)
+        printed = process.communicate()[0].decode()
+        assert process.returncode == 0, printed
+    assert_same_run(whole, tmp_path / "again")
+    with pytest.raises(AssertionError):
+        assert_same_run(whole, tmp_path / "other")
+
+
 def test_it_is_compared_with_other_routers(
     evaluation: Program, variables: dict[str, str], whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
