@@ -95,12 +95,12 @@ def read_columns(
         raise InputError(f"{path}: not a readable .npz file: {error}") from error
 
 
-def numbers_in(path: str | os.PathLike[str], name: str, column: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
-    """Returns a column as numbers.
+def numbers_in(path: str | os.PathLike[str], name: str, column: np.ndarray) -> np.ndarray:
+    """Returns a column as floating-point numbers, of its own precision if it has one.
 
     Raises:
       InputError: it holds something else.
     """
     if column.dtype.kind not in "biuf":
         raise InputError(f"{path}: column {name} is of kind {column.dtype}, must be numbers")
-    return column.astype(dtype)
+    return column if column.dtype.kind == "f" else column.astype(np.float64)

@@ -141,10 +141,10 @@ def _read_npz(
     return PredictionTable(
         source=str(path),
         experts=tuple(str(name) for name in columns["experts"]),
-        score=np.clip(numbers_in(path, score_column, columns[score_column]), 0.0, 1.0),
+        score=np.clip(numbers_in(path, score_column, columns[score_column]).astype(np.float64), 0.0, 1.0),
         output_tokens=None if output_tokens is None else np.maximum(numbers_in(path, "out_tokens", output_tokens), 1),
         texts=None if prompts is None else _read_texts(prompts, ids),
-        embeddings=None if embeddings is None else numbers_in(path, EMBEDDINGS, embeddings, np.float32),
+        embeddings=None if embeddings is None else numbers_in(path, EMBEDDINGS, embeddings).astype(np.float32),
     )
 
 

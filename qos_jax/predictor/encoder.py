@@ -17,6 +17,7 @@ from jax import Array
 
 from qos_jax.errors import InputError
 
+_MOST = 2**24  # of any size
 _MASKED = -1e9  # not minus infinity, which has no gradient where everything is masked
 
 
@@ -41,8 +42,8 @@ class EncoderConfig:
         """Checks the fields."""
         for name, value in dataclasses.asdict(self).items():
             least = 0 if name == "num_token_types" else 1
-            if name != "layer_norm_eps" and value < least:
-                raise InputError(f"{name} is {value}, must be at least {least}")
+            if name != "layer_norm_eps" and not least <= value <= _MOST:
+                raise InputError(f"{name} is {value}, must be at least {least} and at most {_MOST}")
         if not 0.0 < self.layer_norm_eps < 1.0:
             raise InputError(f"layer_norm_eps is {self.layer_norm_eps}, must lie between 0 and 1")
         if self.hidden_size % self.num_heads:
@@ -63,7 +64,7 @@ class TextEncoder(nn.Module):
         states += nn.Embed(config.max_positions, config.hidden_size, name="position_embedding")(positions)
         if config.num_token_types:
             # Prompts are single texts, which are of the first type.
-            first = jnp.zeros((), jnp.int32)
+            first = jnp.zeros(1, jnp.int32)
             states += nn.Embed(config.num_token_types, config.hidden_size, name="token_type_embedding")(first)
         states = nn.LayerNorm(config.layer_norm_eps, name="embedding_norm")(states)
         for layer in range(config.num_layers):
