@@ -27,7 +27,7 @@ class AgentConfig:
     """Requests of each environment per chunk; with the counterfactual teacher requests per expert, as how long requests
     stay is a number of arrivals per expert, and one decision of each environment is measured in a chunk."""
     twins: int = 4  # sets under way at a time: a decision is followed for ``twins * chunk`` requests per expert
-    updates: int = 4  # gradient steps per chunk
+    updates: int = 10  # gradient steps per chunk
     batch_size: int = 512
     capacity: int = 65_536  # rows of the replay: lessons, or steps
     prefill: int = 200  # requests of each environment routed by lot at first

@@ -51,7 +51,7 @@ class Hyperparameters(struct.PyTreeNode):
     least_weight: Array | float = 0.0
     critic_entropy: Array | float = 0.0
     width_s: Array | float = 1e-3  # s/token, of the logistic by which measured answers are judged
-    most_harm: Array | float = 0.35  # QoS, and other costs if they have weights; no placement is taught to cost more
+    most_harm: Array | float = 10.0  # QoS, and other costs if they have weights; no placement is taught to cost more
     restart: Array | float = 0.005  # share of environments that go on from a prefilled state in each chunk
     weights: RewardWeights = RewardWeights()
 
