@@ -11,7 +11,7 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: run test slow reproduce newest coverage lint format types lock licences clean
 
 run: .venv/installed
-	.venv/bin/python -m experiments.train --preset=paper-3 --agent=ours --randomise=load,arrivals --steps=600000 --out=runs/ours \
+	.venv/bin/python -m experiments.train --preset=paper-3 --agent=ours --randomise=load,arrivals --steps=500000 --out=runs/ours \
 		$(if $(wildcard runs/ours/config.json),--resume)
 	.venv/bin/python -m experiments.evaluate --preset=paper-3 --routers=all,runs/ours --out=runs/paper-3
 
