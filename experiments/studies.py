@@ -89,8 +89,7 @@ _ABLATIONS = {
     "never_drops": Trained(flags=("--noallow_drop",)),
 }
 _ENERGY = {
-    # Energy is among what a placement costs, so the bound on that must not stand in its way.
-    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight},most_harm=10",), share=0.4, seeds=1)
+    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.4, seeds=1)
     for weight in (2, 5, 10)
 }
 

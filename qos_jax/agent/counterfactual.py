@@ -14,8 +14,8 @@ the placement.
 * The horizon must be long: if later requests that are held up do not count, the router learns to crowd experts.
 * Answers are judged by a narrow logistic in the place of the step at the limit: a small slowdown seldom turns an answer
   over the limit, and then by its whole score; the logistic spreads that over all answers near it.
-* A router that reacts would refuse one later request rather than let several be late, so what a placement costs others
-  is bounded by about the worth of one. With the later decisions fixed it is not: the learner cuts what is beyond.
+* A router that reacts would refuse one later request rather than let several be late. With the later decisions fixed
+  that is not seen, so harm is overrated; ``Hyperparameters.most_harm`` can cut it.
 
 Several sets of twins are under way at a time, each from a decision of its own. The true lengths and scores are used
 here, in training only: the network that learns these values sees predictions.
