@@ -208,6 +208,7 @@ STUDIES = {
             ),
         ),
         loads=(0.9,),
+        axis="world",
         share=2 / 3,
         hindsight=True,
     ),

@@ -407,8 +407,7 @@ def qos_panels(
     top = max(row["mean"] for rows in panels.values() for row in rows)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    width = _WIDTH_INCHES * (0.75 if columns == 1 else 1.0)
-    figure = Figure(figsize=(width, 0.9 + 2.6 * lines), layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, 0.9 + 2.6 * lines), layout="constrained")
     every = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axes, (title, rows) in zip(every, panels.items(), strict=False):
         for name in dict.fromkeys(row["router"] for row in rows):
