@@ -322,7 +322,7 @@ def _sizes(learner: Learner, params: EnvParams, num_runs: int, devices: Sequence
     """
     state = jax.eval_shape(learner.init, jax.random.key(0), params, learner.config.hyper)
     weights = sum(leaf.size for leaf in jax.tree.leaves(learner.weights(state)))
-    here = available_bytes((devices or jax.devices())[0])
+    here = available_bytes(jax.local_devices()[0])
     on_cpu = jax.default_backend() == "cpu"  # whose devices share the machine's memory
     fits = check_fits(needed_bytes(state), num_runs, 1 if on_cpu else max(len(devices), 1), here)
     return (
