@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +16,25 @@ from absl.testing import flagsaver
 from experiments import common
 
 Program = Callable[..., int]  # takes the arguments, returns the exit status
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def start_training(folder: str | os.PathLike[str], variables: dict[str, str], *arguments: str) -> subprocess.Popen:
+    """Starts the training program in a process of its own."""
+    command = [sys.executable, "-m", "experiments.train", *arguments, f"--out={folder}"]
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def assert_refused(program: Program, capsys: pytest.CaptureFixture[str], message: str, *arguments: str) -> None:
+    """Runs a program on bad input, which ends with one line that holds the message, and nothing else printed."""
+    assert program(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert not printed.out
 
 
 def program_of(module: Any) -> Iterator[Program]:

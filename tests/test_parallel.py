@@ -19,9 +19,9 @@ import pytest
 from qos_jax import InputError, load_router
 from qos_jax.checkpoints import RunFolder
 from qos_jax.parallel import Layout
+from tests.programs import ROOT, start_training
 from tests.quick_compilation import quick_compilation
 
-ROOT = pathlib.Path(__file__).parent.parent
 DEVICES, CHUNKS = 8, 50  # two updates in each
 RUN = (
     "--preset=paper-3",
@@ -43,11 +43,6 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         yield os.environ | variables | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
 
 
-def start(folder: pathlib.Path, variables: dict[str, str], *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.train", *arguments, f"--out={folder}"]
-    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def finish(process: subprocess.Popen) -> None:
     printed = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, printed
@@ -57,7 +52,7 @@ def finish(process: subprocess.Popen) -> None:
 def alone(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Folder of a run of eight shards on one device."""
     folder = tmp_path_factory.mktemp("parallel") / "alone"
-    finish(start(folder, variables, *SHARED))
+    finish(start_training(folder, variables, *SHARED))
     return folder
 
 
@@ -80,7 +75,7 @@ def test_devices_share_seeds_and_shards(variables: dict[str, str]) -> None:
 def test_devices_share_the_shards_of_a_run(
     alone: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
-    finish(start(tmp_path / "run", variables, *SHARED, f"--devices={DEVICES}"))
+    finish(start_training(tmp_path / "run", variables, *SHARED, f"--devices={DEVICES}"))
     assert_same_result(alone, tmp_path / "run")
 
 
@@ -91,7 +86,7 @@ def test_processes_share_the_devices(alone: pathlib.Path, variables: dict[str, s
         address = f"127.0.0.1:{free.getsockname()[1]}"
     four = variables | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // 2}"}
     here = ("--distributed", f"--coordinator_address={address}", "--num_processes=2")
-    processes = [start(tmp_path / "run", four, *SHARED, *here, f"--process_id={i}") for i in range(2)]
+    processes = [start_training(tmp_path / "run", four, *SHARED, *here, f"--process_id={i}") for i in range(2)]
     for process in processes:
         finish(process)
     assert_same_result(alone, tmp_path / "run")
@@ -102,12 +97,12 @@ def test_a_run_goes_on_with_fewer_devices(
     alone: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     folder = tmp_path / "run"
-    process = start(folder, variables, *SHARED, f"--devices={DEVICES}", "--checkpoint_minutes=0")
+    process = start_training(folder, variables, *SHARED, f"--devices={DEVICES}", "--checkpoint_minutes=0")
     while process.poll() is None and not (RunFolder(folder, {}).latest or 0) >= 64 * CHUNKS // 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    finish(start(folder, variables, "--resume", "--devices=2"))
+    finish(start_training(folder, variables, "--resume", "--devices=2"))
     assert_same_result(alone, folder)
 
 
@@ -118,6 +113,6 @@ def test_devices_that_cannot_share_the_work_are_refused() -> None:
 
 
 def test_more_devices_than_there_are_are_refused(variables: dict[str, str], tmp_path: pathlib.Path) -> None:
-    process = start(tmp_path / "run", variables, *RUN, "--devices=9")
+    process = start_training(tmp_path / "run", variables, *RUN, "--devices=9")
     assert b"error: --devices=9: there are 8 devices of kind cpu" in process.communicate()[0]
     assert process.returncode == 2

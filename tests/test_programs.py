@@ -15,7 +15,7 @@ import pytest
 
 from experiments import evaluate
 from qos_jax.report import METRICS
-from tests.programs import Program, program_of
+from tests.programs import Program, assert_refused, program_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 PICTURES = {"qos_against_load", "latency_cdf", "routing_shares", "expert_timelines", "iterations"}
@@ -156,12 +156,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(
     quality_table(tmp_path / "nan.npz", quality_bertscore_minilm=np.full((50, 3), np.nan))
     before = sorted(tmp_path.rglob("*"))
     arguments, message = BAD_ARGUMENTS[name]
-    assert program(f"--out={tmp_path}/out", *arguments.format(here=tmp_path).split()) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    assert message in printed.err
-    assert not printed.out
+    assert_refused(program, capsys, message, f"--out={tmp_path}/out", *arguments.format(here=tmp_path).split())
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import sweep
 from qos_jax import load_router
-from tests.programs import Program, program_of
+from tests.programs import Program, assert_refused, program_of
 from tests.quick_compilation import quick_compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -115,6 +115,5 @@ def test_bad_input_is_refused(
     program: Program, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     arguments, message = BAD[name]
-    assert program(*arguments.split(), f"--out={tmp_path / 'out'}") == 2
-    assert message in capsys.readouterr().err
+    assert_refused(program, capsys, message, *arguments.split(), f"--out={tmp_path / 'out'}")
     assert not list(tmp_path.iterdir())

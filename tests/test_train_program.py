@@ -8,7 +8,6 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -19,10 +18,9 @@ from qos_jax import InputError, load_router
 from qos_jax.agent import AGENTS
 from qos_jax.checkpoints import RunFolder
 from tests.instant_env import assert_equal
-from tests.programs import Program, program_of
+from tests.programs import Program, assert_refused, program_of, start_training
 from tests.quick_compilation import quick_compilation
 
-ROOT = pathlib.Path(__file__).parent.parent
 CHUNKS = 8
 TINY = (
     "--preset=paper-3",
@@ -62,11 +60,6 @@ def whole(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     assert next(programs)(*TINY, f"--out={folder}") == 0
     next(programs, None)
     return folder
-
-
-def start(folder: pathlib.Path, variables: dict[str, str], *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.train", *arguments, f"--out={folder}"]
-    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for_lines(folder: pathlib.Path, number: int, process: subprocess.Popen) -> None:
@@ -135,20 +128,20 @@ def test_what_was_killed_goes_on_bit_for_bit(
     whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     folder = tmp_path / "killed"
-    process = start(folder, variables, *TINY)
+    process = start_training(folder, variables, *TINY)
     wait_for_lines(folder, random.randint(2, 8), process)
     time.sleep(random.uniform(0, 0.3))  # into a chunk, or into the writing of a checkpoint
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
-    process = start(folder, variables, "--resume")
+    process = start_training(folder, variables, "--resume")
     wait_for_lines(folder, 9, process)
     process.send_signal(signal.SIGTERM)
     printed = process.communicate()[0].decode()
     if process.returncode:  # it may have been done by then
         assert process.returncode == 128 + signal.SIGTERM, printed
         assert "go on with --resume" in printed
-        process = start(folder, variables, "--resume")
+        process = start_training(folder, variables, "--resume")
         printed = process.communicate()[0].decode()
     assert process.returncode == 0, printed
     assert "compilation: " in printed
@@ -162,14 +155,14 @@ def test_what_is_killed_again_and_again_goes_on_bit_for_bit(
 ) -> None:
     folder, arguments = tmp_path / "killed", TINY
     for kill in range(25):
-        process = start(folder, variables, *arguments)
+        process = start_training(folder, variables, *arguments)
         lines = (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
         wait_for_lines(folder, lines + 1 if kill % 2 else lines, process)
         time.sleep(random.uniform(0, 0.5))
         process.kill()
         process.wait()
         arguments = ("--resume",) if (folder / "config.json").exists() else TINY
-    process = start(folder, variables, *arguments)
+    process = start_training(folder, variables, *arguments)
     process.wait()
     assert process.returncode == 0
     assert_same_run(folder, whole)
@@ -180,7 +173,7 @@ def test_a_seed_repeats_bit_for_bit_and_another_one_differs(
     whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     for name, flag in (("again", "--deterministic"), ("other", "--seed=1")):
-        process = start(tmp_path / name, variables, *TINY, flag)
+        process = start_training(tmp_path / name, variables, *TINY, flag)
         printed = process.communicate()[0].decode()
         assert process.returncode == 0, printed
     assert_same_run(whole, tmp_path / "again")
@@ -238,12 +231,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(
 ) -> None:
     (tmp_path / "file").touch()
     arguments, message = BAD_ARGUMENTS[name]
-    assert program(f"--out={tmp_path}/out", *arguments.format(here=tmp_path).split()) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    assert message in printed.err
-    assert not printed.out
+    assert_refused(program, capsys, message, f"--out={tmp_path}/out", *arguments.format(here=tmp_path).split())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
