@@ -11,15 +11,13 @@ this bound for memory.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
+from experiments.training_speed import median_s
 from qos_jax.agent import AGENTS, make_learner, replay, sac
 from qos_jax.agent.sac import Lesson
 from qos_jax.presets import make
@@ -29,7 +27,6 @@ _ENVS = {"paper-3": 1024, "edge-8": 1024}
 _GPUS = {"RTX 4090": (82.6e12, 1.008e12), "H100 SXM": (66.9e12, 3.35e12)}  # float32 FLOP/s, bytes/s, by their makers
 _LAUNCH_S = 2e-6  # of a kernel within one program
 _COPY_BYTES, _MATRIX = 256 << 20, 2048
-_REPEATS = 20
 
 _Case = tuple[str, int, Callable[..., Any], tuple[Any, ...]]  # its name, units in one call, a program and its arguments
 
@@ -48,7 +45,7 @@ def rows(load: float = 0.9) -> Iterator[dict[str, Any]]:
             cost: Any = compiled.cost_analysis()
             kernels = _kernels(compiled.as_text() or "")
             bound_s = max(cost["flops"] / peak_flops, cost["bytes accessed"] / peak_bytes)
-            taken_s = _seconds(partial(compiled, *arguments))
+            taken_s = median_s(compiled, *arguments)
             row = {"case": f"{case} on {preset}", "flops": cost["flops"] / units}
             row |= {"bytes": cost["bytes accessed"] / units, "kernels": kernels}
             row |= {"per_s": units / taken_s, "share_of_roofline": bound_s / taken_s}
@@ -58,9 +55,7 @@ def rows(load: float = 0.9) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _pass_of(
-    env: Environment, params: EnvParams, num_envs: int
-) -> tuple[str, int, Callable[..., Any], tuple[Any, ...]]:
+def _pass_of(env: Environment, params: EnvParams, num_envs: int) -> _Case:
     """One step of all environments with every loop of the engine counted, or run, once: nearly no time goes by."""
     keys = jax.random.split(jax.random.key(0), num_envs)
     crowded = params.replace(workload=params.workload.with_rate(1e5))
@@ -93,20 +88,9 @@ def _kernels(program: str) -> int:
 
 def _peak_flops_per_s() -> float:
     matrix, product = jnp.ones((_MATRIX, _MATRIX)), jax.jit(jnp.matmul)
-    return 2 * _MATRIX**3 / _seconds(lambda: product(matrix, matrix))
+    return 2 * _MATRIX**3 / median_s(product, matrix, matrix)
 
 
 def _peak_bytes_per_s() -> float:
     values, scaled = jnp.ones(_COPY_BYTES // 4), jax.jit(lambda x: 2 * x)
-    return 2 * _COPY_BYTES / _seconds(lambda: scaled(values))
-
-
-def _seconds(function: Callable[[], Array]) -> float:
-    """Returns the least time of some calls."""
-    jax.block_until_ready(function())
-    times_s = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times_s.append(time.perf_counter() - start)
-    return min(times_s)
+    return 2 * _COPY_BYTES / median_s(scaled, values)

@@ -110,19 +110,20 @@ def _encoder_row(preset: str, load: float) -> dict[str, Any]:
     }
     row: dict[str, Any] = {"case": f"encode {_GRAPHS} graphs of {preset}"}
     for name, form in forms.items():
-        row[f"{name}_forward_ms"] = _median_ms(jax.jit(form), variables)
-        row[f"{name}_gradient_ms"] = _median_ms(jax.jit(jax.grad(form)), variables)
+        row[f"{name}_forward_ms"] = 1e3 * median_s(jax.jit(form), variables)
+        row[f"{name}_gradient_ms"] = 1e3 * median_s(jax.jit(jax.grad(form)), variables)
     return row
 
 
-def _median_ms(function: Callable[[Any], Any], argument: Any) -> float:
-    jax.block_until_ready(function(argument))
+def median_s(function: Callable[..., Any], *arguments: Any) -> float:
+    """Returns the median time of some calls, after a first one."""
+    jax.block_until_ready(function(*arguments))
     times_s = []
     for _ in range(20):
         start = time.perf_counter()
-        jax.block_until_ready(function(argument))
+        jax.block_until_ready(function(*arguments))
         times_s.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times_s)
+    return statistics.median(times_s)
 
 
 def _weights(learner: Learner, env: Environment, params: EnvParams) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from typing import Any
 
 import jax
 
@@ -63,5 +62,5 @@ def check_fits(needed: dict[str, int], runs: int, devices: int, available: int |
     return f"memory: {parts}; at least {_mega(each)}{there}" + (" on each device" if devices > 1 else "")
 
 
-def _mega(size: Any) -> str:
+def _mega(size: int) -> str:
     return f"{size / 1e6:,.0f} MB"
