@@ -38,6 +38,7 @@ from qos_jax.files import writable_folder, write_whole
 from qos_jax.hindsight import plan
 from qos_jax.report import plain, versions
 from qos_jax.routers import PLANNERS, Router, make_router, router_names
+from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.metrics import metrics_of
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import ExpertProfile, Workload
@@ -171,7 +172,7 @@ class _Maker:
                 **dataclasses.asdict(run.scenario), **run.metrics,
             }  # fmt: skip
         if study.hindsight:
-            yield from _hindsight(jax.tree.map(np.asarray, params.experts), runs)
+            yield from _hindsight(env.spec.engine, jax.tree.map(np.asarray, params.experts), runs)
 
     def _known(self, name: str, world: World, num_experts: int, workload: Workload) -> Router:
         of = world.label if name in PLANNERS else num_experts  # a planner imagines the requests of its world
@@ -191,7 +192,7 @@ class _Maker:
         return f"python -m experiments.reproduce --figure={figure} --budget={self.budget_name}"
 
 
-def _hindsight(experts: ExpertProfile, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """Yields what a plan makes of each scenario, improved from what all routers did there, and the bound."""
     of: dict[Scenario, list[Run]] = {}
     for run in runs:
@@ -199,8 +200,13 @@ def _hindsight(experts: ExpertProfile, runs: Sequence[Run]) -> Iterator[dict[str
 
     def judged(done: Sequence[Run]) -> tuple[dict[str, float], dict[str, float]]:
         trace = done[0].trace
-        best = plan(experts, trace, [run.assignment for run in done], restarts=_PLAN_RESTARTS)
-        (replayed,) = replay_many(experts, [trace], [best.assignment])
+        best = plan(
+            experts, trace, [run.assignment for run in done], restarts=_PLAN_RESTARTS,
+            token_budget=spec.token_budget, block_size=spec.block_size,
+        )  # fmt: skip
+        (replayed,) = replay_many(
+            experts, [trace], [best.assignment], token_budget=spec.token_budget, block_size=spec.block_size
+        )
         planned = metrics_of(experts, trace, best.assignment, replayed, 0)
         return planned, dict.fromkeys(planned, math.nan) | {"qos": upper_bound(experts, trace)}
 

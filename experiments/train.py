@@ -220,17 +220,16 @@ def _runs(config: AgentConfig, seeds: Sequence[int]) -> list[dict[str, Any]]:
     varied: dict[str, Sequence[float]] = {}
     for text in FLAGS.vary:
         name, _, values = text.partition("=")
-        numbers = _varied(text, values)
         if name == "load":
-            common.numbers("vary=load", values.split(","))
+            varied[name] = common.numbers("vary=load", values.split(","))
             if FLAGS.load is not None or {"load", "all"}.intersection(FLAGS.randomise):
                 raise InputError(f"--vary={text}: the load is given or drawn already, by --load or --randomise")
         else:
             can_vary = [path for path, _ in _leaves(configs.to_dict(config)["hyper"])]
             if not any(f".{path}".endswith(f".{name}") for path in can_vary):
                 raise InputError(f"--vary={text}: choose load, or one of {', '.join(can_vary)}")
-            overridden(config, {name: repr(numbers[0])})
-        varied[name] = numbers
+            varied[name] = _varied(text, values)
+            overridden(config, {name: repr(varied[name][0])})
     return [
         dict(zip(varied, values, strict=True)) | {"seed": seed}
         for values in itertools.product(*varied.values())

@@ -28,7 +28,7 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from qos_jax.agent.learner import Learner, TrainState
+from qos_jax.agent.learner import Learner, TrainState, axis_of_environments
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.checkpoints import RunFolder
 from qos_jax.errors import InputError
@@ -151,7 +151,7 @@ def train(
     Raises:
       InputError: a loss is not finite, the checkpoint is not of this learner, or the devices cannot share the work.
     """
-    differ = jnp.ndim(params.max_steps_in_episode) > 0
+    differ = axis_of_environments(params) is not None
     layout = Layout(len(seeds), learner.config.shards, tuple(devices), differ)
     chunks = math.ceil(steps / learner.steps_per_chunk)
     chunks_per_evaluation = max(1, round((evaluate_every or steps / 10) / learner.steps_per_chunk))

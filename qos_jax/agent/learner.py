@@ -69,7 +69,7 @@ class Learner:
         if self.axes:  # the weights are common to all shards, the environments are not
             key, key_reset = (jax.random.fold_in(one, lax.axis_index(self.axes)) for one in (key, key_reset))
         keys = jax.random.split(key_reset, self.config.num_envs)
-        obs, states = jax.vmap(self.env.reset, in_axes=(0, _axis(params)))(keys, params)
+        obs, states = jax.vmap(self.env.reset, in_axes=(0, axis_of_environments(params)))(keys, params)
         inputs = jax.tree.map(jnp.zeros_like, self.inputs(jax.tree.map(lambda x: x[0], obs)))
         learned = sac.learned(self.network.init(key_net, inputs), hyper)
         rows = replay.empty(self._row(inputs), self.config.capacity)
@@ -187,7 +187,7 @@ class Learner:
         # Taken out here, where it is one slice; in the mapped function it would be a gather.
         ended = jax.tree.map(lambda sets: lax.dynamic_index_in_dim(sets, which, 1, keepdims=False), twins)
         keys = jax.random.split(key_envs, config.num_envs)
-        own_params = params if _axis(params) == 0 else None
+        own_params = params if axis_of_environments(params) == 0 else None
         envs, twins, lessons, happened = map_environments(one, (keys, envs, ended, twins, own_params))
         metrics = {"qos": jnp.mean(happened.qos) / requests, "dropped": jnp.mean(happened.dropped) / requests}
         return state.replace(envs=(state.envs[0], envs), twins=twins), lessons, metrics
@@ -196,7 +196,7 @@ class Learner:
         self, state: TrainState, params: EnvParams, hyper: Hyperparameters, key: Array
     ) -> tuple[TrainState, Transition, dict[str, Array]]:
         """Steps through ``chunk`` requests in each environment; rows are ordered by request, then environment."""
-        shaped = jax.vmap(self.reward, in_axes=(None, None, _axis(params), 0, 0, 0, 0))
+        shaped = jax.vmap(self.reward, in_axes=(None, None, axis_of_environments(params), 0, 0, 0, 0))
 
         def step(envs: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], tuple[Transition, Array]]:
             obs, states = envs
@@ -238,7 +238,7 @@ class Learner:
 
     def _step(self, key: Array, states: Any, action: Array, params: EnvParams) -> Any:
         keys = jax.random.split(key, self.config.num_envs)
-        return jax.vmap(self.env.step, in_axes=(0, 0, 0, _axis(params)))(keys, states, action, params)
+        return jax.vmap(self.env.step, in_axes=(0, 0, 0, axis_of_environments(params)))(keys, states, action, params)
 
     def _legal(self, obs: Any) -> Array:
         return jax.vmap(self.inputs)(obs).legal
@@ -250,8 +250,8 @@ def make_learner(env: Any, config: AgentConfig) -> Learner:
     return Learner(env, config, inputs, network)
 
 
-def _axis(params: Any) -> int | None:
-    """Returns the axis of the environments in their parameters, which may all share one set of them."""
+def axis_of_environments(params: Any) -> int | None:
+    """Returns the axis of the environments in their parameters; None if they share one set of them."""
     return 0 if jnp.ndim(params.max_steps_in_episode) else None
 
 
