@@ -107,6 +107,7 @@ KINDS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @EXAMPLES
 @given(data=st.data())
@@ -143,6 +144,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mooncake", "profile", "run", "metrics", "predictor", "encoder config.json"])
 @EXAMPLES
 @given(data=st.data())

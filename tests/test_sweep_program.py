@@ -51,6 +51,7 @@ def rows_of(folder: pathlib.Path) -> list[dict]:
     return json.loads((folder / "sweep.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_the_table_has_every_run_that_is_done(done: pathlib.Path) -> None:
     rows = rows_of(done)
     varied = [(row["load"], row["learning_rate"], row["seed"]) for row in rows]
@@ -60,6 +61,7 @@ def test_the_table_has_every_run_that_is_done(done: pathlib.Path) -> None:
     assert (done / "sweep.csv").read_text().count("\n") == 1 + len(rows)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(done: pathlib.Path, program: Program) -> None:
     before, rows = (done / "num_envs=4" / "metrics.jsonl").stat().st_mtime_ns, rows_of(done)
     assert program("--grid=num_envs=4,8", f"--each={EACH}", f"--out={done}", "--only=0") == 0
