@@ -56,6 +56,7 @@ def define_flags() -> None:
     flags.DEFINE_list("figure", ["all"], f"Studies to make: all, or some of {', '.join(STUDIES)}.")
     flags.DEFINE_enum("budget", "quick", list(BUDGETS), "How much is spent on each.")
     flags.DEFINE_string("out", "runs/reproduce", "Folder for all that is made.")
+    flags.DEFINE_integer("jobs", 1, "Training runs at a time; each needs its own memory.", 1, 64)
 
 
 def main(argv: list[str]) -> None:
@@ -69,10 +70,10 @@ def main(argv: list[str]) -> None:
     runs = list(dict.fromkeys(run for worlds in work.values() for world in worlds for run in maker.runs(world)))
     results = []
     with tqdm(total=len(runs) + sum(map(len, work.values())), unit="task", dynamic_ncols=True) as bar:
-        for run in runs:
-            bar.set_description(f"trains {run[0]}, seed {run[1]}")
-            maker.train(*run)
-            bar.update()
+        bar.set_description("trains")
+        with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
+            for _ in pool.map(maker.train, runs):
+                bar.update()
         for name, worlds in work.items():
             rows = []
             for world in worlds:
@@ -98,19 +99,18 @@ class _Maker:
             print(f"{study}: worlds with measured arrivals are left out, as {_DATA} is not set", file=sys.stderr)
         return _ends(there) if self.budget.ends_only else there
 
-    def runs(self, world: World) -> list[tuple[str, int]]:
-        """Returns the training runs of a world: names and seeds."""
-        names = _ends(world.trained) if self.budget.ends_only else world.trained
-        return [(name, seed) for name in names for seed in range(min(TRAINED[name].seeds, self.budget.training_seeds))]
+    def runs(self, world: World) -> list[str]:
+        """Returns the training runs of a world, each of all seeds of a router."""
+        return _ends(world.trained) if self.budget.ends_only else list(world.trained)
 
-    def train(self, name: str, seed: int) -> None:
-        """Trains one seed of a router, or goes on with it."""
+    def train(self, name: str) -> None:
+        """Trains all seeds of a router in one run, or goes on with it."""
         trained = TRAINED[name]
         asked = [
             f"--preset={trained.preset}", f"--agent={trained.agent}", f"--randomise={trained.randomise}",
-            *trained.flags, f"--steps={round(trained.share * self.budget.steps)}", f"--seed={seed}",
+            *trained.flags, f"--steps={round(trained.share * self.budget.steps)}", f"--seeds={self._seeds(name)}",
         ]  # fmt: skip
-        train_once(self._run(name, seed), asked, quiet=True)
+        train_once(self.folder / "runs" / name, asked, quiet=True)
 
     def cell(self, study: str, world: World) -> list[dict[str, Any]]:
         """Returns what every router made of a world at each load and seed: one row each."""
@@ -128,7 +128,7 @@ class _Maker:
     def study(self, name: str, rows: Sequence[Mapping[str, Any]]) -> StudyResult:
         """Writes a study in all forms, and returns it."""
         study = STUDIES[name]
-        result = StudyResult(name, study.title, study.question, study.axis, plain(list(rows)))
+        result = StudyResult(name, study.title, study.question, study.axis, plain(list(rows)), study.metrics)
         found = {"command": self._command(name), "versions": versions()} | result.to_dict()
         write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
         write_whole(self.folder / f"{name}.csv", common.csv_text(result.rows))
@@ -137,16 +137,20 @@ class _Maker:
         return result
 
     def page(self, results: Sequence[StudyResult]) -> None:
-        """Writes one page of all studies so far."""
+        """Writes all studies so far as one page, and their tables as one Markdown file."""
         lead = (
             f"Budget {self.budget_name}: {self.budget.requests:,} requests of each load and of each of "
             f"{self.budget.seeds} seeds, the same for every router; intervals are 95 %. Oracles are told what no "
             "router can know."
         )
-        parts = [study_html(result, (self.folder / f"{result.name}.png").read_bytes()) for result in results]
+        title = "Routing LLM requests at the edge: studies"
         made = {"command": self._command(",".join(result.name for result in results))} | versions()
+        parts = [study_html(result, (self.folder / f"{result.name}.png").read_bytes()) for result in results]
         parts += ["<h2>How this was made</h2>", pages.meanings(made)]
-        write_whole(self.folder / "index.html", pages.page("Routing LLM requests at the edge: studies", lead, parts))
+        write_whole(self.folder / "index.html", pages.page(title, lead, parts))
+        told = [f"# {title}", lead, "\n".join(f"- {name}: `{value}`" for name, value in made.items())]
+        told += [study_markdown(result).rstrip() for result in results]
+        write_whole(self.folder / "results.md", "\n\n".join(told) + "\n")
 
     def _compare(self, study: Study, world: World) -> Iterator[dict[str, Any]]:
         env, params = presets.make(world.preset, **dict(world.fields), **_recorded(world))
@@ -155,9 +159,10 @@ class _Maker:
         names = router_names(num_experts) if study.routers == ("all",) else study.routers
         routers = [self._known(name, world, num_experts, params.workload) for name in names]
         seeds_of = {}
-        for name, seed in self.runs(world):
-            routers.append(self._learned(name, seed))
-            seeds_of[routers[-1].name] = (name, seed)
+        for name in self.runs(world):
+            for seed in range(self._seeds(name)):
+                routers.append(self._learned(name, seed))
+                seeds_of[routers[-1].name] = (name, seed)
         scenarios = [
             Scenario(load, load * saturation_per_s, 1000 + seed) for load in loads for seed in range(self.budget.seeds)
         ]
@@ -182,11 +187,11 @@ class _Maker:
 
     def _learned(self, name: str, seed: int) -> Router:
         if (name, seed, "") not in self.known:
-            self.known[name, seed, ""] = load_router(self._run(name, seed), name=f"{name} {seed}")
+            self.known[name, seed, ""] = load_router(self.folder / "runs" / name, seed=seed, name=f"{name} {seed}")
         return self.known[name, seed, ""]
 
-    def _run(self, name: str, seed: int) -> pathlib.Path:
-        return self.folder / "runs" / f"{name}-{seed}"
+    def _seeds(self, name: str) -> int:
+        return min(TRAINED[name].seeds, self.budget.training_seeds)
 
     def _command(self, figure: str) -> str:
         return f"python -m experiments.reproduce --figure={figure} --budget={self.budget_name}"

@@ -65,6 +65,7 @@ class Study:
     routers: tuple[str, ...] = ("all",)
     axis: str | None = None  # what differs between the worlds, if QoS is drawn against that and not against load
     share: float = 1.0  # of the budget's requests
+    metrics: tuple[str, ...] = ()  # told in its tables beside QoS
     hindsight: bool = False  # a plan of who knows the whole trace, and a bound on all plans, take part
 
 
@@ -124,6 +125,7 @@ STUDIES = {
         "Who earns most as the fleet fills up, with Poisson arrivals and fresh metrics?",
         _everywhere(Poisson={}),
         loads=(0.3, *LOADS),
+        metrics=("score", "latency_per_token_s", "violation_rate", "drop_rate", "kv_utilisation", "qos_per_gb_s"),
     ),
     "arrivals": Study(
         "Bursts, drifting rates and real traces",
@@ -227,5 +229,6 @@ STUDIES = {
         (World("edge-8", "edge-8", ("ours_edge_8", *_ENERGY)),),
         loads=(0.6, 0.9),
         routers=_FEW,
+        metrics=("energy_j_per_request", "qos_per_kj", "violation_rate", "busy_fraction"),
     ),
 }

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from qos_jax import pages, plots
-from qos_jax.report import METRICS
+from qos_jax.report import METRICS, Metric
 from qos_jax.statistics import crossed_interval
 
 Row = Mapping[str, Any]
@@ -34,6 +34,7 @@ class StudyResult:
     question: str
     axis: str | None  # what differs between the worlds, if that is drawn
     rows: Sequence[Row]
+    metrics: tuple[str, ...] = ()  # told in the tables beside QoS
 
     @property
     def worlds(self) -> list[str]:
@@ -198,24 +199,27 @@ def study_html(result: StudyResult, picture: bytes) -> str:
     if result.shares:
         parts += [f"<h3>{_SHARES_TITLE}</h3>", pages.rows_table(*_shares_table(result))]
     for world in result.worlds:
-        load = min(result.loads(world), key=lambda load: abs(load - 0.9))
+        load = _shown_load(result, world)
         title = f"All metrics: {pages.spoken(world)}, load {load:g}"
-        parts.append(pages.folded(title, _metrics_table(result, world, load)))
+        parts.append(pages.folded(title, _metrics_html(result, world, load)))
     return "\n".join(parts)
 
 
 def study_markdown(result: StudyResult) -> str:
-    """Returns the gains, and where the paper's heuristics took part its claims, as Markdown tables."""
-    parts = [f"{result.title}. {result.question}", _markdown(*_gains_table(result))]
+    """Returns a section of Markdown: the gains, and where the paper's heuristics took part its claims."""
+    parts = [f"## {result.title}", result.question, _markdown(*_gains_table(result))]
     if result.claims:
-        parts += [_CLAIMS_TITLE, _markdown(*_claims_table(result))]
+        parts += [f"### {_CLAIMS_TITLE}", _markdown(*_claims_table(result))]
     if result.shares:
-        parts += [_SHARES_TITLE, _markdown(*_shares_table(result))]
+        parts += [f"### {_SHARES_TITLE}", _markdown(*_shares_table(result))]
+    if result.metrics:
+        parts += [f"### {_METRICS_TITLE}", _markdown(*_metrics_table(result))]
     return "\n\n".join(parts) + "\n"
 
 
 _CLAIMS_TITLE = "Change against the best of bert_router, round_robin and shortest_queue in each metric"
 _SHARES_TITLE = "Share of the gap between the best heuristic and the plan"
+_METRICS_TITLE = "All routers, with 95 % intervals"
 _Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows
 
 
@@ -262,17 +266,44 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _metrics_table(result: StudyResult, world: str, load: float) -> str:
+def _metrics_table(result: StudyResult) -> _Table:
+    metrics = ("qos", *result.metrics)
+    cells = {(row["world"], row["load"], row["router"], row["metric"]): row for row in result.summary}
+    shown = [(world, _shown_load(result, world)) for world in result.worlds]
+    rows = [
+        (
+            name, world, f"{load:g}",
+            *(
+                " ± ".join(filter(None, _mean_and_half(cells[world, load, name, metric], METRICS[metric])))
+                for metric in metrics
+            ),
+        )
+        for world, load in shown
+        for name in result.kinds
+        if (world, load, name, "qos") in cells
+    ]  # fmt: skip
+    return ("router", "world", "load", *(METRICS[metric].title for metric in metrics)), rows
+
+
+def _metrics_html(result: StudyResult, world: str, load: float) -> str:
     rows = [row for row in result.summary if row["world"] == world and row["load"] == load]
     kinds = {name: kind for name, kind in result.kinds.items() if any(row["router"] == name for row in rows)}
     cells = {(row["router"], row["metric"]): row for row in rows}
-    columns = [[_cell(cells[name, metric], METRICS[metric]) for name in kinds] for metric in METRICS]
+    columns = [
+        [pages.cell(*_mean_and_half(cells[name, metric], METRICS[metric]), False) for name in kinds]
+        for metric in METRICS
+    ]
     return pages.table([metric.title for metric in METRICS.values()], kinds, columns)
 
 
-def _cell(row: Row, metric: Any) -> str:
+def _shown_load(result: StudyResult, world: str) -> float:
+    return min(result.loads(world), key=lambda load: abs(load - 0.9))
+
+
+def _mean_and_half(row: Row, metric: Metric) -> tuple[str, str]:
+    """Returns a mean and half the width of its interval, which is empty where there is none."""
     if not np.isfinite(row["mean"]):
-        return "-"
+        return "-", ""
     half = (row["high"] - row["low"]) / 2 * metric.scale
     text = f"{half:.{metric.decimals}f}" if np.isfinite(half) else ""
-    return pages.cell(f"{row['mean'] * metric.scale:.{metric.decimals}f}", text, False)
+    return f"{row['mean'] * metric.scale:.{metric.decimals}f}", text

@@ -25,7 +25,7 @@ def define_flags() -> None:
     for name in list(studies.STUDIES):
         del studies.STUDIES[name]
     studies.STUDIES["small"] = small
-    studies.BUDGETS["quick"] = Budget(requests=40, seeds=2, steps=512, training_seeds=1, ends_only=False)
+    studies.BUDGETS["quick"] = Budget(requests=40, seeds=2, steps=512, training_seeds=2, ends_only=False)
     reproduce.define_flags()
 
 

@@ -92,6 +92,16 @@ def test_the_markdown_table_has_a_line_for_each_gain():
     assert sum(line.startswith("| ours") for line in lines) == 4
 
 
+def test_metrics_that_are_asked_for_are_told_of_every_router_at_the_load_nearest_to_09():
+    rows = [row("w", "ours", "learned", load, seed, seed / 2000) for load in (0.6, 0.9) for seed in (1000, 1002)]
+    rows = [each | {"drop_rate": 0.25, "qos_per_kj": None} for each in rows]
+    told = study_markdown(StudyResult("small", "Small", "Who?", None, rows, ("drop_rate", "qos_per_kj")))
+    (line,) = [line for line in told.splitlines() if line.startswith("| ours | w | 0.9 |") and "25.0" in line]
+    # Student's quantile of 1 degree of freedom times the standard error of .500 and .501
+    assert line == "| ours | w | 0.9 | 0.500 ± 0.006 | 25.0 ± 0.0 | - |"
+    assert "| ours | w | 0.6 |" not in told
+
+
 def test_claims_are_against_the_best_of_the_papers_heuristics_in_each_metric():
     rows = [row("w", "ours", "learned", 0.9, seed, 0.6) | {"latency_per_token_s": 0.02} for seed in (1000, 1001)]
     for name, qos, latency_s in (
