@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from experiments import common
-from qos_jax import plots
-from qos_jax.checkpoints import CONFIG, RunFolder, load_router
+from qos_jax import plots, style
+from qos_jax.checkpoints import CONFIG, RunFolder
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Run, Scenario, evaluate
 from qos_jax.files import writable_folder
@@ -32,6 +32,7 @@ from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.iterations import iterations_of
 from qos_jax.sim.types import Workload
+from qos_jax.trained import load_router
 
 FLAGS = flags.FLAGS
 _DEFAULT_LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3)
@@ -115,7 +116,7 @@ def _figures(env: Environment, params: EnvParams, runs: Sequence[Run], results: 
     experts = jax.tree.map(np.asarray, params.experts)
     load = min({run.scenario.load for run in runs}, key=lambda load: abs(load - 0.9))
     at_load = [run for run in runs if run.scenario.load == load]
-    notable = [run for run in at_load if run.router.name in plots.HIGHLIGHTED or run.router.kind != "heuristic"]
+    notable = [run for run in at_load if run.router.name in style.HIGHLIGHTED or run.router.kind != "heuristic"]
     honest = [run for run in at_load if run.router.kind != "oracle"]
     best = max(honest or at_load, key=lambda run: run.metrics["qos"])
     limit_s = float(np.mean(best.trace.latency_limit_s))

@@ -31,7 +31,6 @@ from experiments.runs import train_once
 from experiments.studies import BUDGETS, STUDIES, TRAINED, Study, World
 from qos_jax import pages, presets
 from qos_jax.bound import upper_bound
-from qos_jax.checkpoints import load_router
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Run, Scenario, evaluate
 from qos_jax.files import writable_folder, write_whole
@@ -43,6 +42,7 @@ from qos_jax.sim.metrics import metrics_of
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import ExpertProfile, Workload
 from qos_jax.study import BOUND, PLAN, StudyResult, study_figure, study_html, study_markdown
+from qos_jax.trained import load_router
 from qos_jax.workload.traces import read_trace, with_gaps
 
 FLAGS = flags.FLAGS

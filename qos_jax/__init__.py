@@ -2,7 +2,6 @@
 
 __version__ = "0.1.0"
 
-from qos_jax.checkpoints import load_router
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Scenario, evaluate
 from qos_jax.predictor.predictor import Predictor, load_predictor
@@ -13,6 +12,7 @@ from qos_jax.sim.env import Environment, EnvParams, EnvState
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import ExpertProfile, Observation, Request, RequestLog, RequestTrace
 from qos_jax.sim.views import flat_view, graph_view
+from qos_jax.trained import load_router
 from qos_jax.workload.tables import QualityTable, read_mix_instruct, read_npz
 from qos_jax.workload.traces import ArrivalTrace, read_trace
 

@@ -26,11 +26,11 @@ from scipy.spatial import KDTree
 
 from qos_jax.errors import InputError
 from qos_jax.files import parse_json
-from qos_jax.plots import _EXPERT_COLOURS, _GREY, _INK, _PALE, _STYLE, _WIDTH_INCHES, _legend_above
 from qos_jax.sim.cost import iteration_s
 from qos_jax.sim.iterations import Activity, IterationLog, iterations_of
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import ExpertProfile, RequestLog, RequestTrace
+from qos_jax.style import EXPERT_COLOURS, GREY, INK, PALE, RC, WIDTH_INCHES, legend_above
 from qos_jax.workload.fitting import KINDS, TIMING_UNITS, Iterations
 
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end"}
@@ -40,7 +40,7 @@ _REQUEST_FIELDS = ("input_toks", "output_toks", "arrival_time", "queued_ts", "fi
 _TICK_FIELDS = ("t", "running", "waiting", "kv_cache_pct", "prompt_throughput", "gen_throughput")
 _ENDLESS = 10**6  # blocks, or places in a queue
 _POINTS = 200  # of a tick
-_SIMULATED = _EXPERT_COLOURS[0]
+_SIMULATED = EXPERT_COLOURS[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,10 +297,10 @@ def parts_left_out(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, d
     return errors
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(RC)
 def latency_scatter(run: MeasuredRun, log: RequestLog) -> Figure:
     """Draws each request's simulated latencies against the measured ones; on the diagonal both are equal."""
-    figure = Figure(figsize=(_WIDTH_INCHES, 3.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES, 3.1), layout="constrained")
     measured, simulated, errors = latencies_s(run, run), latencies_s(run, log), latency_errors(run, log)
     for axes, (name, title) in zip(figure.subplots(1, 3), LATENCIES.items(), strict=True):
         scale, unit = (1e3, "ms") if name == "tpot_s" else (1.0, "s")
@@ -308,14 +308,14 @@ def latency_scatter(run: MeasuredRun, log: RequestLog) -> Figure:
         low, high = min(np.nanmin(real), np.nanmin(ours)), max(np.nanmax(real), np.nanmax(ours))
         margin = 0.05 * (high - low)
         ends = (low - margin, high + margin)
-        axes.plot(ends, ends, color=_GREY, linewidth=0.8, zorder=1)
+        axes.plot(ends, ends, color=GREY, linewidth=0.8, zorder=1)
         axes.scatter(real, ours, s=9, color=_SIMULATED, alpha=0.45, linewidths=0)
         axes.set(title=f"{title}, {unit}", xlabel="measured", xlim=ends, ylim=ends, aspect="equal")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(ticker.MaxNLocator(5))
         mean, median = (100 * errors[name][field] for field in ("mean_error", "median_error"))
         text = f"mean {mean:+.2f} %\nmedian |error| {median:.1f} %"
-        axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=8, color=_INK)
+        axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=8, color=INK)
     figure.axes[0].set_ylabel("simulated")
     figure.set_label(
         f"Latencies of {len(run.arrival_s)} requests, {run.name}: simulated against measured; on the line both are "
@@ -324,20 +324,20 @@ def latency_scatter(run: MeasuredRun, log: RequestLog) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(RC)
 def load_timeline(run: MeasuredRun, simulated: SimulatedRun) -> Figure:
     """Draws requests waiting and running and the KV memory in use over time, measured and simulated."""
-    figure = Figure(figsize=(_WIDTH_INCHES, 5.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES, 5.0), layout="constrained")
     for axes, name in zip(figure.subplots(3, 1, sharex=True), ("waiting", "running", "kv_share"), strict=True):
         scale, unit = (100, ", %") if name == "kv_share" else (1, "")
-        axes.plot(run.tick_s, scale * getattr(run, name), label="measured", color=_PALE, linewidth=3.2)
+        axes.plot(run.tick_s, scale * getattr(run, name), label="measured", color=PALE, linewidth=3.2)
         axes.plot(run.tick_s, scale * getattr(simulated, name), label="simulated", color=_SIMULATED, linewidth=1.1)
         axes.set_title(LOADS[name] + unit)
         axes.set_ylim(bottom=0)
         axes.margins(x=0)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     figure.axes[-1].set_xlabel("time since the first arrival, s")
-    _legend_above(figure, figure.axes[0])
+    legend_above(figure, figure.axes[0])
     figure.set_label(f"What the engine held at each look, {run.name}: measured, and in the simulator.")
     return figure
 

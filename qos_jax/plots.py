@@ -1,44 +1,30 @@
 """Figures: what routers earn under load, how long answers take, who serves them, and what happens inside an expert.
 
 Every function returns a matplotlib ``Figure`` of its own and leaves pyplot's global state alone; the figure's label
-(``Figure.get_label``) is its caption. A router looks the same in every figure: those in ``HIGHLIGHTED`` have their own
-colour, learned ones stand out, oracles are dashed and dark. The colours can be told apart by colour-blind readers.
+(``Figure.get_label``) is its caption. How routers look is said in ``style``.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-import scipy.optimize
-from matplotlib import colors, ticker
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from qos_jax import style
 from qos_jax.errors import InputError
 from qos_jax.evaluation import Run
 from qos_jax.sim.iterations import Activity, IterationLog
 from qos_jax.sim.metrics import latency_per_token_s
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
 
-HIGHLIGHTED = {
-    "impact_greedy": "#0072B2",
-    "shortest_queue": "#009E73",
-    "bert_router": "#D55E00",
-    "bert_router_feasible": "#E69F00",
-    "round_robin": "#CC79A7",
-}
-_LEARNED_COLOUR = "#C1121F"
-_SPARE_COLOURS = ("#56B4E9", "#332288", "#882255", "#117733", "#999933", "#661100", "#6699CC", "#AA4499")
-_EXPERT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#332288", "#999933")
-_ORACLE_DASHES = ((4, 2), (1, 1.5), (8, 2, 1, 2))
-_INK, _GREY, _PALE = "#1A1A1A", "#7A7A7A", "#BDBDBD"
 _ACTIVITIES: dict[Activity, tuple[str, dict[str, Any]]] = {
     Activity.PREFILL: ("prefill", {"facecolor": "#D55E00"}),
     Activity.DECODE: ("decode", {"facecolor": "#7DB8DD"}),
@@ -47,32 +33,9 @@ _ACTIVITIES: dict[Activity, tuple[str, dict[str, Any]]] = {
 }
 _TIMELINE_POINTS, _SAMPLES_PER_POINT = 300, 20
 _FEWEST_IN_BIN = 20
-_WIDTH_INCHES, _CHARACTERS_ACROSS, _LABEL_POINTS = 8.4, 120, 8.5
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _GREY,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#EBEBEB",
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "figure.dpi": 150,
-}
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws mean QoS with its confidence band against load: one curve per router, labelled at its right end.
 
@@ -80,7 +43,7 @@ def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
       summary: the ``summary`` of results.json; only its rows of the metric "qos" are read.
     """
     rows = sorted((row for row in summary if row["metric"] == "qos"), key=lambda row: row["load"])
-    figure = Figure(figsize=(_WIDTH_INCHES, 5.2))
+    figure = Figure(figsize=(style.WIDTH_INCHES, 5.2))
     axes = figure.add_axes((0.075, 0.095, 0.66, 0.8))
     ends = []
     for name in dict.fromkeys(row["router"] for row in rows):
@@ -88,7 +51,7 @@ def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
         load, mean, low, high = (_column(points, field) for field in ("load", "mean", "low", "high"))
         if len(load) == 1:  # one point is drawn as a level
             load, mean, low, high = load + np.array([-0.05, 0.05]), *(np.repeat(x, 2) for x in (mean, low, high))
-        look = _curve_look(name, points[0]["kind"])
+        look = style.curve_look(name, points[0]["kind"])
         axes.plot(load, mean, label=name, **look)
         if look["zorder"] > 2:
             opacity = 0.07 if points[0]["kind"] == "oracle" else 0.14
@@ -97,7 +60,7 @@ def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(xlabel="load (arrivals as a share of what the fleet can finish)", ylabel="mean QoS of a request")
     axes.margins(x=0)
     axes.set_ylim(0, 1.05 * max(row["mean"] for row in rows))
-    _label_ends(figure, axes, ends)
+    style.label_ends(figure, axes, ends)
     _label_loads(axes, {row["load"]: row["rate_per_s"] for row in rows})
     figure.set_label(
         "Mean QoS of a request against load; all routers get the same requests. Bands are 95 % confidence intervals "
@@ -106,7 +69,7 @@ def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def latency_cdf(runs: Sequence[Run], experts: ExpertProfile, limit_s: float) -> Figure:
     """Draws for each router the share of its requests that were answered within a latency per token.
 
@@ -119,16 +82,16 @@ def latency_cdf(runs: Sequence[Run], experts: ExpertProfile, limit_s: float) -> 
     """
     latencies_s = {name: _pooled_latency_s(mine, experts) for name, mine in _by_router(runs).items()}
     in_time = {name: float(np.mean(latency_s <= limit_s)) for name, latency_s in latencies_s.items()}
-    looks = _line_looks({run.router.name: run.router.kind for run in runs})
-    figure = Figure(figsize=(_WIDTH_INCHES, 4.4))
+    looks = style.line_looks({run.router.name: run.router.kind for run in runs})
+    figure = Figure(figsize=(style.WIDTH_INCHES, 4.4))
     axes = figure.add_axes((0.075, 0.115, 0.6, 0.855))
     for name in sorted(latencies_s, key=lambda name: -in_time[name]):
         answered_s = np.sort(latencies_s[name][np.isfinite(latencies_s[name])])
         share = np.arange(1, len(answered_s) + 1) / len(latencies_s[name])
-        label = f"{100 * in_time[name]:.0f} %  {_spoken(name)}"
+        label = f"{100 * in_time[name]:.0f} %  {style.spoken(name)}"
         axes.plot(1e3 * answered_s, share, drawstyle="steps-post", label=label, **looks[name])
         axes.plot(1e3 * answered_s[-1:], share[-1:], "o", markersize=3.5, color=looks[name]["color"], clip_on=False)
-    axes.axvline(1e3 * limit_s, color=_INK, linewidth=0.8, zorder=1)
+    axes.axvline(1e3 * limit_s, color=style.INK, linewidth=0.8, zorder=1)
     axes.set_xscale("log")
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, 0.5e3 * limit_s), max(right, 2e3 * limit_s))  # wide enough for two ticks
@@ -145,7 +108,7 @@ def latency_cdf(runs: Sequence[Run], experts: ExpertProfile, limit_s: float) -> 
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def routing_shares(runs: Sequence[Run], expert_names: Sequence[str]) -> Figure:
     """Draws for each router which share of its requests each expert answered, and which was dropped; best QoS on top.
 
@@ -157,25 +120,25 @@ def routing_shares(runs: Sequence[Run], expert_names: Sequence[str]) -> Figure:
     qos = {name: float(np.mean([run.metrics["qos"] for run in mine])) for name, mine in by_router.items()}
     routers = sorted(by_router, key=lambda name: qos[name])
     shares = np.array([np.mean([_shares(run, expert_names) for run in by_router[name]], 0) for name in routers])
-    figure = Figure(figsize=(_WIDTH_INCHES, 1.3 + 0.27 * len(routers)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH_INCHES, 1.3 + 0.27 * len(routers)), layout="constrained")
     axes = figure.add_subplot()
     left = np.zeros(len(routers))
-    colours = _expert_colours(expert_names) | {"dropped": _PALE}
+    colours = style.expert_colours(expert_names) | {"dropped": style.PALE}
     for (name, colour), share in zip(colours.items(), shares.T, strict=True):
         bars = axes.barh(range(len(routers)), share, left=left, height=0.8, color=colour, edgecolor="white", label=name)
         texts = [f"{100 * each:.0f}" if each >= 0.045 else "" for each in share]
-        axes.bar_label(bars, texts, label_type="center", fontsize=7.5, color=_ink_on(colour))
+        axes.bar_label(bars, texts, label_type="center", fontsize=7.5, color=style.ink_on(colour))
         left += share
     for row, name in enumerate(routers):
         axes.text(1.012, row, f"{qos[name]:.3f}", va="center")
-    axes.text(1.012, len(routers) - 0.3, "QoS", color=_GREY)
-    axes.set_yticks(range(len(routers)), [_spoken(name) for name in routers])
+    axes.text(1.012, len(routers) - 0.3, "QoS", color=style.GREY)
+    axes.set_yticks(range(len(routers)), [style.spoken(name) for name in routers])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(0, 1), ylim=(-0.6, len(routers) - 0.4), xlabel="share of requests, %")
     axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, symbol=""))
-    _legend_above(figure, axes)
+    style.legend_above(figure, axes)
     figure.set_label(
         f"Who answers under each router, in % of the requests, at load {runs[0].scenario.load:g}. Dropped are requests "
         "that the router refused or that found the queue of their expert full."
@@ -183,7 +146,7 @@ def routing_shares(runs: Sequence[Run], expert_names: Sequence[str]) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def expert_timelines(run: Run, experts: ExpertProfile, expert_names: Sequence[str]) -> Figure:
     """Draws requests waiting, requests running and KV memory in use of each expert over time; see ``expert_timeline``.
 
@@ -196,11 +159,11 @@ def expert_timelines(run: Run, experts: ExpertProfile, expert_names: Sequence[st
     end_s = np.nanmax([arrival_s[-1], *run.replayed.log.finish_s])
     times_s = np.linspace(arrival_s[0], end_s, _TIMELINE_POINTS * _SAMPLES_PER_POINT)
     waiting, running, kv_share = expert_timeline(run, experts, times_s)
-    figure = Figure(figsize=(_WIDTH_INCHES, 5.4), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH_INCHES, 5.4), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     titles = ("requests waiting", "requests running", "KV memory in use, %")
     for axes, title, values in zip(panels, titles, (waiting, running, 100 * kv_share), strict=True):
-        for name, colour in _expert_colours(expert_names).items():
+        for name, colour in style.expert_colours(expert_names).items():
             mean = _smoothed(values[:, np.asarray(expert_names) == name].mean(1))
             axes.plot(_smoothed(times_s), mean, label=name, color=colour, linewidth=1.2)
         axes.set_title(title)
@@ -208,9 +171,9 @@ def expert_timelines(run: Run, experts: ExpertProfile, expert_names: Sequence[st
         axes.margins(x=0)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     panels[-1].set_xlabel("time, s")
-    _legend_above(figure, panels[0])
+    style.legend_above(figure, panels[0])
     figure.set_label(
-        f"What is on each expert under {_spoken(run.router.name)}, at load {run.scenario.load:g}, seed "
+        f"What is on each expert under {style.spoken(run.router.name)}, at load {run.scenario.load:g}, seed "
         f"{run.scenario.seed}. KV memory is interpolated between the first and the last token of each request."
     )
     return figure
@@ -241,7 +204,7 @@ def expert_timeline(run: Run, experts: ExpertProfile, times_s: np.ndarray) -> tu
     return waiting, running, blocks / np.asarray(experts.kv_blocks)
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
     """Draws the iterations of one expert: a row per request, a cell per iteration, and below how long each took.
 
@@ -255,7 +218,7 @@ def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
     if len(log.start_s) == 0:
         raise InputError(f"{expert_name} runs no iteration in the window: choose another")
     num_requests, rows_inches = len(log.request), max(0.1 * len(log.request), 0.8)
-    figure = Figure(figsize=(_WIDTH_INCHES, rows_inches + 2.1), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH_INCHES, rows_inches + 2.1), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(rows_inches, 1.0))
     for activity, (name, look) in _ACTIVITIES.items():
         cells = [_cell(log, iteration, row) for iteration, row in np.argwhere(log.activity == activity)]
@@ -280,7 +243,7 @@ def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def reliability_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws how often requests were in time against the probability that they were given, a panel per prediction.
 
@@ -290,22 +253,22 @@ def reliability_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     predictions = list(dict.fromkeys(row["prediction"] for row in rows))
     forms = list(dict.fromkeys(row["form"] for row in rows))
-    figure = Figure(figsize=(_WIDTH_INCHES, 0.9 + _WIDTH_INCHES / len(predictions)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH_INCHES, 0.9 + style.WIDTH_INCHES / len(predictions)), layout="constrained")
     panels = figure.subplots(1, len(predictions), sharex=True, sharey=True, squeeze=False)[0]
     for axes, prediction in zip(panels, predictions, strict=True):
-        axes.plot([0, 1], [0, 1], color=_PALE, linewidth=0.8, zorder=1)
+        axes.plot([0, 1], [0, 1], color=style.PALE, linewidth=0.8, zorder=1)
         for row in rows:
             if row["prediction"] == prediction and (row["routing_width"] or row["best_width"]):
                 bins = [each for each in row["reliability"] if each["number"] >= _FEWEST_IN_BIN]
-                name, dashes = ("best", "-") if row["best_width"] else ("routing", (0, _ORACLE_DASHES[1]))
+                name, dashes = ("best", "-") if row["best_width"] else ("routing", (0, style.ORACLE_DASHES[1]))
                 axes.plot(
                     _column(bins, "predicted"), _column(bins, "realised"), marker="o", markersize=3, linestyle=dashes,
-                    color=_EXPERT_COLOURS[forms.index(row["form"])], label=f"{row['form']}, {name} width",
+                    color=style.EXPERT_COLOURS[forms.index(row["form"])], label=f"{row['form']}, {name} width",
                 )  # fmt: skip
         axes.set(title=f"predictions: {prediction}", xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
         axes.set_xlabel("predicted probability to be in time")
     panels[0].set_ylabel("share that was in time")
-    _legend_above(figure, panels[0])
+    style.legend_above(figure, panels[0])
     figure.set_label(
         "How often requests were in time, against the probability that the impact estimate gave them when they were "
         "placed; on the diagonal both are equal. Solid is the width of the logistic with the best probabilities, "
@@ -314,7 +277,7 @@ def reliability_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draws what answers were like against what was predicted of them, a panel per quantity.
 
@@ -322,7 +285,9 @@ def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]]) -> Figur
       quantities: by name, each with the bins of ``reliability`` and the expected calibration error ``ece``, as
         ``predictor.metrics`` has them. Those with predictions above 1, such as tokens, get logarithmic axes.
     """
-    figure = Figure(figsize=(_WIDTH_INCHES, 0.7 + _WIDTH_INCHES / max(len(quantities), 2)), layout="constrained")
+    figure = Figure(
+        figsize=(style.WIDTH_INCHES, 0.7 + style.WIDTH_INCHES / max(len(quantities), 2)), layout="constrained"
+    )
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, (name, quantity) in zip(panels, quantities.items(), strict=True):
         bins = quantity["reliability"]
@@ -337,8 +302,10 @@ def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]]) -> Figur
                 axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
                 axis.set_major_formatter(ticker.ScalarFormatter())
                 axis.set_minor_locator(ticker.NullLocator())
-        axes.plot([low, high], [low, high], color=_PALE, linewidth=0.8, zorder=1)
-        axes.errorbar(predicted, realised, yerr=error, color=_EXPERT_COLOURS[0], marker="o", markersize=4, linewidth=1)
+        axes.plot([low, high], [low, high], color=style.PALE, linewidth=0.8, zorder=1)
+        axes.errorbar(
+            predicted, realised, yerr=error, color=style.EXPERT_COLOURS[0], marker="o", markersize=4, linewidth=1
+        )
         axes.set(title=f"{name}\noff by {quantity['ece']:.2g}", xlim=(low, high), ylim=(low, high), aspect="equal")
         axes.set_xlabel("predicted")
     panels[0].set_ylabel("mean that came true")
@@ -350,7 +317,7 @@ def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]]) -> Figur
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws the QoS of a policy in training against steps and against minutes, beside impact_greedy's.
 
@@ -364,22 +331,22 @@ def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
     if not rows:
         raise InputError("the run has no evaluation yet, so there is no learning curve")
     qos = np.array([row["qos"] for row in rows])  # [evaluations, seeds]
-    figure = Figure(figsize=(_WIDTH_INCHES, 3.6), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH_INCHES, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = ("steps of the environments of one seed", "minutes of training")
     for axes, name, field, unit in zip(panels, names, ("steps", "seconds"), (1, 60), strict=True):
         done = _column(rows, field) / unit
-        axes.axhline(rows[-1]["impact_greedy"], label="impact greedy", **_curve_look("impact_greedy", "heuristic"))
+        axes.axhline(rows[-1]["impact_greedy"], label="impact greedy", **style.curve_look("impact_greedy", "heuristic"))
         if qos.shape[1] > 1:
-            axes.plot(done, qos, color=_LEARNED_COLOUR, linewidth=0.7, alpha=0.5)
-        look = _curve_look("", "learned")
+            axes.plot(done, qos, color=style.LEARNED_COLOUR, linewidth=0.7, alpha=0.5)
+        look = style.curve_look("", "learned")
         label = "learned" if qos.shape[1] == 1 else "learned, mean of the seeds"
         axes.plot(done, qos.mean(1), label=label, marker="o", markersize=4, **look)
         axes.set_xlabel(name)
         axes.margins(x=0.02)
     panels[0].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     panels[0].set_ylabel("mean QoS of a held-out request")
-    _legend_above(figure, panels[0])
+    style.legend_above(figure, panels[0])
     figure.set_label(
         "QoS of the policy on requests that it was not trained on, always the same ones, against training. Thin lines "
         "are seeds; compilation is not counted."
@@ -387,7 +354,7 @@ def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(style.RC)
 def qos_panels(
     panels: Mapping[str, Sequence[Mapping[str, Any]]], x_label: str, caption: str, ticks: Sequence[str] = ()
 ) -> Figure:
@@ -400,20 +367,22 @@ def qos_panels(
       ticks: texts of x = 0, 1, ... where x is no number.
     """
     kinds = {row["router"]: row["kind"] for rows in panels.values() for row in rows}
-    looks = {name: _curve_look(name, kind) for name, kind in kinds.items()}
-    looks |= {name: look for name, look in _line_looks(kinds).items() if kinds[name] == "oracle"}
-    for name, colour in zip([name for name in kinds if kinds[name] == "learned"][1:], _SPARE_COLOURS, strict=False):
+    looks = {name: style.curve_look(name, kind) for name, kind in kinds.items()}
+    looks |= {name: look for name, look in style.line_looks(kinds).items() if kinds[name] == "oracle"}
+    for name, colour in zip(
+        [name for name in kinds if kinds[name] == "learned"][1:], style.SPARE_COLOURS, strict=False
+    ):
         looks[name] |= {"color": colour, "linewidth": 1.6}
     top = max(row["mean"] for rows in panels.values() for row in rows)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(_WIDTH_INCHES, 0.9 + 2.6 * lines), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH_INCHES, 0.9 + 2.6 * lines), layout="constrained")
     every = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axes, (title, rows) in zip(every, panels.items(), strict=False):
         for name in dict.fromkeys(row["router"] for row in rows):
             points = sorted((row for row in rows if row["router"] == name), key=lambda row: row["x"])
             x, mean, low, high = (_column(points, field) for field in ("x", "mean", "low", "high"))
-            axes.plot(x, mean, label=_spoken(name), marker="o", markersize=2.5, **looks[name])
+            axes.plot(x, mean, label=style.spoken(name), marker="o", markersize=2.5, **looks[name])
             if looks[name]["zorder"] > 3:
                 axes.fill_between(x, low, high, color=looks[name]["color"], alpha=0.14, linewidth=0)
         axes.set(title=title, xlabel=x_label, ylim=(0, 1.05 * top))
@@ -423,52 +392,10 @@ def qos_panels(
         axes.set_visible(False)
     every[0].set_ylabel("mean QoS of a request")
     curves = {line.get_label(): line for axes in every for line in axes.get_lines()}
-    notable = {label: line for label, line in curves.items() if line.get_color() != _PALE}
+    notable = {label: line for label, line in curves.items() if line.get_color() != style.PALE}
     figure.legend(notable.values(), notable.keys(), loc="outside upper center", ncols=min(4, len(notable)))
     figure.set_label(caption)
     return figure
-
-
-def _curve_look(name: str, kind: str) -> dict[str, Any]:
-    """Returns how to draw a router among many: learned ones thick, a few in colour, oracles dashed, others grey."""
-    if kind == "oracle":
-        return {"color": _INK, "linestyle": (0, _ORACLE_DASHES[0]), "linewidth": 1.2, "zorder": 3}
-    if kind == "learned":
-        return {"color": _LEARNED_COLOUR, "linewidth": 3.0, "zorder": 5}
-    if name in HIGHLIGHTED:
-        return {"color": HIGHLIGHTED[name], "linewidth": 2.0, "zorder": 4}
-    return {"color": _PALE, "linewidth": 0.9, "zorder": 2}
-
-
-def _line_looks(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Returns how to draw each of a few routers, given their kinds: all in colour, but for the oracles in dashes."""
-    looks, spare, dashes = {}, itertools.cycle(_SPARE_COLOURS), itertools.cycle(_ORACLE_DASHES)
-    learned = itertools.chain(["-"], itertools.cycle((0, each) for each in _ORACLE_DASHES))
-    for name, kind in kinds.items():
-        looks[name] = _curve_look(name, kind)
-        if kind == "oracle":
-            looks[name]["linestyle"] = (0, next(dashes))
-        elif kind == "learned":
-            looks[name]["linestyle"] = next(learned)
-        elif name not in HIGHLIGHTED:
-            looks[name] = {"color": next(spare), "linewidth": 1.2}
-    return looks
-
-
-def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, str, dict[str, Any]]]) -> None:
-    """Writes each curve's name beside its right end, moved up or down as little as keeps the names apart."""
-    ends = sorted(ends, key=lambda end: end[0])
-    bottom, top = axes.get_ylim()
-    axes_inches = axes.get_position().height * figure.get_figheight()
-    line_height = 1.25 * _LABEL_POINTS / 72 * (top - bottom) / axes_inches  # in units of the y axis
-    below = line_height * np.arange(len(ends))
-    heights = scipy.optimize.isotonic_regression([end[0] for end in ends] - below).x
-    heights = np.clip(heights, bottom, max(bottom, top - below[-1])) + below
-    beside = axes.get_yaxis_transform()
-    for height, (value, name, look) in zip(heights, ends, strict=True):
-        font = {"color": look["color"], "fontweight": "bold"} if look["zorder"] > 2 else {"color": _GREY}
-        axes.plot([1, 1.03], [value, height], color=look["color"], linewidth=0.8, transform=beside, clip_on=False)
-        axes.text(1.04, height, _spoken(name), transform=beside, va="center", fontsize=_LABEL_POINTS, **font)
 
 
 def _label_loads(axes: Axes, rates_per_s: Mapping[float, float]) -> None:
@@ -480,28 +407,9 @@ def _label_loads(axes: Axes, rates_per_s: Mapping[float, float]) -> None:
     above.spines["top"].set_visible(False)
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, _CHARACTERS_ACROSS // (max(map(len, labels)) + 6))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.2)
-
-
 def _cell(log: IterationLog, iteration: int, row: int) -> list[tuple[float, float]]:
     left, right = log.start_s[iteration], log.start_s[iteration] + log.duration_s[iteration]
     return [(left, row - 0.45), (right, row - 0.45), (right, row + 0.45), (left, row + 0.45)]
-
-
-def _spoken(router: str) -> str:
-    return router.replace("_", " ")
-
-
-def _ink_on(colour: str) -> str:
-    red, green, blue = colors.to_rgb(colour)
-    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-
-
-def _expert_colours(expert_names: Sequence[str]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(expert_names), itertools.cycle(_EXPERT_COLOURS), strict=False))
 
 
 def _column(rows: Sequence[Mapping[str, Any]], field: str) -> np.ndarray:

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from experiments import common, train
 from qos_jax import InputError
 from qos_jax.agent import AGENTS, configs
-from qos_jax.checkpoints import CONFIG, METRICS, RunFolder, load_router, run_config
+from qos_jax.checkpoints import CONFIG, METRICS, RunFolder, run_config
 from qos_jax.predictor.data import read_prediction_table
 from qos_jax.predictor.predictor import load_predictor
 from qos_jax.predictor.pretrained import load_pretrained
+from qos_jax.trained import load_router
 from qos_jax.workload.arrivals import parse_arrivals
 from qos_jax.workload.fitting import TIMING_UNITS, load_profile
 from qos_jax.workload.prediction import parse_prediction

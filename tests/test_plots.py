@@ -13,7 +13,7 @@ from matplotlib.collections import FillBetweenPolyCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from qos_jax import InputError, plots
+from qos_jax import InputError, plots, style
 from qos_jax.report import results_of
 from qos_jax.sim.iterations import Activity, iterations_of
 from qos_jax.sim.metrics import latency_per_token_s
@@ -45,7 +45,7 @@ class TestQosAgainstLoad:
             np.testing.assert_array_equal(line(figure, router).get_xdata(), LOADS)
             np.testing.assert_array_equal(line(figure, router).get_ydata(), [row["mean"] for row in rows])
         assert line(figure, "oracle").get_linestyle() == "--"
-        assert line(figure, "round_robin").get_color() == plots.HIGHLIGHTED["round_robin"]
+        assert line(figure, "round_robin").get_color() == style.HIGHLIGHTED["round_robin"]
 
     def test_bands_are_the_intervals(self) -> None:
         figure = plots.qos_against_load(summary())
@@ -240,4 +240,4 @@ def test_learned_routers_stand_out() -> None:
     rows = [row | ({"kind": "learned"} if row["router"] == "only_gamma" else {}) for row in rows]
     figure = plots.qos_against_load(rows)
     assert line(figure, "only_gamma").get_linewidth() > line(figure, "round_robin").get_linewidth()
-    assert line(figure, "only_gamma").get_color() not in plots.HIGHLIGHTED.values()
+    assert line(figure, "only_gamma").get_color() not in style.HIGHLIGHTED.values()
