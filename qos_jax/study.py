@@ -206,8 +206,13 @@ def study_html(result: StudyResult, picture: bytes) -> str:
 
 
 def study_markdown(result: StudyResult) -> str:
-    """Returns a section of Markdown: the gains, and where the paper's heuristics took part its claims."""
-    parts = [f"## {result.title}", result.question, _markdown(*_gains_table(result))]
+    """Returns a section of Markdown, which shows NAME.png beside it."""
+    parts = [
+        f"## {result.title}",
+        result.question,
+        f"![{result.title}]({result.name}.png)",
+        _markdown(*_gains_table(result)),
+    ]
     if result.claims:
         parts += [f"### {_CLAIMS_TITLE}", _markdown(*_claims_table(result))]
     if result.shares:
