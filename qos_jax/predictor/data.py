@@ -17,7 +17,7 @@ import numpy as np
 
 from qos_jax.errors import InputError
 from qos_jax.files import numbers_in, parse_json, read_columns
-from qos_jax.workload.tables import read_mix_instruct
+from qos_jax.workload.tables import read_mix_instruct, split_rows
 
 DEFAULT_SCORES = "quality_bertscore_minilm"
 EMBEDDINGS = "prompt_emb_minilm"
@@ -84,13 +84,7 @@ class PredictionTable:
         Raises:
           InputError: a part is empty.
         """
-        num_test = round(test_fraction * len(self))
-        if not 0 < num_test < len(self):
-            raise InputError(
-                f"{self.source}: test_fraction {test_fraction:g} of {len(self)} prompts; both parts need some"
-            )
-        order = np.random.default_rng(seed).permutation(len(self))
-        return np.sort(order[num_test:]), np.sort(order[:num_test])
+        return split_rows(self.source, len(self), test_fraction, seed)
 
     def folds(self, count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns the rows (train, test) of each fold of a cross-validation; each prompt is tested once.

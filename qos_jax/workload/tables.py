@@ -102,14 +102,8 @@ class QualityTable:
 
     def split(self, test_fraction: float, seed: int) -> tuple[QualityTable, QualityTable]:
         """Returns the tables (train, test) of a random partition of the prompts; an empty part raises `InputError`."""
-        num_prompts = len(self.prompt_tokens)
-        num_test = round(test_fraction * num_prompts)
-        if not 0 < num_test < num_prompts:
-            raise InputError(
-                f"{self.source}: test_fraction {test_fraction:g} of {num_prompts} prompts; both parts need some"
-            )
-        order = np.random.default_rng(seed).permutation(num_prompts)
-        return self._rows(np.sort(order[num_test:])), self._rows(np.sort(order[:num_test]))
+        train, test = split_rows(self.source, len(self.prompt_tokens), test_fraction, seed)
+        return self._rows(train), self._rows(test)
 
     def content(self, limits: LatencyLimits | None = None) -> TableContent:
         """Returns what draws requests from this table, by default for users with the limits `latency_limits()`."""
@@ -136,6 +130,19 @@ class QualityTable:
             score=self.score[rows],
             prompts=None if self.prompts is None else tuple(self.prompts[row] for row in rows),
         )
+
+
+def split_rows(source: str, num_prompts: int, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows (train, test) of a random partition of the prompts, each in order.
+
+    Raises:
+        InputError: naming ``source``, if a part is empty.
+    """
+    num_test = round(test_fraction * num_prompts)
+    if not 0 < num_test < num_prompts:
+        raise InputError(f"{source}: test_fraction {test_fraction:g} of {num_prompts} prompts; both parts need some")
+    order = np.random.default_rng(seed).permutation(num_prompts)
+    return np.sort(order[num_test:]), np.sort(order[:num_test])
 
 
 def _pair_correlation(columns: np.ndarray) -> float:
