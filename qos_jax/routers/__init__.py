@@ -27,6 +27,8 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     "bert_router": heuristics.bert_router,
     "bert_router_feasible": heuristics.bert_router_feasible,
     "impact_greedy": impact_greedy,
+    # tuned on paper-3 alone, as ours has a number of its own for equal GPUs (experiments.tune_impact, BUILD_NOTES.md)
+    "impact_greedy_equal_gpus": partial(impact_greedy, "impact_greedy_equal_gpus", width_s=1.5e-3, price=0.1),
     "impact_greedy_no_drop": partial(impact_greedy, "impact_greedy_no_drop", price=-math.inf),
     "oracle_score": partial(heuristics.bert_router, "oracle_score", kind="oracle", sees="true_scores"),
     "oracle_impact": partial(
