@@ -98,7 +98,7 @@ _ENERGY = {
 
 TRAINED = {
     "ours": Trained(flags=_EQUAL_GPUS),
-    "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS, share=0.6),
+    "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS),
     "ours_edge_8": Trained("edge-8", share=0.6),
     "ours_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet", seeds=1),
     "ours_told_truth": Trained(flags=("--prediction=perfect", *_EQUAL_GPUS), share=0.6, seeds=3),

@@ -208,6 +208,7 @@ def values(obs: Observation) -> dict[str, jax.Array]:
         "bert_router": obs.arrived.predicted_score,
         "oracle_score": obs.arrived.predicted_score,
         "impact_greedy": net,
+        "impact_greedy_equal_gpus": impact(obs, 1.5e-3).net,
         "impact_greedy_no_drop": net,
     }
 
