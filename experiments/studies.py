@@ -27,7 +27,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(requests=200, seeds=2, steps=6_000, training_seeds=1, ends_only=True),
-    "full": Budget(requests=1_500, seeds=8, steps=500_000, training_seeds=5, ends_only=False),
+    "full": Budget(requests=1_500, seeds=16, steps=500_000, training_seeds=5, ends_only=False),
 }
 
 
