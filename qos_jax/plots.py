@@ -6,6 +6,7 @@ Every function returns a matplotlib ``Figure`` of its own and leaves pyplot's gl
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -366,13 +367,7 @@ def qos_panels(
       caption: the figure's label.
       ticks: texts of x = 0, 1, ... where x is no number.
     """
-    kinds = {row["router"]: row["kind"] for rows in panels.values() for row in rows}
-    looks = {name: style.curve_look(name, kind) for name, kind in kinds.items()}
-    looks |= {name: look for name, look in style.line_looks(kinds).items() if kinds[name] == "oracle"}
-    for name, colour in zip(
-        [name for name in kinds if kinds[name] == "learned"][1:], style.SPARE_COLOURS, strict=False
-    ):
-        looks[name] |= {"color": colour, "linewidth": 1.6}
+    looks = _panel_looks(panels)
     top = max(row["mean"] for rows in panels.values() for row in rows)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -396,6 +391,22 @@ def qos_panels(
     figure.legend(notable.values(), notable.keys(), loc="outside upper center", ncols=min(4, len(notable)))
     figure.set_label(caption)
     return figure
+
+
+def _panel_looks(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Returns how to draw each router; learned ones that never meet in a panel may share a colour."""
+    kinds = {row["router"]: row["kind"] for rows in panels.values() for row in rows}
+    looks = {name: style.curve_look(name, kind) for name, kind in kinds.items()}
+    looks |= {name: look for name, look in style.line_looks(kinds).items() if kinds[name] == "oracle"}
+    together = [{row["router"] for row in rows} for rows in panels.values()]
+    spare: dict[str, int] = {}  # 0: the colour of learned routers
+    for name in [name for name in kinds if kinds[name] == "learned"]:
+        taken = {spare[other] for panel in together if name in panel for other in panel & spare.keys()}
+        spare[name] = next(number for number in itertools.count() if number not in taken)
+        if spare[name]:
+            colour = style.SPARE_COLOURS[(spare[name] - 1) % len(style.SPARE_COLOURS)]
+            looks[name] |= {"color": colour, "linewidth": 1.6}
+    return looks
 
 
 def _label_loads(axes: Axes, rates_per_s: Mapping[float, float]) -> None:

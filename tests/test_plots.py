@@ -241,3 +241,14 @@ def test_learned_routers_stand_out() -> None:
     figure = plots.qos_against_load(rows)
     assert line(figure, "only_gamma").get_linewidth() > line(figure, "round_robin").get_linewidth()
     assert line(figure, "only_gamma").get_color() not in style.HIGHLIGHTED.values()
+
+
+def test_learned_routers_share_a_colour_only_if_they_never_meet_in_a_panel():
+    def rows(*names):
+        at = {"kind": "learned", "x": 0.9, "mean": 0.5, "low": 0.4, "high": 0.6}
+        return [at | {"router": name} for name in names]
+
+    figure = plots.qos_panels({"a": rows("any", "of_a"), "b": rows("of_b"), "c": rows("of_b", "any")}, "load", "QoS")
+    colour = {line.get_label(): line.get_color() for axes in figure.axes for line in axes.get_lines()}
+    assert colour["any"] == style.LEARNED_COLOUR
+    assert colour["of a"] == colour["of b"] != colour["any"]
