@@ -21,9 +21,10 @@ HIGHLIGHTED = {
     "bert_router": "#D55E00",
     "bert_router_feasible": "#E69F00",
     "round_robin": "#CC79A7",
+    "rollout": "#332288",
 }
 LEARNED_COLOUR = "#C1121F"
-SPARE_COLOURS = ("#56B4E9", "#332288", "#882255", "#117733", "#999933", "#661100", "#6699CC", "#AA4499")
+SPARE_COLOURS = ("#56B4E9", "#882255", "#117733", "#999933", "#661100", "#6699CC", "#AA4499")
 EXPERT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#332288", "#999933")
 ORACLE_DASHES = ((4, 2), (1, 1.5), (8, 2, 1, 2))
 INK, GREY, PALE = "#1A1A1A", "#7A7A7A", "#BDBDBD"
