@@ -115,11 +115,11 @@ def _walk(env: Environment, params: EnvParams, key: Array, carry: Any) -> tuple[
         obs, state, _, _, _, info = env.step(key, state, expert, params)
         served = Served(
             gap_s=info["gap_s"],
-            prompt_tokens=request.prompt_tokens.astype(jnp.int16),
-            output_tokens=request.output_tokens[expert].astype(jnp.int16),
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens[expert],
             score=request.score[expert],
             latency_limit_s=request.latency_limit_s,
-            expert=expert.astype(jnp.int8),
+            expert=expert,
         )
         return (obs, state), (served, jnp.stack([jnp.float32(getattr(info["answers"], name)) for name in _COUNTS]))
 
@@ -131,7 +131,7 @@ def _float64(experts: ExpertProfile, served: Served) -> np.ndarray:
     """Serves the same requests again; returns the counts [stretches, counts], each stretch ending at the same time."""
     passed_s = np.cumsum(served.gap_s, dtype=np.float64)
     arrival_s = np.concatenate([[0.0], passed_s[:-1]])
-    num_experts, expert = len(experts.step_base_s), served.expert.astype(np.int64)
+    num_experts, expert = len(experts.step_base_s), served.expert
     tokens = np.broadcast_to(served.output_tokens[:, None], (len(expert), num_experts))
     _, log = native.simulate(experts, RequestTrace(arrival_s, served.prompt_tokens, tokens), expert)
     network_s = np.broadcast_to(experts.network_s, num_experts)[expert]
