@@ -46,8 +46,10 @@ _CASES = (  # preset, environments, load, answers so many times as long
     ("paper-3", 1024, 0.8, 8),
     ("paper-6", 1024, 0.8, 1),
     ("edge-8", 1024, 0.8, 1),
+    ("edge-8", 4096, 0.8, 1),
     ("edge-8", 1024, 1.1, 1),
     ("edge-64", 64, 0.8, 1),
+    ("edge-64", 4096, 0.8, 1),
 )
 
 

@@ -164,9 +164,11 @@ class _Maker:
                 routers.append(self._learned(name, seed))
                 seeds_of[routers[-1].name] = (name, seed)
         scenarios = [
-            Scenario(load, load * saturation_per_s, 1000 + seed) for load in loads for seed in range(self.budget.seeds)
+            Scenario(load, load * saturation_per_s, 1000 + seed)
+            for load in loads
+            for seed in range(math.ceil(world.share_of_seeds * self.budget.seeds))
         ]
-        requests = round(study.share * self.budget.requests)
+        requests = round(study.share * world.share_of_requests * self.budget.requests)
         # A plan is made of the whole trace, so there all of it counts.
         warmup = 0 if study.hindsight else int(_WARM_UP * requests)
         runs = evaluate(env, params, routers, scenarios, requests, warmup=warmup)

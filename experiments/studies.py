@@ -52,6 +52,8 @@ class World:
     trained: tuple[str, ...] = ()  # of TRAINED
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of qos_jax.make
     trace: str | None = None  # file of measured arrivals, of which the second half is taken
+    share_of_requests: float = 1.0  # of the study's, and
+    share_of_seeds: float = 1.0  # of the budget's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ _FAMILIAR = PRESETS["edge-8"].experts
 _TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
 
 _EQUAL_GPUS = ("--set=most_harm=0.35",)  # see BUILD_NOTES.md
+_STALE = ("--staleness=0.5",)
 _ABLATIONS = {
     "whole": Trained(flags=_EQUAL_GPUS),
     "unbounded_harm": Trained(),
@@ -100,6 +103,9 @@ TRAINED = {
     "ours": Trained(flags=_EQUAL_GPUS),
     "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS),
     "ours_edge_8": Trained("edge-8", share=0.6),
+    "ours_stale": Trained(flags=_EQUAL_GPUS + _STALE),
+    "ours_paper_6_stale": Trained("paper-6", flags=_EQUAL_GPUS + _STALE),
+    "ours_edge_8_stale": Trained("edge-8", flags=_STALE, share=0.6),
     "ours_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet", seeds=1),
     "ours_told_truth": Trained(flags=("--prediction=perfect", *_EQUAL_GPUS), share=0.6, seeds=3),
     "ours_edge_8_told_truth": Trained("edge-8", flags=("--prediction=perfect",), share=0.6, seeds=3),
@@ -108,10 +114,10 @@ TRAINED = {
 }
 
 
-def _everywhere(**laws: Mapping[str, Any]) -> tuple[World, ...]:
-    """Returns the three presets under each law."""
+def _everywhere(*, also: str | None = None, **laws: Mapping[str, Any]) -> tuple[World, ...]:
+    """Returns the three presets under each law, with the router of each and the variant of it that is named."""
     return tuple(
-        World(f"{preset}, {label.replace('_', ' ')}", preset, (router,), **law)
+        World(f"{preset}, {label.replace('_', ' ')}", preset, (router, *([f"{router}_{also}"] if also else [])), **law)
         for preset, router in _OURS.items()
         for label, law in laws.items()
     )
@@ -141,8 +147,8 @@ STUDIES = {
     ),
     "stale": Study(
         "Stale metrics",
-        "And where routers see the fleet half a second late, which was not trained on either?",
-        _everywhere(half_a_second_stale={"fields": {"staleness_s": 0.5}}),
+        "And where routers see the fleet half a second late? Some learned so, the others never saw it.",
+        _everywhere(also="stale", half_a_second_stale={"fields": {"staleness_s": 0.5}}),
     ),
     "staleness": Study(
         "QoS against staleness",
@@ -184,7 +190,10 @@ STUDIES = {
             World("edge-8", "edge-8", ("ours_any_fleet", "ours_edge_8")),
             World("edge-8 in reverse order", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _FAMILIAR[::-1]}),
             World("12 experts", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _TWELVE}),
-            World("64 experts", "edge-64", ("ours_any_fleet", "ours_edge_8")),
+            # More requests, as it takes many to fill so large a fleet.
+            World(
+                "64 experts", "edge-64", ("ours_any_fleet", "ours_edge_8"), share_of_requests=4.0, share_of_seeds=0.25
+            ),
         ),
         loads=(0.6, 0.9, 1.1),
         routers=_FEW,

@@ -51,7 +51,8 @@ class Domain:
     arrivals: tuple[str, ...] = ()
     predictions: tuple[str, ...] = ()
     staleness_s: tuple[float, ...] = ()  # s, uniform between the least and the greatest
-    pairs: tuple[Pair, ...] = ()  # every environment gets a fleet of its own, drawn from these, and
+    pairs: tuple[Pair, ...] = ()  # every environment gets a fleet of its own, drawn from these, with
+    equal_gpus: float = 0.5  # probability that all are on GPUs of one kind, and
     latency_limits_s: tuple[float, ...] = LATENCY_LIMITS_S  # s/token, one of these for its users
 
 
@@ -102,7 +103,11 @@ def _draw(env: Environment, params: EnvParams, domain: Domain, key: Array) -> En
 
 def _fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.random.Generator) -> EnvParams:
     """Returns the parameters with another fleet, and with the answers of its LLMs."""
-    chosen = [domain.pairs[i] for i in rng.integers(len(domain.pairs), size=spec.num_experts)]
+    pairs = domain.pairs
+    if rng.random() < domain.equal_gpus:
+        gpu = pairs[rng.integers(len(pairs))][1]
+        pairs = tuple(pair for pair in pairs if pair[1] == gpu)
+    chosen = [pairs[i] for i in rng.integers(len(pairs), size=spec.num_experts)]
     running, waiting = (int(np.max(limit)) for limit in (params.experts.max_running, params.experts.max_waiting))
     limit_s = float(rng.choice(domain.latency_limits_s))
     rates = _rates(domain.pairs, running, waiting, spec.engine)

@@ -38,12 +38,19 @@ def test_the_same_key_draws_the_same_worlds_and_another_does_not() -> None:
 
 def test_fleets_of_their_own_have_their_own_saturation() -> None:
     env, params = presets.make("paper-3")
-    domain = Domain(loads=(1.0,), pairs=PAIRS, latency_limits_s=(0.03,))
+    domain = Domain(loads=(1.0,), pairs=PAIRS, equal_gpus=0.0, latency_limits_s=(0.03,))
     drawn = randomised(env, params, domain, KEY, 6)
     assert len(np.unique(np.asarray(drawn.experts.step_base_s), axis=0)) > 1
     one = jax.tree.map(lambda x: x[0], drawn)
     assert float(drawn.saturation_per_s[0]) == pytest.approx(saturation_rate(env, one), rel=0.06)  # both are simulated
     assert float(one.workload.arrivals.rate_per_s) == pytest.approx(float(drawn.saturation_per_s[0]))
+
+
+def test_a_share_of_the_fleets_has_equal_gpus() -> None:
+    env, params = presets.make("paper-3")
+    drawn = randomised(env, params, Domain(pairs=PAIRS, equal_gpus=0.5), KEY, 64)
+    base_s = np.asarray(drawn.experts.step_base_s)
+    assert 16 < (base_s.min(1) == base_s.max(1)).sum() < 60  # by chance alone 7 of 64
 
 
 def test_predictions_and_staleness_are_drawn() -> None:
