@@ -23,10 +23,11 @@ from qos_jax.agent.counterfactual import Judge, Twins, begun, follow, measured, 
 from qos_jax.agent.networks import Inputs, greedy, heads_of, network_of
 from qos_jax.agent.rewards import shaped_reward
 from qos_jax.agent.sac import Hyperparameters, Learned, Lesson, Step, Transition, Weights
-from qos_jax.routers.base import Router
+from qos_jax.routers.base import Router, noise_if_late
 from qos_jax.sim.blocks import map_environments
 from qos_jax.sim.env import EnvParams
 
+_TEMPERATURE = 0.05  # QoS, of values where metrics are late; see BUILD_NOTES.md
 _FAVOURITISM = 2.0  # of the routing by lot: SD of the log odds of each action, so that some experts are overrun
 
 
@@ -139,14 +140,16 @@ class Learner:
     def act(self, weights: Weights, key: Array, obs: Any) -> Array:
         """Returns the action [] int32 that is best by the learned values or policy, for one environment.
 
-        A network that reads the arrived node alone cannot tell which expert is busy, and its best policy draws lots: so
-        it does here (at its end ``paper`` had a QoS of .30 so, and of .04 where it took the likeliest action).
+        Where that depends on what a router cannot see, the best policy draws lots. So does one whose metrics are late
+        here, and always a network that reads the arrived node alone, as it cannot tell which expert is busy (at its end
+        ``paper`` had a QoS of .30 so, and of .04 where it took the likeliest action).
         """
         inputs = self.inputs(obs)
         heads = heads_of(self.network, weights, inputs)
         if heads.logits is not None and self.config.network.readout == "arrived":
             return jax.random.categorical(key, jnp.where(inputs.legal, heads.logits, -jnp.inf)).astype(jnp.int32)
-        return greedy(heads, inputs.legal)
+        temperature = _TEMPERATURE if heads.logits is None else 1.0
+        return greedy(heads, inputs.legal, noise_if_late(key, obs, temperature))
 
     def router(self, weights: Weights, name: str = "ours") -> Router:
         """Returns the router that acts by ``weights``."""

@@ -180,7 +180,7 @@ def heads_of(network: nn.Module, weights: Any, inputs: Inputs) -> Heads:
     return cast(Heads, network.apply(weights, inputs))
 
 
-def greedy(heads: Heads, legal: Array) -> Array:
-    """Returns the best legal action [] int32."""
+def greedy(heads: Heads, legal: Array, noise: Array | float = 0.0) -> Array:
+    """Returns the best legal action [] int32, with ``noise`` [N + 1] added to what each is worth."""
     score = jnp.mean(heads.q, -2) if heads.logits is None else heads.logits
-    return jnp.argmax(jnp.where(legal, score, -jnp.inf), -1).astype(jnp.int32)
+    return jnp.argmax(jnp.where(legal, score + noise, -jnp.inf), -1).astype(jnp.int32)

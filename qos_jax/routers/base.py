@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -35,6 +36,15 @@ def best_legal(obs: Observation, value: Array) -> Array:
     legal = obs.action_mask[:-1]
     best = jnp.argmax(jnp.where(legal, value, -jnp.inf))
     return jnp.where(jnp.any(legal), best, legal.shape[0]).astype(jnp.int32)
+
+
+def noise_if_late(key: Array, obs: Observation, temperature: float) -> Array:
+    """Returns noise [N + 1] with which the best of some values is a draw by softmax(values / temperature).
+
+    It is 0 where metrics are fresh. Where they are late, requests that come close together all see the same fleet, and
+    by their values alone would all go to the same expert.
+    """
+    return jnp.where(obs.staleness_s > 0, temperature * jax.random.gumbel(key, obs.action_mask.shape), 0.0)
 
 
 def by_value(name: str, value: Callable[[Observation], Array], **fields: Any) -> Router:

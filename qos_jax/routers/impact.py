@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from qos_jax.routers.base import Router, best_legal
+from qos_jax.routers.base import Router, best_legal, noise_if_late
 from qos_jax.routers.imagination import LENGTH_CV, imagine, imagine_request, tokens_left
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of
@@ -32,7 +32,8 @@ from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, Ob
 from qos_jax.sim.world import payload_of, slot_latency_per_token_s
 
 WIDTH_S = 2.0e-3  # s/token. This width and
-PRICE = 0.2  # QoS were tuned on training seeds of paper-3 and edge-8, see BUILD_NOTES.md
+PRICE = 0.2  # QoS were tuned on training seeds of paper-3 and edge-8, and this
+TEMPERATURE = 0.1  # QoS with metrics half a second late, and on paper-6, too; see BUILD_NOTES.md
 
 Form = Literal["analytic", "rollout"]
 
@@ -92,6 +93,7 @@ def impact_greedy(
     width_s: float = WIDTH_S,
     length_cv: float = LENGTH_CV,
     price: float = PRICE,
+    temperature: float = TEMPERATURE,
     **fields: Any,
 ) -> Router:
     """Takes the placement that adds most to the expected QoS of all requests.
@@ -102,15 +104,17 @@ def impact_greedy(
       length_cv: see ``impact``.
       price: the request is dropped where that is legal and every placement adds less than this; minus infinity never
         drops.
+      temperature: in QoS; where metrics are late, the router draws by softmax(added QoS / temperature), a drop at its
+        price.
       **fields: other fields of the router.
     """
 
     def act(key: Array, obs: Observation, memory: tuple[()]) -> tuple[Array, tuple[()]]:
-        del key
         net = impact(obs, width_s, length_cv).net
-        best = jnp.max(jnp.where(obs.action_mask[:-1], net, -jnp.inf))
-        drop = (best < price) & obs.action_mask[-1]
-        return jnp.where(drop, net.shape[0], best_legal(obs, net)), memory
+        worth = jnp.append(net, price) + noise_if_late(key, obs, temperature)
+        best = jnp.max(jnp.where(obs.action_mask[:-1], worth[:-1], -jnp.inf))
+        drop = (best < worth[-1]) & obs.action_mask[-1]
+        return jnp.where(drop, net.shape[0], best_legal(obs, worth[:-1])), memory
 
     return Router(name=name, init=tuple, act=act, **({"kind": "heuristic"} | fields))
 

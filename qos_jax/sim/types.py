@@ -129,3 +129,4 @@ class Observation(struct.PyTreeNode):
     experts: ExpertView
     requests: RequestView
     action_mask: Array  # [N + 1] bool: legal actions; the last one drops the request
+    staleness_s: Array | float = 0.0  # [] s, how old what is seen of experts and requests is, at least

@@ -173,6 +173,7 @@ def observe(
     """Returns what the router sees when ``request`` arrives: fresh, or the newest snapshot at least that old."""
     assert world.memory is not None
     if world.memory.snapshots is None:
+        staleness_s = 0.0
         experts, requests = _look(spec, world.experts)
     else:
         experts, requests = _look_back(world.memory.snapshots, staleness_s)
@@ -187,7 +188,7 @@ def observe(
     fits = blocks_of(request.prompt_tokens + 1, spec.engine.block_size) <= profile.kv_blocks
     legal = fits & (experts.waiting < profile.max_waiting)
     action_mask = jnp.append(legal, spec.allow_drop)
-    return Observation(arrived, experts, requests, action_mask)
+    return Observation(arrived, experts, requests, action_mask, jnp.asarray(staleness_s, world.memory.arrivals.dtype))
 
 
 def _look(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:

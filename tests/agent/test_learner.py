@@ -114,6 +114,20 @@ def test_the_router_takes_a_legal_action(name: str) -> None:
     assert router.kind == "learned" and router.name == name
 
 
+def test_the_router_draws_lots_where_metrics_are_late_and_only_there() -> None:
+    learner, (_, after, _) = tiny("ours"), trained("ours")
+    router = learner.router(learner.weights(after))
+    obs, _ = ENV.reset(jax.random.key(0), small_params(NUM_EXPERTS))
+    alike = {
+        name: jnp.full(NUM_EXPERTS, getattr(obs.arrived, name)[0]) for name in ("predicted_score", "predicted_tokens")
+    }
+    obs = obs.replace(arrived=obs.arrived.replace(**alike))
+    keys = jax.random.split(jax.random.key(1), 1000)
+    act = quick_jit(jax.vmap(lambda key, obs: router.act(key, obs, ())[0], in_axes=(0, None)))
+    assert len(np.unique(act(keys, obs))) == 1
+    assert len(np.unique(act(keys, obs.replace(staleness_s=jnp.float32(0.1))))) > 1
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_one_trace_serves_all_chunks_and_hyperparameters(name: str) -> None:
     """A state that comes out of a chunk is one that goes in, and counts, rates and costs are traced."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -379,6 +380,17 @@ def test_a_fleet_on_the_brink_is_not_given_more() -> None:
     must_place = observation(brink, brink, legal=[True, True, False], **arrived)
     assert act(must_place) == {"impact_greedy": 0, "impact_greedy_no_drop": 0}
     assert act(observation(brink, [], **arrived)) == {"impact_greedy": 1, "impact_greedy_no_drop": 1}
+
+
+def test_lots_are_drawn_where_metrics_are_late_and_only_there() -> None:
+    obs = observation([running()] * 3, [running()] * 2, [], legal=[True, True, False, True])
+    keys, temperature = jax.random.split(jax.random.key(0), 20_000), 0.1
+    router = impact_greedy(temperature=temperature, price=0.3)
+    act = jax.jit(jax.vmap(lambda key, obs: router.act(key, obs, ())[0], in_axes=(0, None)))
+    assert len(np.unique(act(keys, obs))) == 1
+    drawn = np.bincount(act(keys, obs.replace(staleness_s=jnp.float32(0.1))), minlength=4) / len(keys)
+    worth = np.append(estimate_of(obs).net, 0.3) + np.where(obs.action_mask, 0.0, -np.inf)
+    np.testing.assert_allclose(drawn, scipy.special.softmax(worth / temperature), atol=0.02)
 
 
 @pytest.fixture(scope="module")

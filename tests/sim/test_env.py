@@ -326,6 +326,8 @@ def test_late_metrics_are_those_of_an_earlier_arrival(rates: tuple[float, ...]) 
             seen = oldest + max(np.flatnonzero(ages_s >= staleness_s[i]), default=0)
             chex.assert_trees_all_equal(visible(row(late["obs"], i, now)), visible(row(fresh["obs"], i, seen)))
     chex.assert_trees_all_equal(late["obs"].arrived, fresh["obs"].arrived)
+    np.testing.assert_array_equal(late["obs"].staleness_s, np.tile(np.float32(staleness_s)[:, None], NUM_STEPS))
+    np.testing.assert_array_equal(fresh["obs"].staleness_s, 0.0)
 
 
 def test_the_check_mode_names_what_is_wrong() -> None:
