@@ -48,7 +48,6 @@ from qos_jax.workload.traces import read_trace, with_gaps
 FLAGS = flags.FLAGS
 _DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
 _WARM_UP = 0.1  # leading share of the requests that does not count
-_PLAN_RESTARTS = 2
 
 
 def define_flags() -> None:
@@ -208,7 +207,7 @@ def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[Run]) ->
     def judged(done: Sequence[Run]) -> tuple[dict[str, float], dict[str, float]]:
         trace = done[0].trace
         best = plan(
-            experts, trace, [run.assignment for run in done], restarts=_PLAN_RESTARTS,
+            experts, trace, [run.assignment for run in done],
             token_budget=spec.token_budget, block_size=spec.block_size,
         )  # fmt: skip
         (replayed,) = replay_many(
@@ -226,8 +225,7 @@ def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[Run]) ->
 
 
 def _asked(study: Study) -> dict[str, Any]:
-    asked = {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
-    return asked | ({"plan_restarts": _PLAN_RESTARTS} if study.hindsight else {})
+    return {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
 
 
 def _recorded(world: World) -> dict[str, Any]:
