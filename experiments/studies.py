@@ -79,7 +79,6 @@ _FAMILIAR = PRESETS["edge-8"].experts
 _TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
 
 _EQUAL_GPUS = ("--set=most_harm=0.35",)  # see BUILD_NOTES.md
-_STALE = ("--staleness=0.5",)
 _ABLATIONS = {
     "whole": Trained(flags=_EQUAL_GPUS),
     "unbounded_harm": Trained(),
@@ -96,7 +95,7 @@ _ABLATIONS = {
     "never_drops": Trained(flags=("--noallow_drop", *_EQUAL_GPUS)),
 }
 _ENERGY = {
-    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.4, seeds=1)
+    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.3, seeds=1)
     for weight in (2, 5, 10)
 }
 
@@ -104,13 +103,15 @@ TRAINED = {
     "ours": Trained(flags=_EQUAL_GPUS),
     "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS),
     "ours_edge_8": Trained("edge-8", share=0.6),
-    "ours_stale": Trained(flags=_EQUAL_GPUS + _STALE),
-    "ours_paper_6_stale": Trained("paper-6", flags=_EQUAL_GPUS + _STALE),
-    "ours_edge_8_stale": Trained("edge-8", flags=_STALE, share=0.6),
-    "ours_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet", flags=("--set=most_harm=1",), seeds=3),
+    "ours_stale": Trained(flags=("--staleness=0.5", "--set=most_harm=0.35,alpha=0.1"), share=0.6),
+    "ours_paper_6_stale": Trained("paper-6", flags=("--staleness=0.5", "--set=most_harm=0.35,alpha=0.1"), share=0.5),
+    "ours_edge_8_stale": Trained("edge-8", flags=("--staleness=0.5", "--set=alpha=0.1"), share=0.3),
+    "ours_any_fleet": Trained(
+        "edge-8", randomise="load,arrivals,fleet", flags=("--set=most_harm=1",), share=0.8, seeds=2
+    ),
     "ours_told_truth": Trained(flags=("--prediction=perfect", *_EQUAL_GPUS), share=0.6, seeds=3),
     "ours_edge_8_told_truth": Trained("edge-8", flags=("--prediction=perfect",), share=0.6, seeds=3),
-    **{name: dataclasses.replace(one, share=0.6, seeds=2) for name, one in _ABLATIONS.items()},
+    **{name: dataclasses.replace(one, share=0.3, seeds=2) for name, one in _ABLATIONS.items()},
     **_ENERGY,
 }
 
