@@ -128,8 +128,8 @@ def _everywhere(*, also: str | None = None, **laws: Mapping[str, Any]) -> tuple[
 _planned = functools.partial(World, share_of_seeds=0.25)  # a plan takes minutes
 
 
-def _varied(field: str, values: Mapping[str, Any]) -> tuple[World, ...]:
-    return tuple(World(label, trained=("ours",), fields={field: value}) for label, value in values.items())
+def _varied(field: str, values: Mapping[str, Any], trained: tuple[str, ...] = ("ours",)) -> tuple[World, ...]:
+    return tuple(World(label, trained=trained, fields={field: value}) for label, value in values.items())
 
 
 STUDIES = {
@@ -158,7 +158,7 @@ STUDIES = {
     "staleness": Study(
         "QoS against staleness",
         "How late may metrics be?",
-        _varied("staleness_s", {"0.1": 0.1, "0.25": 0.25, "0.5": 0.5, "1": 1.0}),
+        _varied("staleness_s", {"0.1": 0.1, "0.25": 0.25, "0.5": 0.5, "1": 1.0}, ("ours", "ours_stale")),
         loads=(0.9,),
         axis="age of the metrics, s",
     ),

@@ -27,7 +27,7 @@ from qos_jax.routers.base import Router, noise_if_late
 from qos_jax.sim.blocks import map_environments
 from qos_jax.sim.env import EnvParams
 
-_TEMPERATURE = 0.05  # QoS, of values where metrics are late; see BUILD_NOTES.md
+_TEMPERATURE = 0.03  # QoS, of values where metrics are late; see BUILD_NOTES.md
 _FAVOURITISM = 2.0  # of the routing by lot: SD of the log odds of each action, so that some experts are overrun
 
 
