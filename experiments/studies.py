@@ -164,8 +164,8 @@ STUDIES = {
     ),
     "limit": Study(
         "QoS against the latency limit",
-        "How do routers fare with stricter and looser limits than the paper's 30 ms per token? One learned router knows "
-        "that limit only, the other was trained with 30, 36 and 45 ms.",
+        "How do routers fare with stricter and looser limits than the paper's 30 ms per token? One learned router was "
+        "trained with that limit only, the other with 30, 36 and 45 ms.",
         _varied(
             "latency_limit_s",
             {"26": 0.026, "28": 0.028, "30": 0.03, "33": 0.033, "36": 0.036, "45": 0.045},
