@@ -231,7 +231,6 @@ STUDIES = {
             ),
         ),
         loads=(0.9,),
-        axis="world",
         share=1 / 3,
         hindsight=True,
     ),

@@ -393,6 +393,38 @@ def qos_panels(
     return figure
 
 
+@matplotlib.rc_context(style.RC)
+def qos_levels(panels: Mapping[str, Sequence[Mapping[str, Any]]], caption: str) -> Figure:
+    """Draws mean QoS with its interval in a panel for each title, a line per router, the best on top.
+
+    Args:
+      panels: by title, rows with ``router``, ``kind``, ``mean``, ``low`` and ``high``.
+      caption: the figure's label.
+    """
+    looks = _panel_looks(panels)
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    most = max(len(rows) for rows in panels.values())
+    figure = Figure(figsize=(style.WIDTH_INCHES, lines * (0.7 + 0.2 * most)), layout="constrained")
+    every = figure.subplots(lines, columns, sharex=True, squeeze=False).flatten()
+    for axes, (title, rows) in zip(every, panels.items(), strict=False):
+        rows = sorted(rows, key=lambda row: row["mean"])
+        for height, row in enumerate(rows):
+            colour = looks[row["router"]]["color"]
+            axes.plot([row["low"], row["high"]], [height, height], color=colour, linewidth=1.6)
+            axes.plot(row["mean"], height, "o", markersize=4.5, color=colour)
+        axes.set_yticks(range(len(rows)), [style.spoken(row["router"]) for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        axes.set(title=title)
+    for axes in every[-columns:]:
+        axes.set_xlabel("mean QoS of a request")
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    figure.set_label(caption)
+    return figure
+
+
 def _panel_looks(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Returns how to draw each router; learned ones that never meet in a panel may share a colour."""
     kinds = {row["router"]: row["kind"] for rows in panels.values() for row in rows}

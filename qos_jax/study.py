@@ -174,6 +174,11 @@ class StudyResult:
 def study_figure(result: StudyResult) -> Figure:
     """Draws mean QoS, against load in a panel for each world, or against what differs between the worlds."""
     rows = [row for row in result.summary if row["metric"] == "qos"]
+    if result.shares:
+        there = [(world, load) for world in result.worlds for load in result.loads(world)]
+        levels = {f"{world}, load {load:g}": _upper_half(rows, world, load) for world, load in there}
+        caption = f"{result.title}: mean QoS of a request, with 95 % intervals, of all that earn half of the bound."
+        return plots.qos_levels(levels, caption)
     caption = f"{result.title}: mean QoS of a request, with 95 % intervals; dashed: oracles."
     if result.axis is None:
         panels = {world: [row | {"x": row["load"]} for row in rows if row["world"] == world] for world in result.worlds}
@@ -183,6 +188,12 @@ def study_figure(result: StudyResult) -> Figure:
         for load in sorted({row["load"] for row in rows})
     }
     return plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
+
+
+def _upper_half(rows: Sequence[Row], world: str, load: float) -> list[Row]:
+    """Returns the rows of a world at a load with at least half of the greatest mean."""
+    there = [row for row in rows if row["world"] == world and row["load"] == load]
+    return [row for row in there if row["mean"] >= 0.5 * max(row["mean"] for row in there)]
 
 
 def study_html(result: StudyResult, picture: bytes) -> str:

@@ -42,16 +42,27 @@ def test_gains_are_paired_with_the_best_heuristic():
     assert gain["high"] - gain["mean"] == pytest.approx(12.706 * 0.01 / math.sqrt(3), rel=1e-3)
 
 
-def test_shares_are_of_the_gap_between_the_best_heuristic_and_the_plan():
-    assert not result().shares
+def with_a_plan():
     rows = list(result().rows)
     for seed, luck in ((1000, 0.0), (1001, 0.2)):
         for name, more in (("hindsight_plan", 0.24), ("upper_bound", 0.3)):
             rows.append(row("hard", name, "oracle", 0.9, seed, 0.4 + luck + more) | {"ttft_s": None})
-    found = StudyResult("small", "Small", "Who?", None, rows)
+        rows.append(row("hard", "idle", "heuristic", 0.9, seed, 0.3) | {"ttft_s": None})
+    return StudyResult("small", "Small", "Who?", None, rows)
+
+
+def test_beside_a_plan_routers_are_drawn_in_order_down_to_half_of_the_bound():
+    panels = {axes.get_title(loc="left"): axes for axes in study_figure(with_a_plan()).axes}
+    upwards = [text.get_text() for text in panels["hard, load 0.9"].get_yticklabels()]
+    assert upwards == ["slow", "quick", "ours", "oracle impact", "hindsight plan", "upper bound"]
+
+
+def test_shares_are_of_the_gap_between_the_best_heuristic_and_the_plan():
+    assert not result().shares
+    found = with_a_plan()
     shares = {share["router"]: share for share in found.shares}
     assert {name: share["mean"] for name, share in shares.items()} == pytest.approx(
-        {"ours": 0.06 / 0.24, "quick": 0.0, "slow": -0.1 / 0.24, "oracle_impact": 0.2 / 0.24}
+        {"ours": 0.06 / 0.24, "quick": 0.0, "slow": -0.1 / 0.24, "idle": -0.2 / 0.24, "oracle_impact": 0.2 / 0.24}
     )
     assert all((share["world"], share["load"], share["best"]) == ("hard", 0.9, "quick") for share in shares.values())
     assert (shares["ours"]["plan"], shares["ours"]["bound"]) == pytest.approx((0.74, 0.8))
