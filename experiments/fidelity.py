@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 
 from experiments import common
 from qos_jax import fidelity, pages
-from qos_jax.fidelity import MeasuredRun, SimulatedRun
+from qos_jax.fidelity import SimulatedRun
 from qos_jax.files import writable_folder, write_whole
 from qos_jax.report import plain, versions
 from qos_jax.workload import fitting
+from qos_jax.workload.measured import MeasuredRun, read_run
 
 FLAGS = flags.FLAGS
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     """Simulates the run, compares, prints the error table and writes everything."""
     del argv
     folder = writable_folder(FLAGS.out)
-    run = fidelity.read_run(FLAGS.run)
+    run = read_run(FLAGS.run)
     tables = fitting.read_tables(*(f"{FLAGS.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence")))
     kernels = fitting.assemble(tables, FLAGS.num_layers, run.kv_blocks * run.block_size)
     timing = fitting.fit_timing(kernels)

@@ -14,6 +14,7 @@ import pytest
 from experiments import fidelity as program_module
 from qos_jax import ExpertProfile, InputError, RequestTrace, fidelity
 from qos_jax.workload import fitting
+from qos_jax.workload.measured import read_run
 from tests.programs import program_of
 from tests.reference import ReferenceRun, replay_reference
 from tests.workload.test_fitting import LAYERS, llmservingsim_tables
@@ -98,7 +99,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.mark.parametrize("name", ["calm", "crowded"])
 def test_a_run_by_the_same_rules_is_met(name: str, request: pytest.FixtureRequest) -> None:
     made: Made = request.getfixturevalue(name)
-    run = fidelity.read_run(made.folder)
+    run = read_run(made.folder)
     simulated = fidelity.simulate(run, TIMING)
     assert run.name == "a model on a GPU, vLLM 0"
     np.testing.assert_allclose(run.arrival_s, made.arrival_s, atol=1e-6)
@@ -118,7 +119,7 @@ def test_a_run_by_the_same_rules_is_met(name: str, request: pytest.FixtureReques
 
 def test_timing_that_is_a_tenth_too_slow_shows_as_such(tmp_path: pathlib.Path) -> None:
     """Each request is alone, so that all of its times are iterations."""
-    run = fidelity.read_run(make_run(tmp_path, 5.0 * np.arange(6), np.full(6, 40), np.arange(20, 26)).folder)
+    run = read_run(make_run(tmp_path, 5.0 * np.arange(6), np.full(6, 40), np.arange(20, 26)).folder)
     slow = {name: 1.1 * value for name, value in TIMING.items()}
     for name, row in fidelity.latency_errors(run, fidelity.replayed(run, slow)).items():
         assert row["mean_error"] == pytest.approx(0.1, abs=1e-5), name
@@ -128,21 +129,21 @@ def test_timing_that_is_a_tenth_too_slow_shows_as_such(tmp_path: pathlib.Path) -
 
 
 def test_the_form_is_right_at_the_batches_of_an_engine_that_follows_it(calm: Made, crowded: Made) -> None:
-    free = fidelity.decode_errors(fidelity.read_run(calm.folder), TIMING)["memory free"]
+    free = fidelity.decode_errors(read_run(calm.folder), TIMING)["memory free"]
     assert free["ticks"] >= 3
     assert abs(free["error"]) < 0.1  # batches between the looks are not known
-    full = fidelity.decode_errors(fidelity.read_run(crowded.folder), TIMING)["memory full"]
+    full = fidelity.decode_errors(read_run(crowded.folder), TIMING)["memory full"]
     assert full["ticks"] == 0 or abs(full["error"]) < 0.15
 
 
 def test_parts_of_the_model_are_worth_what_they_do(calm: Made, crowded: Made) -> None:
-    run = fidelity.read_run(calm.folder)
+    run = read_run(calm.folder)
     worth = fidelity.parts_left_out(run, TIMING)
     assert all(abs(error) < 1e-5 for error in worth["nothing"].values())
     assert all(abs(error) < 1e-5 for error in worth["limit of the KV memory"].values())  # there was enough
     for part in ("reads of the KV cache", "time per request"):
         assert worth[part]["tpot_s"] < -0.001
-    assert fidelity.parts_left_out(fidelity.read_run(crowded.folder), TIMING)["limit of the KV memory"]["ttft_s"] < -0.3
+    assert fidelity.parts_left_out(read_run(crowded.folder), TIMING)["limit of the KV memory"]["ttft_s"] < -0.3
 
 
 def batches(*rows: tuple[str, int, int, int], factor: float = 1.0) -> fitting.Iterations:
@@ -167,7 +168,7 @@ def test_errors_of_the_form_are_those_of_the_nearest_kernels() -> None:
 
 
 def test_figures_show_both(crowded: Made) -> None:
-    run = fidelity.read_run(crowded.folder)
+    run = read_run(crowded.folder)
     simulated = fidelity.simulate(run, TIMING)
     scatter = fidelity.latency_scatter(run, simulated.log)
     assert [axes.get_title(loc="left") for axes in scatter.axes] == ["TTFT, s", "TPOT, ms", "end to end, s"]
@@ -200,10 +201,10 @@ def test_damaged_files_are_named(calm: Made, tmp_path: pathlib.Path, file: str, 
         (tmp_path / each.name).write_bytes(each.read_bytes())
     (tmp_path / file).write_text(text)
     with pytest.raises(InputError, match=message):
-        fidelity.read_run(tmp_path)
+        read_run(tmp_path)
     (tmp_path / file).unlink()
     with pytest.raises(InputError, match=rf"{file}: cannot be read: No such file"):
-        fidelity.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_request_that_the_memory_cannot_hold(tmp_path: pathlib.Path) -> None:
@@ -212,11 +213,11 @@ def test_a_request_that_the_memory_cannot_hold(tmp_path: pathlib.Path) -> None:
     meta["kv_cache"]["num_gpu_blocks"] = 10
     (made.folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="request 2 does not fit 10 KV blocks"):
-        fidelity.replayed(fidelity.read_run(made.folder), TIMING)
+        fidelity.replayed(read_run(made.folder), TIMING)
 
 
 def test_the_real_run_is_met_to_1_percent(data_dir: pathlib.Path) -> None:
-    run = fidelity.read_run(data_dir / "golden-rtx4090")
+    run = read_run(data_dir / "golden-rtx4090")
     files = (
         data_dir / "profiles" / f"rtx4090_llama3.1-8b_{name}.csv" for name in ("dense", "attention", "per_sequence")
     )
