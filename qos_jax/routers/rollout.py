@@ -66,6 +66,7 @@ def rollout_planner(
     greedy = impact_greedy(length_cv=length_cv)
 
     def act(key: Array, obs: Observation, gaps: Gaps) -> tuple[Array, Gaps]:
+        key_futures, key_default = jax.random.split(key)
         gaps = _with_gap(gaps, obs)
         law = _at_rate(workload, gaps)
         actions = jnp.arange(obs.action_mask.shape[0])
@@ -74,8 +75,8 @@ def rollout_planner(
             return _value(obs, action, key, law, greedy, horizon, length_cv)
 
         in_all_futures = jax.vmap(value, in_axes=(None, 0))
-        values = jax.vmap(in_all_futures, in_axes=(0, None))(actions, jax.random.split(key, futures))
-        default, _ = greedy.act(key, obs, ())
+        values = jax.vmap(in_all_futures, in_axes=(0, None))(actions, jax.random.split(key_futures, futures))
+        default, _ = greedy.act(key_default, obs, ())
         gain = values - values[default]
         surely = gain.mean(-1) - gain.std(-1) / math.sqrt(futures - 1)
         surely = jnp.where(obs.action_mask, surely, -jnp.inf)
