@@ -79,6 +79,7 @@ _FAMILIAR = PRESETS["edge-8"].experts
 _TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
 
 _EQUAL_GPUS = ("--set=most_harm=0.35",)  # see BUILD_NOTES.md
+_EQUAL_GPUS_STALE = ("--staleness=0.5", "--set=most_harm=0.35,alpha=0.1")
 _ABLATIONS = {
     "whole": Trained(flags=_EQUAL_GPUS),
     "unbounded_harm": Trained(),
@@ -103,8 +104,8 @@ TRAINED = {
     "ours": Trained(flags=_EQUAL_GPUS),
     "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS),
     "ours_edge_8": Trained("edge-8", share=0.6),
-    "ours_stale": Trained(flags=("--staleness=0.5", "--set=most_harm=0.35,alpha=0.1"), share=0.6),
-    "ours_paper_6_stale": Trained("paper-6", flags=("--staleness=0.5", "--set=most_harm=0.35,alpha=0.1"), share=0.5),
+    "ours_stale": Trained(flags=_EQUAL_GPUS_STALE, share=0.6),
+    "ours_paper_6_stale": Trained("paper-6", flags=_EQUAL_GPUS_STALE, share=0.5),
     "ours_edge_8_stale": Trained("edge-8", flags=("--staleness=0.5", "--set=alpha=0.1"), share=0.3),
     "ours_any_fleet": Trained(
         "edge-8", randomise="load,arrivals,fleet", flags=("--set=most_harm=1",), share=0.8, seeds=2

@@ -172,7 +172,7 @@ class StudyResult:
 
 
 def study_figure(result: StudyResult) -> Figure:
-    """Draws mean QoS, against load in a panel for each world, or against what differs between the worlds."""
+    """Draws mean QoS: against load in a panel for each world, against what differs between them, or beside a plan."""
     rows = [row for row in result.summary if row["metric"] == "qos"]
     if result.shares:
         there = [(world, load) for world in result.worlds for load in result.loads(world)]
@@ -193,7 +193,8 @@ def study_figure(result: StudyResult) -> Figure:
 def _upper_half(rows: Sequence[Row], world: str, load: float) -> list[Row]:
     """Returns the rows of a world at a load with at least half of the greatest mean."""
     there = [row for row in rows if row["world"] == world and row["load"] == load]
-    return [row for row in there if row["mean"] >= 0.5 * max(row["mean"] for row in there)]
+    least = 0.5 * max(row["mean"] for row in there)
+    return [row for row in there if row["mean"] >= least]
 
 
 def study_html(result: StudyResult, picture: bytes) -> str:
