@@ -139,8 +139,8 @@ class _Maker:
         """Writes all studies so far as one page, and their tables as one Markdown file."""
         lead = (
             f"Budget {self.budget_name}: {self.budget.requests:,} requests of each load and of each of "
-            f"{self.budget.seeds} seeds, where a study takes no other share of them, the same for every router; intervals "
-            "are 95 %. Oracles are told what no router can know."
+            f"{self.budget.seeds} seeds, where a study takes no other share of them, the same for every router; "
+            "intervals are 95 %. Oracles are told what no router can know."
         )
         title = "Routing LLM requests at the edge: studies"
         made = {"command": self._command(",".join(result.name for result in results))} | versions()
