@@ -403,10 +403,10 @@ def qos_levels(panels: Mapping[str, Sequence[Mapping[str, Any]]], caption: str) 
     """
     looks = _panel_looks(panels)
     columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    most = max(len(rows) for rows in panels.values())
-    figure = Figure(figsize=(style.WIDTH_INCHES, lines * (0.7 + 0.2 * most)), layout="constrained")
-    every = figure.subplots(lines, columns, sharex=True, squeeze=False).flatten()
+    sizes = [len(rows) for rows in panels.values()]
+    heights = [0.6 + 0.2 * max(sizes[first : first + columns]) for first in range(0, len(sizes), columns)]  # inches
+    figure = Figure(figsize=(style.WIDTH_INCHES, sum(heights)), layout="constrained")
+    every = figure.subplots(len(heights), columns, sharex=True, squeeze=False, height_ratios=heights).flatten()
     for axes, (title, rows) in zip(every, panels.items(), strict=False):
         rows = sorted(rows, key=lambda row: row["mean"])
         for height, row in enumerate(rows):
@@ -417,6 +417,9 @@ def qos_levels(panels: Mapping[str, Sequence[Mapping[str, Any]]], caption: str) 
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.set(title=title)
+    means = [row["mean"] for rows in panels.values() for row in rows]
+    lows = [row["low"] for rows in panels.values() for row in rows]
+    every[0].set_xlim(max(-0.02, min(lows) - 0.02), 1.1 * max(means))  # few training seeds have endless intervals
     for axes in every[-columns:]:
         axes.set_xlabel("mean QoS of a request")
     for axes in every[len(panels) :]:

@@ -22,6 +22,7 @@ Row = Mapping[str, Any]
 
 PLAN, BOUND = "hindsight_plan", "upper_bound"  # names of what is no router, in rows of kind oracle
 _REFERENCE = "oracle_impact"
+_MOST_CURVES = 8  # of learned routers, which need a colour each
 _PAPERS_HEURISTICS = ("bert_router", "round_robin", "shortest_queue")
 
 
@@ -172,12 +173,21 @@ class StudyResult:
 
 
 def study_figure(result: StudyResult) -> Figure:
-    """Draws mean QoS: against load in a panel for each world, against what differs between them, or beside a plan."""
+    """Draws mean QoS against load in a panel for each world, or against what differs between the worlds.
+
+    Beside a plan, and where curves of many learned routers would hide each other, it is levels: a panel for each load.
+    """
     rows = [row for row in result.summary if row["metric"] == "qos"]
-    if result.shares:
+    if result.shares or list(result.kinds.values()).count("learned") > _MOST_CURVES:
         there = [(world, load) for world in result.worlds for load in result.loads(world)]
-        levels = {f"{world}, load {load:g}": _upper_half(rows, world, load) for world, load in there}
-        caption = f"{result.title}: mean QoS of a request, with 95 % intervals, of all that earn half of the bound."
+        levels: dict[str, list[Row]] = {
+            f"{world}, load {load:g}": [row for row in rows if (row["world"], row["load"]) == (world, load)]
+            for world, load in there
+        }
+        caption = f"{result.title}: mean QoS of a request, with 95 % intervals."
+        if result.shares:
+            levels = {title: _upper_half(panel) for title, panel in levels.items()}
+            caption = f"{result.title}: mean QoS of a request, with 95 % intervals, of all that earn half of the bound."
         return plots.qos_levels(levels, caption)
     caption = f"{result.title}: mean QoS of a request, with 95 % intervals; dashed: oracles."
     if result.axis is None:
@@ -190,11 +200,10 @@ def study_figure(result: StudyResult) -> Figure:
     return plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
 
 
-def _upper_half(rows: Sequence[Row], world: str, load: float) -> list[Row]:
-    """Returns the rows of a world at a load with at least half of the greatest mean."""
-    there = [row for row in rows if row["world"] == world and row["load"] == load]
-    least = 0.5 * max(row["mean"] for row in there)
-    return [row for row in there if row["mean"] >= least]
+def _upper_half(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows with at least half of the greatest mean."""
+    least = 0.5 * max(row["mean"] for row in rows)
+    return [row for row in rows if row["mean"] >= least]
 
 
 def study_html(result: StudyResult, picture: bytes) -> str:

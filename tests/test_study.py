@@ -57,6 +57,14 @@ def test_beside_a_plan_routers_are_drawn_in_order_down_to_half_of_the_bound():
     assert upwards == ["slow", "quick", "ours", "oracle impact", "hindsight plan", "upper bound"]
 
 
+def test_more_curves_of_learned_routers_than_colours_are_levels():
+    def drawn(count):
+        rows = [row("w", f"ours_{i}", "learned", 0.9, seed, 0.5) for i in range(count) for seed in (1000, 1001)]
+        return study_figure(StudyResult("small", "Small", "Who?", None, rows)).axes[0].get_title(loc="left")
+
+    assert (drawn(8), drawn(9)) == ("w", "w, load 0.9")
+
+
 def test_shares_are_of_the_gap_between_the_best_heuristic_and_the_plan():
     assert not result().shares
     found = with_a_plan()
