@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from qos_jax import pages, plots
+from qos_jax import pages, study_plots
 from qos_jax.report import METRICS, Metric
 from qos_jax.statistics import crossed_interval
 
@@ -188,16 +188,16 @@ def study_figure(result: StudyResult) -> Figure:
         if result.shares:
             levels = {title: _upper_half(panel) for title, panel in levels.items()}
             caption = f"{result.title}: mean QoS of a request, with 95 % intervals, of all that earn half of the bound."
-        return plots.qos_levels(levels, caption)
+        return study_plots.qos_levels(levels, caption)
     caption = f"{result.title}: mean QoS of a request, with 95 % intervals; dashed: oracles."
     if result.axis is None:
         panels = {world: [row | {"x": row["load"]} for row in rows if row["world"] == world] for world in result.worlds}
-        return plots.qos_panels(panels, "load", caption)
+        return study_plots.qos_panels(panels, "load", caption)
     panels = {
         f"load {load:g}": [row | {"x": result.worlds.index(row["world"])} for row in rows if row["load"] == load]
         for load in sorted({row["load"] for row in rows})
     }
-    return plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
+    return study_plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
 
 
 def _upper_half(rows: Sequence[Row]) -> list[Row]:

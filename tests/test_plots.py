@@ -13,7 +13,7 @@ from matplotlib.collections import FillBetweenPolyCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from qos_jax import InputError, plots, style
+from qos_jax import InputError, plots, study_plots, style
 from qos_jax.report import results_of
 from qos_jax.sim.iterations import Activity, iterations_of
 from qos_jax.sim.metrics import latency_per_token_s
@@ -248,7 +248,9 @@ def test_learned_routers_share_a_colour_only_if_they_never_meet_in_a_panel():
         at = {"kind": "learned", "x": 0.9, "mean": 0.5, "low": 0.4, "high": 0.6}
         return [at | {"router": name} for name in names]
 
-    figure = plots.qos_panels({"a": rows("any", "of_a"), "b": rows("of_b"), "c": rows("of_b", "any")}, "load", "QoS")
+    figure = study_plots.qos_panels(
+        {"a": rows("any", "of_a"), "b": rows("of_b"), "c": rows("of_b", "any")}, "load", "QoS"
+    )
     colour = {line.get_label(): line.get_color() for axes in figure.axes for line in axes.get_lines()}
     assert colour["any"] == style.LEARNED_COLOUR
     assert colour["of a"] == colour["of b"] != colour["any"]
