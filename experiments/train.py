@@ -43,7 +43,7 @@ from qos_jax.training import FIRST_HELD_OUT_SEED, HeldOut, Progress, TrainResult
 FLAGS = flags.FLAGS
 _DEFAULT_LOAD = 0.9
 _HELD_OUT_LOADS = (0.6, 0.9, 1.1, 1.3)  # where loads are drawn
-_DRAWN = ("load", "arrivals", "prediction", "staleness", "fleet")
+_DRAWN = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
 _PLACES = {"devices", "distributed", "coordinator_address", "num_processes", "process_id"}
 _MAY_CHANGE = {"out", "resume", "checkpoint_minutes", "flagfile"} | _PLACES  # when a run is resumed
 _BAR = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix}"
@@ -276,6 +276,7 @@ def _worlds(learner: Learner, params: EnvParams) -> tuple[EnvParams, HeldOut]:
         arrivals=domain.ARRIVALS if "arrivals" in drawn else (),
         predictions=domain.PREDICTIONS if "prediction" in drawn else (),
         staleness_s=(0.0, float(params.staleness_s)) if "staleness" in drawn else (),
+        latency_limits_s=domain.LATENCY_LIMITS_S if "limit" in drawn else (),
         pairs=domain.PAIRS if "fleet" in drawn else (),
     )
     key = jax.random.fold_in(jax.random.key(FLAGS.seed), 1)

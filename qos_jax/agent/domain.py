@@ -1,7 +1,7 @@
 """Worlds to train in that differ from one environment to the next, so that one router learns to serve them all.
 
-Loads, arrival laws, predictions, staleness and fleets are all traced numbers, so a mixture of them is one set of
-``EnvParams`` with an axis for the environments.
+Loads, arrival laws, predictions, staleness, limits and fleets are all traced numbers, so a mixture of them is one set
+of ``EnvParams`` with an axis for the environments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qos_jax.sim.types import ExpertProfile
 from qos_jax.sim.validation import checked_experts
 from qos_jax.sim.world import WorldSpec
 from qos_jax.workload.arrivals import parse_arrivals
-from qos_jax.workload.content import generated_content, latency_limits
+from qos_jax.workload.content import LatencyLimits, generated_content
 from qos_jax.workload.experts import expert_profile
 from qos_jax.workload.prediction import parse_prediction
 from qos_jax.workload.workload import RequestWorkload
@@ -33,9 +33,12 @@ SMALL_GPUS = ("RTX 4090", "A30", "A40")
 
 
 LOADS = (0.5, 1.4)
-ARRIVALS = ("poisson", "gamma:2", "gamma:4", "mmpp:2:30", "mmpp:3:10", "sinusoidal:0.5:120", "sinusoidal:0.8:60")
+ARRIVALS = (
+    *("poisson", "gamma:2", "gamma:4", "mmpp:2:30", "mmpp:3:10", "sinusoidal:0.5:120", "sinusoidal:0.8:60"),
+    "mmpp:30:3:20",  # bursts of seconds at many times the mean rate, and next to nothing between them
+)
 PREDICTIONS = ("none", "realistic", "realistic", "r2:0.3:0.6", "perfect")
-LATENCY_LIMITS_S = (0.03, 0.036, 0.045)
+LATENCY_LIMITS_S = (0.024, 0.05)
 PAIRS: tuple[Pair, ...] = (
     *((llm, gpu) for llm in ("alpaca-native", "chatglm-6b", "mpt-7b-instruct", "koala-7B-HF") for gpu in SMALL_GPUS),
     *((llm, "A100") for llm in ("vicuna-13b-1.1", "oasst-sft-4-pythia-12b-epoch-3.5", "moss-moon-003-sft")),
@@ -51,9 +54,9 @@ class Domain:
     arrivals: tuple[str, ...] = ()
     predictions: tuple[str, ...] = ()
     staleness_s: tuple[float, ...] = ()  # s, uniform between the least and the greatest
+    latency_limits_s: tuple[float, ...] = ()  # s/token, likewise, of each class of users
     pairs: tuple[Pair, ...] = ()  # every environment gets a fleet of its own, drawn from these, with
-    equal_gpus: float = 0.5  # probability that all are on GPUs of one kind, and
-    latency_limits_s: tuple[float, ...] = LATENCY_LIMITS_S  # s/token, one of these for its users
+    equal_gpus: float = 0.5  # probability that all are on GPUs of one kind
 
 
 def randomised(env: Environment, params: EnvParams, domain: Domain, key: Array, num_envs: int) -> EnvParams:
@@ -93,6 +96,11 @@ def _draw(env: Environment, params: EnvParams, domain: Domain, key: Array) -> En
     if domain.predictions:
         model = parse_prediction(domain.predictions[rng.integers(len(domain.predictions))])
         workload = dataclasses.replace(workload, prediction=model)
+    if domain.latency_limits_s:
+        limits: LatencyLimits = workload.content.limits  # type: ignore[attr-defined]
+        drawn_s = rng.uniform(min(domain.latency_limits_s), max(domain.latency_limits_s), limits.values_s.shape)
+        limits = limits.replace(values_s=jnp.asarray(drawn_s, limits.values_s.dtype))  # type: ignore[attr-defined]
+        workload = dataclasses.replace(workload, content=dataclasses.replace(workload.content, limits=limits))  # type: ignore[type-var]
     params = params.replace(workload=workload)
     if domain.staleness_s:
         params = params.replace(staleness_s=jnp.float32(rng.uniform(min(domain.staleness_s), max(domain.staleness_s))))
@@ -109,9 +117,9 @@ def _fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.random.Ge
         pairs = tuple(pair for pair in pairs if pair[1] == gpu)
     chosen = [pairs[i] for i in rng.integers(len(pairs), size=spec.num_experts)]
     running, waiting = (int(np.max(limit)) for limit in (params.experts.max_running, params.experts.max_waiting))
-    limit_s = float(rng.choice(domain.latency_limits_s))
     rates = _rates(domain.pairs, running, waiting, spec.engine)
-    content = generated_content([llm for llm, _ in chosen], latency_limits([limit_s]))
+    limits = params.workload.content.limits  # type: ignore[attr-defined]
+    content = generated_content([llm for llm, _ in chosen], limits)
     return params.replace(
         experts=_profile(chosen, running, waiting),
         workload=dataclasses.replace(params.workload, content=content),  # type: ignore[type-var]

@@ -38,7 +38,7 @@ def test_the_same_key_draws_the_same_worlds_and_another_does_not() -> None:
 
 def test_fleets_of_their_own_have_their_own_saturation() -> None:
     env, params = presets.make("paper-3")
-    domain = Domain(loads=(1.0,), pairs=PAIRS, equal_gpus=0.0, latency_limits_s=(0.03,))
+    domain = Domain(loads=(1.0,), pairs=PAIRS, equal_gpus=0.0)
     drawn = randomised(env, params, domain, KEY, 6)
     assert len(np.unique(np.asarray(drawn.experts.step_base_s), axis=0)) > 1
     one = jax.tree.map(lambda x: x[0], drawn)
@@ -58,6 +58,15 @@ def test_predictions_and_staleness_are_drawn() -> None:
     drawn = randomised(env, params, Domain(predictions=("realistic", "none"), staleness_s=(0.0, 0.5)), KEY, 32)
     assert len(np.unique(np.asarray(drawn.workload.prediction.score_r2))) == 2  # type: ignore[attr-defined]
     assert 0.0 <= float(drawn.staleness_s.min()) < 0.1 and 0.4 < float(drawn.staleness_s.max()) <= 0.5
+
+
+def test_every_class_of_users_gets_a_limit_of_its_own_on_any_fleet() -> None:
+    env, params = presets.make("paper-3", latency_limit_s=(0.03, 0.04))
+    drawn = randomised(env, params, Domain(latency_limits_s=(0.024, 0.05), pairs=PAIRS), KEY, 32)
+    limits = drawn.workload.content.limits  # type: ignore[attr-defined]
+    assert limits.values_s.shape == (32, 2) and len(np.unique(np.asarray(limits.values_s))) == 64
+    assert 0.024 <= float(limits.values_s.min()) < 0.027 and 0.047 < float(limits.values_s.max()) <= 0.05
+    assert (np.asarray(limits.weights) == 0.5).all()
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
