@@ -33,10 +33,7 @@ SMALL_GPUS = ("RTX 4090", "A30", "A40")
 
 
 LOADS = (0.5, 1.4)
-ARRIVALS = (
-    *("poisson", "gamma:2", "gamma:4", "mmpp:2:30", "mmpp:3:10", "sinusoidal:0.5:120", "sinusoidal:0.8:60"),
-    "mmpp:30:3:20",  # bursts of seconds at many times the mean rate, and next to nothing between them
-)
+ARRIVALS = ("poisson", "gamma:2", "gamma:4", "mmpp:2:30", "mmpp:3:10", "sinusoidal:0.5:120", "sinusoidal:0.8:60")
 PREDICTIONS = ("none", "realistic", "realistic", "r2:0.3:0.6", "perfect")
 LATENCY_LIMITS_S = (0.024, 0.05)
 PAIRS: tuple[Pair, ...] = (
