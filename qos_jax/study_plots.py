@@ -98,7 +98,8 @@ def _panel_looks(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
     looks |= {name: look for name, look in style.line_looks(kinds).items() if kinds[name] == "oracle"}
     together = [{row["router"] for row in rows} for rows in panels.values()]
     spare: dict[str, int] = {}  # 0: the colour of learned routers
-    for name in [name for name in kinds if kinds[name] == "learned"]:
+    # By name, so that variants of a router, which are named after it, get the same colour in every panel.
+    for name in sorted(name for name in kinds if kinds[name] == "learned"):
         taken = {spare[other] for panel in together if name in panel for other in panel & spare.keys()}
         spare[name] = next(number for number in itertools.count() if number not in taken)
         if spare[name]:
