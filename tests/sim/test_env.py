@@ -135,6 +135,17 @@ def test_jit_eager_and_vmap_agree(played: dict[str, Any]) -> None:
         agree(step(keys[i], row(states, i), actions[i], row(WORLDS, i))[:3], tuple(expected))
     agree(env.step(keys[1], state, action, params), row(over_keys, 1))
 
+    # Where some episodes end with this step and others do not; also of environments within environments.
+    ending = WORLDS.replace(max_steps_in_episode=jnp.array([at + 1, 5000, at + 1, 5000]))
+    some_end = jax.jit(jax.vmap(env.step, (None, None, None, 0)))(keys[1], state, action, ending)
+    within = jax.jit(jax.vmap(jax.vmap(env.step, (0, None, None, None)), (None, None, None, 0)))
+    all_end_or_none = within(keys, state, action, ending)
+    for i in range(NUM_ENVS):
+        alone = step(keys[1], state, action, row(ending, i))
+        assert bool(alone[4]) == (i % 2 == 0)
+        agree(row(some_end, i), alone)
+        agree(row(all_end_or_none, i, 1), alone)
+
 
 def without_passes(out: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a step returns but for the passes of the engine's loops, which go on until the whole batch is done."""
