@@ -97,7 +97,7 @@ _ABLATIONS = {
 }
 _ENERGY = {
     f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.3, seeds=1)
-    for weight in (2, 5, 10)
+    for weight in (1, 2, 5, 10)
 }
 
 TRAINED = {
@@ -245,7 +245,7 @@ STUDIES = {
     ),
     "energy": Study(
         "QoS against energy",
-        "What does a lower bill cost? The weight of a kJ in the reward is 2, 5 or 10 QoS.",
+        "What does a lower bill cost? The weight of a kJ in the reward is 1, 2, 5 or 10 QoS.",
         (World("edge-8", "edge-8", ("ours_edge_8", *_ENERGY)),),
         loads=(0.6, 0.9),
         routers=_FEW,

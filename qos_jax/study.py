@@ -268,10 +268,15 @@ def _claims_table(result: StudyResult) -> _Table:
     heads = ("router", "world", "load", "QoS", "latency per token", "QoS per GB s, against round_robin")
     metrics = ("qos", "latency_per_token_s", "qos_per_gb_s")
     rows = [
-        (row["router"], row["world"], f"{row['load']:g}", *(f"{row[metric]:+.1%}" for metric in metrics))
+        (row["router"], row["world"], f"{row['load']:g}", *(_change(row[metric]) for metric in metrics))
         for row in result.claims
     ]
     return heads, rows
+
+
+def _change(share: float) -> str:
+    """Returns a change in percent; there is none in the latency of who answers nothing."""
+    return f"{share:+.1%}" if np.isfinite(share) else "-"
 
 
 def _shares_table(result: StudyResult) -> _Table:
