@@ -127,7 +127,9 @@ class _Maker:
     def study(self, name: str, rows: Sequence[Mapping[str, Any]]) -> StudyResult:
         """Writes a study in all forms, and returns it."""
         study = STUDIES[name]
-        result = StudyResult(name, study.title, study.question, study.axis, plain(list(rows)), study.metrics)
+        result = StudyResult(
+            name, study.title, study.question, study.axis, plain(list(rows)), study.metrics, study.cost
+        )
         found = {"command": self._command(name), "versions": versions()} | result.to_dict()
         write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
         write_whole(self.folder / f"{name}.csv", common.csv_text(result.rows))

@@ -69,6 +69,7 @@ class Study:
     axis: str | None = None  # what differs between the worlds, if QoS is drawn against that and not against load
     share: float = 1.0  # of the budget's requests
     metrics: tuple[str, ...] = ()  # told in its tables beside QoS
+    cost: str | None = None  # a metric, if QoS is drawn against that
     hindsight: bool = False  # a plan of who knows the whole trace, and a bound on all plans, take part
 
 
@@ -250,5 +251,6 @@ STUDIES = {
         loads=(0.6, 0.9),
         routers=_FEW,
         metrics=("energy_j_per_request", "qos_per_kj", "violation_rate", "busy_fraction"),
+        cost="energy_j_per_request",
     ),
 }

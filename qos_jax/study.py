@@ -36,6 +36,7 @@ class StudyResult:
     axis: str | None  # what differs between the worlds, if that is drawn
     rows: Sequence[Row]
     metrics: tuple[str, ...] = ()  # told in the tables beside QoS
+    cost: str | None = None  # a metric, if QoS is drawn against that
 
     @property
     def worlds(self) -> list[str]:
@@ -178,6 +179,8 @@ def study_figure(result: StudyResult) -> Figure:
     Beside a plan, and where curves of many learned routers would hide each other, it is levels: a panel for each load.
     """
     rows = [row for row in result.summary if row["metric"] == "qos"]
+    if result.cost:
+        return _trade_off(result, result.cost)
     if result.shares or list(result.kinds.values()).count("learned") > _MOST_CURVES:
         there = [(world, load) for world in result.worlds for load in result.loads(world)]
         levels: dict[str, list[Row]] = {
@@ -198,6 +201,22 @@ def study_figure(result: StudyResult) -> Figure:
         for load in sorted({row["load"] for row in rows})
     }
     return study_plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
+
+
+def _trade_off(result: StudyResult, cost: str) -> Figure:
+    """Draws mean QoS against a metric, in a panel for each world and load."""
+    cells = {(row["world"], row["load"], row["router"], row["metric"]): row for row in result.summary}
+    panels = {
+        f"{world}, load {load:g}": [
+            row | {f"cost_{field}": cells[world, load, name, cost][field] for field in ("mean", "low", "high")}
+            for name in result.kinds
+            if (row := cells.get((world, load, name, "qos")))
+        ]
+        for world in result.worlds
+        for load in result.loads(world)
+    }
+    caption = f"{result.title}: mean QoS of a request against {METRICS[cost].meaning}, with 95 % intervals."
+    return study_plots.qos_trade_off(panels, METRICS[cost].title, caption)
 
 
 def _upper_half(rows: Sequence[Row]) -> list[Row]:

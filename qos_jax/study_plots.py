@@ -1,4 +1,4 @@
-"""Figures of studies: what routers earn in one world beside another, as curves or as levels.
+"""Figures of studies: what routers earn in one world beside another, as curves or as levels, and at which cost.
 
 As in ``plots``, every function returns a matplotlib ``Figure`` of its own, whose label is its caption.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qos_jax import style
@@ -49,9 +50,35 @@ def qos_panels(
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     every[0].set_ylabel("mean QoS of a request")
-    curves = {line.get_label(): line for axes in every for line in axes.get_lines()}
-    notable = {label: line for label, line in curves.items() if line.get_color() != style.PALE}
-    figure.legend(notable.values(), notable.keys(), loc="outside upper center", ncols=min(4, len(notable)))
+    _common_legend(figure, every)
+    figure.set_label(caption)
+    return figure
+
+
+@matplotlib.rc_context(style.RC)
+def qos_trade_off(panels: Mapping[str, Sequence[Mapping[str, Any]]], x_label: str, caption: str) -> Figure:
+    """Draws mean QoS against what it costs in a panel for each title, a point with both intervals for each router.
+
+    Args:
+      panels: by title, rows with ``router``, ``kind``, ``mean``, ``low`` and ``high``, and ``cost_mean``, ``cost_low``
+        and ``cost_high``.
+      x_label: of the cost.
+      caption: the figure's label.
+    """
+    looks = _panel_looks(panels)
+    figure = Figure(figsize=(style.WIDTH_INCHES, 4.2), layout="constrained")
+    every = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, (title, rows) in zip(every, panels.items(), strict=True):
+        for row in rows:
+            colour, cost, mean = looks[row["router"]]["color"], row["cost_mean"], row["mean"]
+            axes.plot([row["cost_low"], row["cost_high"]], [mean, mean], color=colour, linewidth=1.2)
+            axes.plot([cost, cost], [row["low"], row["high"]], color=colour, linewidth=1.2)
+            marker = "D" if row["kind"] == "oracle" else "o"
+            axes.plot(cost, mean, marker, markersize=5, color=colour, label=style.spoken(row["router"]))
+        axes.set(title=title, xlabel=x_label)
+        axes.grid(axis="x")
+    every[0].set_ylabel("mean QoS of a request")
+    _common_legend(figure, every)
     figure.set_label(caption)
     return figure
 
@@ -89,6 +116,17 @@ def qos_levels(panels: Mapping[str, Sequence[Mapping[str, Any]]], caption: str) 
         axes.set_visible(False)
     figure.set_label(caption)
     return figure
+
+
+def _common_legend(figure: Figure, every: Iterable[Axes]) -> None:
+    """Puts one legend above all panels, of what is not grey."""
+    lines = {str(line.get_label()): line for axes in every for line in axes.get_lines()}
+    notable = {
+        label: line
+        for label, line in lines.items()
+        if line.get_color() != style.PALE and not label.startswith("_")  # so matplotlib calls what has no label
+    }
+    figure.legend(notable.values(), notable.keys(), loc="outside upper center", ncols=min(4, len(notable)))
 
 
 def _panel_looks(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

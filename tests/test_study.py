@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from qos_jax.report import METRICS
@@ -63,6 +65,15 @@ def test_more_curves_of_learned_routers_than_colours_are_levels():
         return study_figure(StudyResult("small", "Small", "Who?", None, rows)).axes[0].get_title(loc="left")
 
     assert (drawn(8), drawn(9)) == ("w", "w, load 0.9")
+
+
+def test_against_a_cost_every_router_is_a_point_in_the_panel_of_its_world_and_load():
+    figure = study_figure(dataclasses.replace(result(), cost="drop_rate"))
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert list(panels) == ["easy, load 0.6", "easy, load 0.9", "hard, load 0.6", "hard, load 0.9"]
+    points = {line.get_label(): line.get_xydata() for line in panels["hard, load 0.9"].get_lines()}
+    assert points["ours"] == pytest.approx(np.array([[1.0, 0.56]]))
+    assert points["quick"] == pytest.approx(np.array([[1.0, 0.5]]))
 
 
 def test_shares_are_of_the_gap_between_the_best_heuristic_and_the_plan():
