@@ -67,6 +67,11 @@ class StudyResult:
         ]
 
     @cached_property
+    def cells(self) -> dict[tuple[str, float, str, str], dict[str, Any]]:
+        """Rows of the summary by world, load, router and metric."""
+        return {(row["world"], row["load"], row["router"], row["metric"]): row for row in self.summary}
+
+    @cached_property
     def gains(self) -> list[dict[str, Any]]:
         """What learned routers gain: ``world``, ``load``, ``router``, ``best`` and ``best_qos`` of the heuristics.
 
@@ -88,9 +93,7 @@ class StudyResult:
         ``qos`` and ``latency_per_token_s`` are against the best of the paper's three heuristics in that metric,
         ``qos_per_gb_s`` against round robin.
         """
-        means = {
-            (row["world"], row["load"], row["router"], row["metric"]): row["mean"] for row in self.summary
-        }  # fmt: skip
+        means = {place: row["mean"] for place, row in self.cells.items()}
         rows = []
         for gain in self.gains:
             world, load = gain["world"], gain["load"]
@@ -205,12 +208,11 @@ def study_figure(result: StudyResult) -> Figure:
 
 def _trade_off(result: StudyResult, cost: str) -> Figure:
     """Draws mean QoS against a metric, in a panel for each world and load."""
-    cells = {(row["world"], row["load"], row["router"], row["metric"]): row for row in result.summary}
     panels = {
         f"{world}, load {load:g}": [
-            row | {f"cost_{field}": cells[world, load, name, cost][field] for field in ("mean", "low", "high")}
+            row | {f"cost_{field}": result.cells[world, load, name, cost][field] for field in ("mean", "low", "high")}
             for name in result.kinds
-            if (row := cells.get((world, load, name, "qos")))
+            if (row := result.cells.get((world, load, name, "qos")))
         ]
         for world in result.worlds
         for load in result.loads(world)
@@ -318,19 +320,18 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _metrics_table(result: StudyResult) -> _Table:
     metrics = ("qos", *result.metrics)
-    cells = {(row["world"], row["load"], row["router"], row["metric"]): row for row in result.summary}
     shown = [(world, _shown_load(result, world)) for world in result.worlds]
     rows = [
         (
             name, world, f"{load:g}",
             *(
-                " ± ".join(filter(None, _mean_and_half(cells[world, load, name, metric], METRICS[metric])))
+                " ± ".join(filter(None, _mean_and_half(result.cells[world, load, name, metric], METRICS[metric])))
                 for metric in metrics
             ),
         )
         for world, load in shown
         for name in result.kinds
-        if (world, load, name, "qos") in cells
+        if (world, load, name, "qos") in result.cells
     ]  # fmt: skip
     return ("router", "world", "load", *(METRICS[metric].title for metric in metrics)), rows
 
