@@ -73,9 +73,17 @@ class Study:
     hindsight: bool = False  # a plan of who knows the whole trace, and a bound on all plans, take part
 
 
-_OURS = {"paper-3": "ours", "paper-6": "ours_paper_6", "edge-8": "ours_edge_8"}
+_OURS = {"paper-3": ("ours",), "paper-6": ("ours_paper_6",), "edge-8": ("ours_edge_8",)}
+_STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _OURS.items()}
+_LONGER = {"paper-3": ("ours", "ours_longer"), "paper-6": ("ours_paper_6_longer",)}
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
+_OTHER_ARRIVALS: dict[str, Mapping[str, Any]] = {
+    "gamma_gaps_of_CV_3": {"fields": {"arrivals": "gamma:3"}},
+    "drifting_rate": {"fields": {"arrivals": "sinusoidal:0.5:120"}},
+    "Azure_conversations": {"trace": _AZURE.format("conv")},
+    "Azure_code": {"trace": _AZURE.format("code")},
+}
 _FAMILIAR = PRESETS["edge-8"].experts
 _TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
 
@@ -105,6 +113,8 @@ TRAINED = {
     "ours": Trained(flags=_EQUAL_GPUS),
     "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS),
     "ours_edge_8": Trained("edge-8", share=0.6),
+    "ours_longer": Trained(flags=_EQUAL_GPUS, share=3.0),
+    "ours_paper_6_longer": Trained("paper-6", flags=_EQUAL_GPUS, share=2.0),
     "ours_stale": Trained(flags=_EQUAL_GPUS_STALE, share=0.6),
     "ours_paper_6_stale": Trained("paper-6", flags=_EQUAL_GPUS_STALE, share=0.5),
     "ours_edge_8_stale": Trained("edge-8", flags=("--staleness=0.5", "--set=alpha=0.1"), share=0.3),
@@ -117,11 +127,11 @@ TRAINED = {
 }
 
 
-def _everywhere(*, also: str | None = None, **laws: Mapping[str, Any]) -> tuple[World, ...]:
-    """Returns the three presets under each law, with the router of each and the variant of it that is named."""
+def _everywhere(trained: Mapping[str, tuple[str, ...]], **laws: Mapping[str, Any]) -> tuple[World, ...]:
+    """Returns each preset, with its routers, under each law."""
     return tuple(
-        World(f"{preset}, {label.replace('_', ' ')}", preset, (router, *([f"{router}_{also}"] if also else [])), **law)
-        for preset, router in _OURS.items()
+        World(f"{preset}, {label.replace('_', ' ')}", preset, names, **law)
+        for preset, names in trained.items()
         for label, law in laws.items()
     )
 
@@ -137,24 +147,29 @@ STUDIES = {
     "load": Study(
         "QoS against arrival rate",
         "Who earns most as the fleet fills up, with Poisson arrivals and fresh metrics?",
-        _everywhere(Poisson={}),
+        _everywhere(_OURS, Poisson={}),
         loads=(0.3, *LOADS),
         metrics=("score", "latency_per_token_s", "violation_rate", "drop_rate", "kv_utilisation", "qos_per_gb_s"),
     ),
     "arrivals": Study(
         "Bursts, drifting rates and real traces",
         "Does that hold where arrivals are not Poisson? The traces are Azure's, never trained on.",
-        _everywhere(
-            gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},
-            drifting_rate={"fields": {"arrivals": "sinusoidal:0.5:120"}},
-            Azure_conversations={"trace": _AZURE.format("conv")},
-            Azure_code={"trace": _AZURE.format("code")},
+        _everywhere(_OURS, **_OTHER_ARRIVALS),
+    ),
+    "longer": Study(
+        "Longer training",
+        "What do more lessons buy where all GPUs are equal? Routers for paper-3 that learn from three times as many "
+        "requests, for paper-6 from twice as many, judged on four times as many.",
+        tuple(
+            dataclasses.replace(world, share_of_seeds=4.0)
+            for world in _everywhere(_LONGER, Poisson={}, **_OTHER_ARRIVALS)
         ),
+        routers=(*_FEW, "impact_greedy_equal_gpus", "impact_greedy_no_drop"),
     ),
     "stale": Study(
         "Stale metrics",
         "And where routers see the fleet half a second late? Some learned so, the others never saw it.",
-        _everywhere(also="stale", half_a_second_stale={"fields": {"staleness_s": 0.5}}),
+        _everywhere(_STALE, half_a_second_stale={"fields": {"staleness_s": 0.5}}),
     ),
     "staleness": Study(
         "QoS against staleness",
@@ -212,7 +227,7 @@ STUDIES = {
     "planner": Study(
         "Against a planner",
         "How close is the learned router to one that simulates every action ahead, at thousands of times its cost?",
-        (World("paper-3", trained=("ours",)),),
+        (World("paper-3", trained=("ours", "ours_longer")),),
         loads=(0.6, 0.9, 1.1),
         routers=("impact_greedy", "rollout", "oracle_impact"),
         share=0.2,
