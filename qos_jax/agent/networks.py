@@ -42,6 +42,9 @@ class NetworkConfig:
     with_rates: bool = True  # the recent rates of arrivals are, too; always in the flat view
     residual: bool = True  # the critics learn what the impact estimate misses
     slots: int | None = None  # requests that are seen of each expert; all without it
+    most_rate: int | None = None
+    """Requests/s for each expert up to which recent rates are told apart; None for all. A burst faster than any in
+    training then looks like one of those; of what it has never seen, a network may say anything."""
     hidden: tuple[int, ...] = (64,)  # widths of the heads
     han: HANConfig = HANConfig()
 
@@ -54,8 +57,9 @@ class NetworkConfig:
         for name, known in (("encoder", get_args(Encoder)), ("readout", get_args(Readout))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
-        if self.slots is not None and self.slots < 1:
-            raise InputError(f"slots is {self.slots}, must be at least 1, or None for all")
+        for name in ("slots", "most_rate"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} is {value}, must be at least 1, or None for all")
         if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
             raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
         if self.encoder == "flat" and self.readout == "pointer":
@@ -83,6 +87,10 @@ class Heads(struct.PyTreeNode):
 
 def inputs_of(config: NetworkConfig, obs: Observation) -> Inputs:
     """Returns the features of the observation of one environment."""
+    if config.most_rate is not None:
+        most_per_s = config.most_rate * obs.experts.running.shape[-1]
+        rate_per_s = jnp.minimum(obs.arrived.recent_rate_per_s, most_per_s)
+        obs = obs.replace(arrived=obs.arrived.replace(recent_rate_per_s=rate_per_s))
     if config.encoder == "flat":
         return FlatInputs(flat_view(obs), obs.action_mask)
     return nodes(obs, with_impact=config.with_impact, with_rates=config.with_rates, slots=config.slots)

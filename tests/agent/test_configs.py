@@ -46,6 +46,7 @@ def test_an_unknown_agent_is_refused() -> None:
         ("network.actor", 1, "agent.network.actor is 1"),
         ("network.slots", 0, "slots is 0"),
         ("network.slots", "all", "agent.network.slots is 'all'"),
+        ("network.most_rate", 0, "most_rate is 0"),
         ("network.hidden", 64, "agent.network.hidden is 64"),
         ("network.hidden", [64, "x"], "hidden is"),
         ("network.hidden", [0], "hidden is"),

@@ -153,6 +153,16 @@ def test_critics_start_from_the_impact_estimate(name: str) -> None:
             np.testing.assert_allclose(heads.logits, 0.0, atol=0.05)
 
 
+@pytest.mark.parametrize("config", [POINTERS["han"], FLAT], ids=["pointer", "flat"])
+def test_a_burst_faster_than_the_most_looks_like_the_most(config: NetworkConfig) -> None:
+    cut = dataclasses.replace(config, most_rate=4)
+    slow, most, burst = (fleet(3, recent_rate_per_s=rate) for rate in (11.0, 12.0, 200.0))  # three experts
+    chex.assert_trees_all_equal(features(cut, slow), features(config, slow))
+    chex.assert_trees_all_equal(features(cut, burst), features(config, most))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(features(config, burst), features(config, most))
+
+
 def test_a_disastrous_placement_starts_as_one_of_many() -> None:
     """Eight requests that are just in time: the estimate of what a long prompt would cost them is bounded."""
     in_time = running(age_s=0.4, generated_tokens=20, predicted_tokens=40, predicted_score=1.0, latency_limit_s=0.06)
