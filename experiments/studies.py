@@ -228,7 +228,7 @@ STUDIES = {
     "planner": Study(
         "Against a planner",
         "How close is the learned router to one that simulates every action ahead, at thousands of times its cost?",
-        (World("paper-3", trained=("ours", "ours_longer")),),
+        (World("paper-3", trained=("ours",)),),
         loads=(0.6, 0.9, 1.1),
         routers=("impact_greedy", "rollout", "oracle_impact"),
         share=0.2,
