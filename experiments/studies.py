@@ -75,7 +75,7 @@ class Study:
 
 _OURS = {"paper-3": ("ours",), "paper-6": ("ours_paper_6",), "edge-8": ("ours_edge_8",)}
 _STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _OURS.items()}
-_CLOSELY = {"paper-3": ("ours", "ours_cut_rates", "ours_longer"), "paper-6": ("ours_paper_6_longer",)}
+_CLOSELY = {preset: _OURS[preset] for preset in ("paper-3", "paper-6")}
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
 _OTHER_ARRIVALS: dict[str, Mapping[str, Any]] = {
@@ -110,12 +110,9 @@ _ENERGY = {
 }
 
 TRAINED = {
-    "ours": Trained(flags=_EQUAL_GPUS),
-    "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS),
+    "ours": Trained(flags=_EQUAL_GPUS, share=2.0),
+    "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS, share=2.0),
     "ours_edge_8": Trained("edge-8", share=0.6),
-    "ours_cut_rates": Trained(flags=("--set=most_harm=0.35,most_rate=10",)),
-    "ours_longer": Trained(flags=_EQUAL_GPUS, share=3.0),
-    "ours_paper_6_longer": Trained("paper-6", flags=_EQUAL_GPUS, share=2.0),
     "ours_stale": Trained(flags=_EQUAL_GPUS_STALE, share=0.6),
     "ours_paper_6_stale": Trained("paper-6", flags=_EQUAL_GPUS_STALE, share=0.5),
     "ours_edge_8_stale": Trained("edge-8", flags=("--staleness=0.5", "--set=alpha=0.1"), share=0.3),
@@ -159,8 +156,8 @@ STUDIES = {
     ),
     "equal_gpus": Study(
         "Equal GPUs, more closely",
-        "Where all GPUs are equal gains are small: what do three times as many lessons (twice as many on paper-6) or a "
-        "cut on the rates that a router is told add? Judged on four times as many requests.",
+        "Where all GPUs are equal gains are small. Does the router earn more there under every kind of arrivals? Judged "
+        "on four times as many requests.",
         tuple(
             dataclasses.replace(world, share_of_seeds=4.0)
             for world in _everywhere(_CLOSELY, Poisson={}, **_OTHER_ARRIVALS)

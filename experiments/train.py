@@ -12,6 +12,7 @@ and the training part of a table of prompts.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -37,7 +38,7 @@ from qos_jax.errors import InputError
 from qos_jax.files import write_whole
 from qos_jax.memory import available_bytes, check_fits, needed_bytes
 from qos_jax.parallel import leads
-from qos_jax.sim.env import EnvParams
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.training import FIRST_HELD_OUT_SEED, HeldOut, Progress, TrainResult, train
 
 FLAGS = flags.FLAGS
@@ -95,9 +96,10 @@ def main(argv: list[str]) -> None:
     if seeds[-1] >= FIRST_HELD_OUT_SEED:
         raise InputError(f"--seed={FLAGS.seed} --seeds={FLAGS.seeds}: seeds must be below {FIRST_HELD_OUT_SEED}")
     env, params, world = common.world_from_flags()
-    learner = make_learner(env, overridden(configs.named(FLAGS.agent), _settings()))
-    params, held_out = _worlds(learner, params)
-    runs = _runs(learner.config, seeds)
+    agent = overridden(configs.named(FLAGS.agent), _settings())
+    params, held_out = _worlds(env, agent, params)
+    runs = _runs(agent, seeds)
+    learner = make_learner(env, _with_most_rate(agent, env, params, runs))
     command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
     config = run_config(
         learner, learner.config.hyper, [run["seed"] for run in runs], with_replay=FLAGS.save_replay,
@@ -191,9 +193,9 @@ def _parsed(name: str, text: str, before: Any) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if isinstance(before, tuple | list):
             return tuple(int(number) for number in text.split("x"))
-        if before is None or isinstance(before, int):
+        if isinstance(before, int) or (before is None and text.isdigit()):
             return int(text)
-        return float(text) if isinstance(before, float) else text
+        return float(text) if before is None or isinstance(before, float) else text
     except (KeyError, ValueError):
         raise InputError(f"--set={name}={text}: give a value of the kind of {before!r}") from None
 
@@ -254,7 +256,7 @@ def _hyperparameters(config: AgentConfig, runs: Sequence[Mapping[str, Any]]) -> 
     return jax.tree.map(lambda *values: np.array(values, np.float32), *each)
 
 
-def _worlds(learner: Learner, params: EnvParams) -> tuple[EnvParams, HeldOut]:
+def _worlds(env: Environment, agent: AgentConfig, params: EnvParams) -> tuple[EnvParams, HeldOut]:
     """Returns the parameters of the environments to train in, and what the policy is judged by."""
     loads = tuple(common.numbers("load", FLAGS.load))
     drawn = set(_DRAWN if FLAGS.randomise == ["all"] else FLAGS.randomise)
@@ -280,7 +282,18 @@ def _worlds(learner: Learner, params: EnvParams) -> tuple[EnvParams, HeldOut]:
         pairs=domain.PAIRS if "fleet" in drawn else (),
     )
     key = jax.random.fold_in(jax.random.key(FLAGS.seed), 1)
-    return randomised(learner.env, params, drawn_from, key, learner.config.num_envs), held_out
+    return randomised(env, params, drawn_from, key, agent.num_envs), held_out
+
+
+def _with_most_rate(
+    agent: AgentConfig, env: Environment, params: EnvParams, runs: Sequence[Mapping[str, Any]]
+) -> AgentConfig:
+    """Returns the agent with ``most_rate``, unless it has one, of the worlds and loads that it is trained in."""
+    if agent.network.most_rate is not None:
+        return agent
+    loads = [*common.numbers("load", FLAGS.load), *(run["load"] for run in runs if "load" in run)]
+    most = domain.most_rate(env, params, max(loads, default=0.0))
+    return dataclasses.replace(agent, network=dataclasses.replace(agent.network, most_rate=most))
 
 
 def _held_out_params(params: EnvParams) -> EnvParams:

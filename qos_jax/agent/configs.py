@@ -150,7 +150,8 @@ def _value(default: Any, value: Any, path: str) -> Any:
         return _rebuilt(default, value, path)
     if isinstance(default, tuple) and isinstance(value, list | tuple):
         return tuple(value)
-    may_be = (int, type(None)) if default is None else (int, float) if isinstance(default, float) else type(default)
+    number = (int, float)
+    may_be = (*number, type(None)) if default is None else number if isinstance(default, float) else type(default)
     if not isinstance(value, may_be) or (isinstance(value, bool) and not isinstance(default, bool)):
         raise InputError(f"{path} is {value!r}, must be of the kind of {default!r}")
     return value

@@ -7,6 +7,7 @@ any order. ``arrived`` reads only the arrived request's node, as the paper does,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -42,9 +43,10 @@ class NetworkConfig:
     with_rates: bool = True  # the recent rates of arrivals are, too; always in the flat view
     residual: bool = True  # the critics learn what the impact estimate misses
     slots: int | None = None  # requests that are seen of each expert; all without it
-    most_rate: int | None = None
+    most_rate: float | None = None
     """Requests/s for each expert up to which recent rates are told apart; None for all. A burst faster than any in
-    training then looks like one of those; of what it has never seen, a network may say anything."""
+    training then looks like one of those; of what it has never seen, a network may say anything. ``experiments.train``
+    sets it to ``domain.most_rate`` unless it is given."""
     hidden: tuple[int, ...] = (64,)  # widths of the heads
     han: HANConfig = HANConfig()
 
@@ -57,9 +59,10 @@ class NetworkConfig:
         for name, known in (("encoder", get_args(Encoder)), ("readout", get_args(Readout))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
-        for name in ("slots", "most_rate"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name} is {value}, must be at least 1, or None for all")
+        if self.slots is not None and not (isinstance(self.slots, int) and self.slots >= 1):
+            raise InputError(f"slots is {self.slots}, must be a whole number of at least 1, or None for all")
+        if self.most_rate is not None and not 0 < self.most_rate < math.inf:
+            raise InputError(f"most_rate is {self.most_rate}, must be above 0 and finite, or None for all")
         if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
             raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
         if self.encoder == "flat" and self.readout == "pointer":

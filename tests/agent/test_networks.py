@@ -155,8 +155,8 @@ def test_critics_start_from_the_impact_estimate(name: str) -> None:
 
 @pytest.mark.parametrize("config", [POINTERS["han"], FLAT], ids=["pointer", "flat"])
 def test_a_burst_faster_than_the_most_looks_like_the_most(config: NetworkConfig) -> None:
-    cut = dataclasses.replace(config, most_rate=4)
-    slow, most, burst = (fleet(3, recent_rate_per_s=rate) for rate in (11.0, 12.0, 200.0))  # three experts
+    cut = dataclasses.replace(config, most_rate=4.5)
+    slow, most, burst = (fleet(3, recent_rate_per_s=rate) for rate in (13.0, 13.5, 200.0))  # three experts
     chex.assert_trees_all_equal(features(cut, slow), features(config, slow))
     chex.assert_trees_all_equal(features(cut, burst), features(config, most))
     with pytest.raises(AssertionError):
