@@ -156,8 +156,8 @@ STUDIES = {
     ),
     "equal_gpus": Study(
         "Equal GPUs, more closely",
-        "Where all GPUs are equal gains are small. Does the router earn more there under every kind of arrivals? Judged "
-        "on four times as many requests.",
+        "Where all GPUs are equal gains are small. Does the learned router earn more under every kind of arrivals? "
+        "Judged on four times as many requests.",
         tuple(
             dataclasses.replace(world, share_of_seeds=4.0)
             for world in _everywhere(_CLOSELY, Poisson={}, **_OTHER_ARRIVALS)

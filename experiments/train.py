@@ -197,7 +197,8 @@ def _parsed(name: str, text: str, before: Any) -> Any:
             return int(text)
         return float(text) if before is None or isinstance(before, float) else text
     except (KeyError, ValueError):
-        raise InputError(f"--set={name}={text}: give a value of the kind of {before!r}") from None
+        kind = "number" if before is None else f"value of the kind of {before!r}"
+        raise InputError(f"--set={name}={text}: give a {kind}") from None
 
 
 def _settings() -> dict[str, str]:

@@ -98,6 +98,7 @@ def test_the_run_can_be_repeated_from_what_is_written(whole: pathlib.Path) -> No
     )
     agent = config["agent"]
     assert (agent["num_envs"], agent["chunk"], agent["network"]["hidden"]) == (4, 8, [8, 8])
+    assert agent["network"]["most_rate"] == 10.7  # load 1.4 is 32 requests/s
     assert agent["hyper"]["learning_rate"] == AGENTS["baseline_rl"].hyper.learning_rate
 
 
@@ -238,9 +239,11 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(
 class TestOverridden:
     def test_fields_are_found_by_the_end_of_their_path(self) -> None:
         settings = {"num_envs": "64", "han.layers": "3", "energy": "0.5", "hidden": "32x16", "residual": "false"}
+        settings |= {"slots": "20", "most_rate": "2.5"}
         config = train.overridden(AGENTS["ours"], settings)
         assert (config.num_envs, config.network.han.layers) == (64, 3)
         assert (config.network.hidden, config.network.residual) == ((32, 16), False)
+        assert (config.network.slots, config.network.most_rate) == (20, 2.5)
         assert config.hyper.weights.energy == 0.5
         assert config.hyper.learning_rate == AGENTS["ours"].hyper.learning_rate
 
@@ -250,6 +253,8 @@ class TestOverridden:
             ("envs", "3", "field 'envs' is unknown; choose from network.encoder, "),
             ("weights", "3", "field 'weights' is unknown"),
             ("residual", "maybe", "give a value of the kind of True"),
+            ("slots", "2.5", "give a value of the kind of 32"),
+            ("most_rate", "high", "give a number"),
             ("hidden", "wide", r"give a value of the kind of \(64,\)"),
         ],
     )

@@ -59,8 +59,8 @@ class Domain:
 def most_rate(env: Environment, params: EnvParams, load: float = 0.0) -> float:
     """Returns the mean rate of arrivals for each expert [requests/s] at the greatest load of training.
 
-    That is the end of ``LOADS``, or ``load`` if it is greater, in the fastest of the worlds ``params``. Higher rates are
-    known from bursts only, and all of them are far too many for the fleet.
+    That is the end of ``LOADS``, or ``load`` if it is greater, in the fastest of the worlds ``params``. Higher rates
+    are known from bursts only, and all of them are far too many for the fleet.
     """
     fastest_per_s = float(np.max(params.saturation_per_s))
     return float(f"{max(load, LOADS[1]) * fastest_per_s / env.spec.num_experts:.3g}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qos_jax import presets
-from qos_jax.agent.domain import ARRIVALS, Domain, randomised
+from qos_jax.agent.domain import ARRIVALS, Domain, most_rate, randomised
 from qos_jax.errors import InputError
 from qos_jax.sim.capacity import saturation_rate
 
@@ -51,6 +51,19 @@ def test_a_share_of_the_fleets_has_equal_gpus() -> None:
     drawn = randomised(env, params, Domain(pairs=PAIRS, equal_gpus=0.5), KEY, 64)
     base_s = np.asarray(drawn.experts.step_base_s)
     assert 16 < (base_s.min(1) == base_s.max(1)).sum() < 60  # by chance alone 7 of 64
+
+
+def test_rates_are_told_up_to_the_greatest_load_of_the_fastest_world() -> None:
+    env, params = presets.make("paper-3")
+    drawn = randomised(env, params, Domain(loads=(0.5, 1.4)), KEY, 64)
+    greatest = float(drawn.workload.arrivals.rate_per_s.max())  # type: ignore[attr-defined]
+    assert greatest < 3 * most_rate(env, params) < 1.1 * greatest
+    assert most_rate(env, params, load=0.9) == most_rate(env, params)
+    assert most_rate(env, params, load=2.8) == pytest.approx(2 * most_rate(env, params), rel=0.01)
+    fleets = randomised(env, params, Domain(loads=(1.4,), pairs=PAIRS), KEY, 8)
+    rates = np.asarray(fleets.workload.arrivals.rate_per_s)  # type: ignore[attr-defined]
+    assert rates.max() > 1.2 * rates.min()
+    assert 3 * most_rate(env, fleets) == pytest.approx(rates.max(), rel=0.01)
 
 
 def test_predictions_and_staleness_are_drawn() -> None:
