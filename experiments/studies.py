@@ -75,15 +75,9 @@ class Study:
 
 _OURS = {"paper-3": ("ours",), "paper-6": ("ours_paper_6",), "edge-8": ("ours_edge_8",)}
 _STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _OURS.items()}
-_CLOSELY = {preset: _OURS[preset] for preset in ("paper-3", "paper-6")}
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
-_OTHER_ARRIVALS: dict[str, Mapping[str, Any]] = {
-    "gamma_gaps_of_CV_3": {"fields": {"arrivals": "gamma:3"}},
-    "drifting_rate": {"fields": {"arrivals": "sinusoidal:0.5:120"}},
-    "Azure_conversations": {"trace": _AZURE.format("conv")},
-    "Azure_code": {"trace": _AZURE.format("code")},
-}
+_MANY_SEEDS = 4.0  # where GPUs are equal gains are small
 _FAMILIAR = PRESETS["edge-8"].experts
 _TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
 
@@ -125,10 +119,12 @@ TRAINED = {
 }
 
 
-def _everywhere(trained: Mapping[str, tuple[str, ...]], **laws: Mapping[str, Any]) -> tuple[World, ...]:
+def _everywhere(
+    trained: Mapping[str, tuple[str, ...]], share_of_seeds: float = 1.0, **laws: Mapping[str, Any]
+) -> tuple[World, ...]:
     """Returns each preset, with its routers, under each law."""
     return tuple(
-        World(f"{preset}, {label.replace('_', ' ')}", preset, names, **law)
+        World(f"{preset}, {label.replace('_', ' ')}", preset, names, share_of_seeds=share_of_seeds, **law)
         for preset, names in trained.items()
         for label, law in laws.items()
     )
@@ -145,24 +141,21 @@ STUDIES = {
     "load": Study(
         "QoS against arrival rate",
         "Who earns most as the fleet fills up, with Poisson arrivals and fresh metrics?",
-        _everywhere(_OURS, Poisson={}),
+        _everywhere(_OURS, _MANY_SEEDS, Poisson={}),
         loads=(0.3, *LOADS),
         metrics=("score", "latency_per_token_s", "violation_rate", "drop_rate", "kv_utilisation", "qos_per_gb_s"),
     ),
     "arrivals": Study(
         "Bursts, drifting rates and real traces",
         "Does that hold where arrivals are not Poisson? The traces are Azure's, never trained on.",
-        _everywhere(_OURS, **_OTHER_ARRIVALS),
-    ),
-    "equal_gpus": Study(
-        "Equal GPUs, more closely",
-        "Where all GPUs are equal gains are small. Does the learned router earn more under every kind of arrivals? "
-        "Judged on four times as many requests.",
-        tuple(
-            dataclasses.replace(world, share_of_seeds=4.0)
-            for world in _everywhere(_CLOSELY, Poisson={}, **_OTHER_ARRIVALS)
+        _everywhere(
+            _OURS,
+            _MANY_SEEDS,
+            gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},
+            drifting_rate={"fields": {"arrivals": "sinusoidal:0.5:120"}},
+            Azure_conversations={"trace": _AZURE.format("conv")},
+            Azure_code={"trace": _AZURE.format("code")},
         ),
-        routers=(*_FEW, "impact_greedy_equal_gpus", "impact_greedy_no_drop"),
     ),
     "stale": Study(
         "Stale metrics",
