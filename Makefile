@@ -13,7 +13,8 @@ export JAX_PLATFORMS ?= cpu
 run: .venv/installed
 	.venv/bin/python -m experiments.train --preset=paper-3 --agent=ours --set=most_harm=0.35 --randomise=load,arrivals \
 		--steps=1000000 --out=runs/ours $(if $(wildcard runs/ours/config.json),--resume)
-	.venv/bin/python -m experiments.evaluate --preset=paper-3 --routers=all,runs/ours --out=runs/paper-3
+	.venv/bin/python -m experiments.evaluate --preset=paper-3 --routers=all,runs/ours --seeds=16 \
+		--out=runs/paper-3
 
 test: .venv/installed
 	$(PYTEST)
