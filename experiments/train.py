@@ -99,7 +99,8 @@ def main(argv: list[str]) -> None:
     agent = overridden(configs.named(FLAGS.agent), _settings())
     params, held_out = _worlds(env, agent, params)
     runs = _runs(agent, seeds)
-    learner = make_learner(env, _with_most_rate(agent, env, params, runs))
+    loads = [*held_out.loads, *(run["load"] for run in runs if "load" in run)]
+    learner = make_learner(env, _with_most_rate(agent, env, params, max(loads)))
     command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
     config = run_config(
         learner, learner.config.hyper, [run["seed"] for run in runs], with_replay=FLAGS.save_replay,
@@ -286,15 +287,12 @@ def _worlds(env: Environment, agent: AgentConfig, params: EnvParams) -> tuple[En
     return randomised(env, params, drawn_from, key, agent.num_envs), held_out
 
 
-def _with_most_rate(
-    agent: AgentConfig, env: Environment, params: EnvParams, runs: Sequence[Mapping[str, Any]]
-) -> AgentConfig:
-    """Returns the agent with ``most_rate``, unless it has one, of the worlds and loads that it is trained in."""
+def _with_most_rate(agent: AgentConfig, env: Environment, params: EnvParams, load: float) -> AgentConfig:
+    """Returns the agent with ``most_rate``, unless it has one, of its worlds at the greatest ``load`` asked for."""
     if agent.network.most_rate is not None:
         return agent
-    loads = [*common.numbers("load", FLAGS.load), *(run["load"] for run in runs if "load" in run)]
-    most = domain.most_rate(env, params, max(loads, default=0.0))
-    return dataclasses.replace(agent, network=dataclasses.replace(agent.network, most_rate=most))
+    network = dataclasses.replace(agent.network, most_rate=domain.most_rate(env, params, load))
+    return dataclasses.replace(agent, network=network)
 
 
 def _held_out_params(params: EnvParams) -> EnvParams:
