@@ -11,9 +11,9 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: run test slow reproduce newest coverage lint format types lock licences clean
 
 run: .venv/installed
-	.venv/bin/python -m experiments.train --preset=paper-3 --agent=ours --set=most_harm=0.35 --randomise=load,arrivals \
-		--steps=1000000 --out=runs/ours $(if $(wildcard runs/ours/config.json),--resume)
-	.venv/bin/python -m experiments.evaluate --preset=paper-3 --routers=all,runs/ours --seeds=16 \
+	.venv/bin/qos-jax train --preset=paper-3 --agent=mvr --set=max_externality=0.35 --randomise=load,arrivals \
+		--steps=1000000 --out=runs/mvr $(if $(wildcard runs/mvr/config.json),--resume)
+	.venv/bin/qos-jax evaluate --preset=paper-3 --routers=all,runs/mvr --seeds=16 \
 		--out=runs/paper-3
 
 test: .venv/installed
@@ -24,7 +24,7 @@ slow: .venv/installed-sb3 .venv/installed-minilm
 
 # Two studies at the smallest size: only shows that they can be made.
 reproduce: .venv/installed
-	.venv/bin/python -m experiments.reproduce --figure=load,hindsight --budget=quick --out=build/reproduce
+	.venv/bin/qos-jax reproduce --figure=load,hindsight --budget=quick --out=build/reproduce
 
 # The tests on the newest release of everything; what fails here tells what the next lock must mend.
 newest:

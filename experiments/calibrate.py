@@ -20,18 +20,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import common
-from qos_jax import plots
-from qos_jax.calibration import calibration_of, outcome_of, predict
 from qos_jax.errors import InputError
-from qos_jax.evaluation import Scenario, evaluate
-from qos_jax.files import writable_folder, write_whole
-from qos_jax.presets import PRESETS, make
-from qos_jax.report import versions
+from qos_jax.evaluation.evaluate import Scenario, evaluate
+from qos_jax.evaluation.impact_calibration import calibration_of, outcome_of, predict
+from qos_jax.impact.estimate import WIDTH_S, Form
+from qos_jax.impact.imagined_world import LENGTH_CV
+from qos_jax.io.files import writable_folder, write_whole
+from qos_jax.io.provenance import versions
+from qos_jax.programs import common
+from qos_jax.report import plots
 from qos_jax.routers import make_router
-from qos_jax.routers.imagination import LENGTH_CV
-from qos_jax.routers.impact import WIDTH_S, Form
 from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.worlds.presets import PRESETS, make
 
 FLAGS = flags.FLAGS
 _FORMS: tuple[Form, ...] = ("analytic", "rollout")

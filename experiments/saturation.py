@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from absl import flags
 
-from experiments import common
-from qos_jax.presets import PRESETS, make
+from qos_jax.programs import common
 from qos_jax.sim.capacity import saturation_rate
+from qos_jax.worlds.presets import PRESETS, make
 
 FLAGS = flags.FLAGS
 

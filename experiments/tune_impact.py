@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common
-from qos_jax.evaluation import Scenario, evaluate
-from qos_jax.presets import make
-from qos_jax.routers.impact import impact_greedy
+from qos_jax.evaluation.evaluate import Scenario, evaluate
+from qos_jax.programs import common
+from qos_jax.routers.impact_greedy import impact_greedy
+from qos_jax.worlds.presets import make
 
 FLAGS = flags.FLAGS
 

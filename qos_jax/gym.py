@@ -16,11 +16,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from qos_jax.encoder.nodes import nodes
+from qos_jax.encoder.flat import FLAT_LIMIT, flat_view
+from qos_jax.encoder.graph import graph_features
 from qos_jax.errors import InputError
 from qos_jax.sim.env import Environment, EnvParams, EnvState
 from qos_jax.sim.types import Observation
-from qos_jax.sim.views import FLAT_LIMIT, flat_view
 
 try:
     import gymnasium
@@ -39,7 +39,7 @@ class RouterVectorEnv(gymnasium.vector.VectorEnv[Any, ArrayLike, np.ndarray]):
 
     All randomness of environment i follows from ``reset(seed=s)`` by ``fold_in(key(s), i)``, for any ``num_envs``. The
     info has ``action_mask`` [E, N + 1], and of a step also ``dropped`` [E], ``gap_s`` [E] and sums over its answers:
-    ``world.Answers``; where an episode ended, ``final_info`` has them all and ``final_obs`` is there, as in gymnasium.
+    ``world.Completions``; where an episode ended, ``final_info`` has them all and ``final_obs`` is there, as in gymnasium.
     """
 
     def __init__(self, env: Environment, params: EnvParams, num_envs: int, *, graph: bool = False) -> None:
@@ -151,7 +151,7 @@ def _step(
     def one(key: Array, state: EnvState, action: Array) -> tuple[Any, ...]:
         key, key_step = jax.random.split(key)
         obs, state, reward, terminated, truncated, info = env.step(key_step, state, action, params)
-        answers = {name: getattr(info["answers"], name) for name in _ANSWERS}
+        answers = {name: getattr(info["completions"], name) for name in _ANSWERS}
         happened = {"dropped": info["dropped"], "gap_s": info["gap_s"], **answers}
         now, final = _seen(obs, graph), _seen(info["final_observation"], graph)
         return key, state, now, final, happened, reward, terminated, truncated
@@ -163,7 +163,7 @@ def _seen(obs: Observation, graph: bool) -> dict[str, Any]:
     if not graph:
         return {"obs": flat_view(obs), "action_mask": obs.action_mask}
     # Masks are 0 and 1, as gymnasium has them.
-    parts = {name: x.astype(jnp.int8) if x.dtype == bool else x for name, x in vars(nodes(obs)).items()}
+    parts = {name: x.astype(jnp.int8) if x.dtype == bool else x for name, x in vars(graph_features(obs)).items()}
     return {"obs": parts, "action_mask": obs.action_mask}
 
 

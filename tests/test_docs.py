@@ -13,9 +13,9 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from qos_jax.presets import PRESETS
-from qos_jax.workload.calibration import MIX_INSTRUCT
-from qos_jax.workload.experts import GPUS, LLMS
+from qos_jax.fleet.profiles import GPUS, LLMS
+from qos_jax.workload.constants import MIX_INSTRUCT
+from qos_jax.worlds.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

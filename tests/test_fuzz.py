@@ -20,22 +20,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import common, train
 from qos_jax import InputError
 from qos_jax.agent import AGENTS, configs
-from qos_jax.checkpoints import CONFIG, METRICS, RunFolder, run_config
+from qos_jax.fleet.profile_fitting import TIMING_UNITS, load_profile
 from qos_jax.predictor.data import read_prediction_table
 from qos_jax.predictor.predictor import load_predictor
 from qos_jax.predictor.pretrained import load_pretrained
-from qos_jax.trained import load_router
+from qos_jax.programs import common, train
+from qos_jax.training.load import load_router
+from qos_jax.training.run_folder import CONFIG, METRICS, RunFolder, make_config
 from qos_jax.workload.arrivals import parse_arrivals
-from qos_jax.workload.fitting import TIMING_UNITS, load_profile
 from qos_jax.workload.prediction import parse_prediction
 from qos_jax.workload.tables import read_mix_instruct, read_npz
 from qos_jax.workload.traces import read_trace
-from tests.instant_env import small_learner
-from tests.predictor.tables import made_up_table, write_mix_instruct, write_npz
-from tests.predictor.tiny import write_tiny_encoder
+from tests.helpers.instant_env import small_learner
+from tests.helpers.prediction_tables import made_up_table, write_mix_instruct, write_npz
+from tests.helpers.tiny_encoder import write_tiny_encoder
 
 EXAMPLES = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ODD = (
@@ -81,7 +81,7 @@ def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]
     yield "profile", profile, lambda path: load_profile(str(path))
     run = folder / "run"
     learner = small_learner()
-    RunFolder.start(run, run_config(learner, learner.config.hyper, [0, 1]))
+    RunFolder.start(run, make_config(learner, learner.config.hyper, [0, 1]))
     (run / METRICS).write_text('{"kind": "train", "steps": 32, "metrics": {"qos": [0.5]}}\n' * 3)
     yield "run", run / CONFIG, lambda path: load_router(path.parent)
     yield "metrics", run / METRICS, lambda path: RunFolder(path.parent, {}).records()
@@ -244,7 +244,7 @@ def test_any_text_of_a_law_is_parsed_or_refused(text: str) -> None:
 )
 def test_any_setting_of_an_agent_is_taken_or_refused(name: str, text: str) -> None:
     try:
-        config = train.overridden(AGENTS["ours"], {name: text})
+        config = train.overridden(AGENTS["mvr"], {name: text})
         assert configs.from_dict(configs.to_dict(config)) == config
     except InputError as error:
         assert str(error)

@@ -17,10 +17,10 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from qos_jax import InputError
-from qos_jax.encoder import nodes
+from qos_jax.encoder.flat import flat_view
+from qos_jax.encoder.graph import graph_features
 from qos_jax.gym import RouterEnv, RouterVectorEnv
-from qos_jax.sim.views import flat_view
-from tests.small_env import small_env, small_params
+from tests.helpers.small_env import small_env, small_params
 
 NUM_ENVS = 3
 STEPS_IN_EPISODE = 5
@@ -52,7 +52,7 @@ def test_observations_may_be_the_nodes_of_the_graph() -> None:
         assert obs in vector_env.observation_space
     assert info["final_obs"][0] in vector_env.single_observation_space  # all episodes are as long
     reset_key = jax.random.split(jax.random.fold_in(jax.random.key(7), 1))[1]
-    expected = nodes(env.reset(reset_key, PARAMS)[0])
+    expected = graph_features(env.reset(reset_key, PARAMS)[0])
     first, _ = vector_env.reset(seed=7)
     for name, value in vars(expected).items():
         np.testing.assert_allclose(first[name][1], value, rtol=1e-5, err_msg=name)
@@ -83,7 +83,7 @@ def test_steps_are_those_of_the_environment(vector_env: RouterVectorEnv) -> None
             of_step = info["final_info"] if truncated[i] else info
             assert of_step["_dropped"][i]
             assert of_step["dropped"][i] == expected[3]["dropped"]
-            assert of_step["finished"][i] == expected[3]["answers"].finished
+            assert of_step["finished"][i] == expected[3]["completions"].finished
             if truncated[i]:
                 final_obs = expected[3]["final_observation"]
                 np.testing.assert_allclose(info["final_obs"][i], flat_view(final_obs), rtol=1e-4, atol=1e-5)

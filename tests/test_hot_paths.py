@@ -36,7 +36,7 @@ def test_stale_metrics_are_written_to_a_ring_but_nothing_is_added_by_a_scatter()
     assert not any("stablehlo.add" in each for each in scatters)
 
 
-@pytest.mark.parametrize("agent", ["ours", "sac", "paper"])
+@pytest.mark.parametrize("agent", ["mvr", "sac", "paper"])
 def test_training_has_no_scatter(agent: str) -> None:
     env, params = make("paper-3", load=0.9)
     learner = make_learner(env, AGENTS[agent])

@@ -15,7 +15,7 @@ from jax.experimental.key_reuse import _core as key_reuse
 
 from qos_jax import make, make_router
 from qos_jax.agent import AGENTS, make_learner
-from qos_jax.evaluation import rollout
+from qos_jax.evaluation.evaluate import rollout
 from qos_jax.sim.capacity import sample_requests
 
 CHUNKS = 3
@@ -33,9 +33,9 @@ def check(run: Callable[[Array], Any]) -> None:
     key_reuse.check_key_reuse_jaxpr(jax.make_jaxpr(run)(jax.random.key(0)).jaxpr)
 
 
-@pytest.mark.parametrize("agent", ["ours", "sac"])
+@pytest.mark.parametrize("agent", ["mvr", "sac"])
 def test_training_uses_each_key_once(agent: str) -> None:
-    sizes = {"num_envs": 2, "chunk": 3, "twins": 2, "batch_size": 8, "capacity": 12, "prefill": 3, "updates": 2}
+    sizes = {"num_envs": 2, "chunk": 3, "probes": 2, "batch_size": 8, "capacity": 12, "prefill": 3, "updates": 2}
     learner = make_learner(ENV, dataclasses.replace(AGENTS[agent], **sizes))
     hyper = jax.tree.map(jnp.float32, learner.config.hyper)
 

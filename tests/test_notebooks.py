@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from qos_jax.files import write_whole
+from qos_jax.io.files import write_whole
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from qos_jax.agent.networks import NetworkConfig
 from qos_jax.agent.rewards import RewardWeights
 from qos_jax.agent.sac import Hyperparameters
+from qos_jax.agent.targets import targets_named
 from qos_jax.encoder.han import HANConfig
 from qos_jax.errors import InputError
-
-Teacher = Literal["counterfactual", "temporal_difference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +20,16 @@ class AgentConfig:
     """What fixes the compiled program of an agent; a change recompiles. Its ``hyper`` are only where it starts from."""
 
     network: NetworkConfig = NetworkConfig()
-    teacher: Teacher = "counterfactual"
+    targets: str = "counterfactual"
     num_envs: int = 128
     chunk: int = 7
-    """Requests of each environment per chunk; with the counterfactual teacher requests per expert, as how long requests
+    """Requests of each environment per chunk; with the counterfactual targets requests per expert, as how long requests
     stay is a number of arrivals per expert, and one decision of each environment is measured in a chunk."""
-    twins: int = 4  # sets under way at a time: a decision is followed for ``twins * chunk`` requests per expert
+    probes: int = 4  # sets under way at a time: a decision is followed for ``probes * chunk`` requests per expert
     updates: int = 10  # gradient steps per chunk
     batch_size: int = 512
     capacity: int = 65_536  # rows of the replay: lessons, or steps
-    prefill: int = 200  # requests of each environment routed by lot at first
+    warm_up: int = 200  # requests of each environment routed by lot at first
     shards: int = 1  # parts of the environments, replay and batch, so that devices may share them; see ``parallel``
     hyper: Hyperparameters = Hyperparameters()
 
@@ -38,15 +37,13 @@ class AgentConfig:
         """Checks the fields.
 
         Raises:
-          InputError: the teacher is unknown, or a size is out of range.
+          InputError: the targets are unknown, or a size is out of range.
         """
-        if self.teacher not in get_args(Teacher):
-            raise InputError(f"teacher is {self.teacher!r}, must be one of {', '.join(get_args(Teacher))}")
-        for name in ("num_envs", "chunk", "twins", "updates", "batch_size", "capacity", "prefill", "shards"):
+        targets = targets_named(self.targets)
+        for name in ("num_envs", "chunk", "probes", "updates", "batch_size", "capacity", "warm_up", "shards"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if self.teacher == "temporal_difference" and self.chunk < 2:
-            raise InputError(f"chunk is {self.chunk}, must be at least 2 for a step to have another after it")
+        targets.check(self)
         if self.capacity % self.rows_per_chunk:
             raise InputError(
                 f"capacity is {self.capacity}, must be a multiple of the {self.rows_per_chunk} rows of a chunk"
@@ -59,7 +56,7 @@ class AgentConfig:
     @property
     def rows_per_chunk(self) -> int:
         """Rows that a chunk adds to the replay."""
-        return self.num_envs * (1 if self.teacher == "counterfactual" else self.chunk)
+        return targets_named(self.targets).rows_per_chunk(self)
 
 
 def _value_learner(network: NetworkConfig, hyper: Hyperparameters) -> AgentConfig:
@@ -68,7 +65,7 @@ def _value_learner(network: NetworkConfig, hyper: Hyperparameters) -> AgentConfi
     )
 
 
-_OURS = NetworkConfig(slots=32)  # as many as run at a time; they were three quarters of the time to train
+_MVR = NetworkConfig(slots=32)  # as many as run at a time; they were three quarters of the time to train
 _PAPER = NetworkConfig(
     readout="arrived",
     actor=True,
@@ -88,22 +85,22 @@ _PAPER_HYPER = Hyperparameters(
     final_learning_rate=3e-4,
     alpha=0.1,
     alpha_rate=1e-3,
-    least_weight=1.0,
+    min_q_weight=1.0,
     critic_entropy=1.0,
     weights=RewardWeights(predicted_loss=1.0),
 )
 
 AGENTS: dict[str, AgentConfig] = {
-    "ours": AgentConfig(_OURS),
-    "ours_no_han": AgentConfig(replace(_OURS, encoder="pooled")),
-    "ours_no_impact": AgentConfig(replace(_OURS, with_impact=False, residual=False)),
-    "ours_no_rates": AgentConfig(replace(_OURS, with_rates=False)),
-    "ours_no_residual": AgentConfig(replace(_OURS, residual=False)),
-    "ours_1_layer": AgentConfig(replace(_OURS, han=HANConfig(layers=1))),
-    "ours_3_layers": AgentConfig(replace(_OURS, han=HANConfig(layers=3))),
-    "sac": _value_learner(replace(_OURS, actor=True), _SAC_HYPER),
+    "mvr": AgentConfig(_MVR),
+    "mvr_no_graph": AgentConfig(replace(_MVR, encoder="pooled")),
+    "mvr_no_impact": AgentConfig(replace(_MVR, with_impact=False, residual=False)),
+    "mvr_no_rates": AgentConfig(replace(_MVR, with_rates=False)),
+    "mvr_no_residual": AgentConfig(replace(_MVR, residual=False)),
+    "mvr_1_layer": AgentConfig(replace(_MVR, han=HANConfig(layers=1))),
+    "mvr_3_layers": AgentConfig(replace(_MVR, han=HANConfig(layers=3))),
+    "sac": _value_learner(replace(_MVR, actor=True), _SAC_HYPER),
     "sac_paper_reward": _value_learner(
-        replace(_OURS, actor=True), _SAC_HYPER.replace(weights=RewardWeights(predicted_loss=1.0))
+        replace(_MVR, actor=True), _SAC_HYPER.replace(weights=RewardWeights(predicted_loss=1.0))
     ),
     "paper": _value_learner(_PAPER, _PAPER_HYPER),
     "baseline_rl": _value_learner(_FLAT, _PAPER_HYPER.replace(weights=RewardWeights())),

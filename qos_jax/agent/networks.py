@@ -16,11 +16,11 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
+from qos_jax.encoder.flat import flat_view
+from qos_jax.encoder.graph import EXPERT_FEATURES, IMPACT_FEATURES, GraphFeatures, graph_features
 from qos_jax.encoder.han import HAN, Embedding, HANConfig
-from qos_jax.encoder.nodes import EXPERT_FEATURES, IMPACT_FEATURES, Nodes, nodes
 from qos_jax.errors import InputError
 from qos_jax.sim.types import Observation
-from qos_jax.sim.views import flat_view
 
 Encoder = Literal["han", "pooled", "flat"]
 Readout = Literal["pointer", "arrived"]
@@ -43,10 +43,10 @@ class NetworkConfig:
     with_rates: bool = True  # the recent rates of arrivals are, too; always in the flat view
     residual: bool = True  # the critics learn what the impact estimate misses
     slots: int | None = None  # requests that are seen of each expert; all without it
-    most_rate: float | None = None
+    rate_clip_per_s: float | None = None
     """Requests/s for each expert up to which recent rates are told apart; None for all. A burst faster than any in
-    training then looks like one of those; of what it has never seen, a network may say anything. ``experiments.train``
-    sets it to ``domain.most_rate`` unless it is given."""
+    training then looks like one of those; of what it has never seen, a network may say anything. ``qos-jax train``
+    sets it to ``domain.rate_clip_per_s`` unless it is given."""
     hidden: tuple[int, ...] = (64,)  # widths of the heads
     han: HANConfig = HANConfig()
 
@@ -61,8 +61,8 @@ class NetworkConfig:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
         if self.slots is not None and not (isinstance(self.slots, int) and self.slots >= 1):
             raise InputError(f"slots is {self.slots}, must be a whole number of at least 1, or None for all")
-        if self.most_rate is not None and not 0 < self.most_rate < math.inf:
-            raise InputError(f"most_rate is {self.most_rate}, must be above 0 and finite, or None for all")
+        if self.rate_clip_per_s is not None and not 0 < self.rate_clip_per_s < math.inf:
+            raise InputError(f"rate_clip_per_s is {self.rate_clip_per_s}, must be above 0 and finite, or None for all")
         if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
             raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
         if self.encoder == "flat" and self.readout == "pointer":
@@ -78,7 +78,7 @@ class FlatInputs(struct.PyTreeNode):
     legal: Array  # [N + 1] bool
 
 
-Inputs = Any  # a pytree with a field ``legal`` [A] bool: Nodes, FlatInputs
+Inputs = Any  # a pytree with a field ``legal`` [A] bool: GraphFeatures, FlatInputs
 
 
 class Heads(struct.PyTreeNode):
@@ -90,13 +90,13 @@ class Heads(struct.PyTreeNode):
 
 def inputs_of(config: NetworkConfig, obs: Observation) -> Inputs:
     """Returns the features of the observation of one environment."""
-    if config.most_rate is not None:
-        most_per_s = config.most_rate * obs.experts.running.shape[-1]
+    if config.rate_clip_per_s is not None:
+        most_per_s = config.rate_clip_per_s * obs.experts.running.shape[-1]
         rate_per_s = jnp.minimum(obs.arrived.recent_rate_per_s, most_per_s)
         obs = obs.replace(arrived=obs.arrived.replace(recent_rate_per_s=rate_per_s))
     if config.encoder == "flat":
         return FlatInputs(flat_view(obs), obs.action_mask)
-    return nodes(obs, with_impact=config.with_impact, with_rates=config.with_rates, slots=config.slots)
+    return graph_features(obs, with_impact=config.with_impact, with_rates=config.with_rates, slots=config.slots)
 
 
 class ActorCritic(nn.Module):
@@ -149,7 +149,7 @@ class _Pooled(nn.Module):
     config: HANConfig
 
     @nn.compact
-    def __call__(self, inputs: Nodes) -> Embedding:
+    def __call__(self, inputs: GraphFeatures) -> Embedding:
         arrived, experts = inputs.arrived, inputs.experts
         for i in range(self.config.layers):
             arrived = nn.relu(nn.Dense(self.config.features, name=f"arrived_{i}")(arrived))
@@ -175,7 +175,7 @@ def _most(experts: Array) -> Array:
     return jnp.sum(jnp.where(is_first, experts, 0.0), -2)
 
 
-def _prior(inputs: Nodes) -> Array:
+def _prior(inputs: GraphFeatures) -> Array:
     """Returns the QoS [..., N] that each placement is estimated to add, out of its compressed feature."""
     net = inputs.experts[..., _NET]
     return jnp.maximum(jnp.sign(net) * jnp.expm1(jnp.abs(net)), _LOWEST_PRIOR)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from qos_jax.routers.impact import impact, in_flight_qos
+from qos_jax.impact.estimate import impact, in_flight_qos
 from qos_jax.sim.engine import ExpertState
 from qos_jax.sim.env import EnvParams
 from qos_jax.sim.types import ExpertProfile, Observation
@@ -31,7 +31,9 @@ class RewardWeights(struct.PyTreeNode):
     potential: Array | float = 0.0  # of the predicted QoS in flight as a potential; 1 or 0
 
 
-def earned(profile: ExpertProfile, experts: ExpertState, weights: RewardWeights, width_s: Array | float) -> Array:
+def expert_returns(
+    profile: ExpertProfile, experts: ExpertState, weights: RewardWeights, width_s: Array | float
+) -> Array:
     """Returns what each expert [N] has earned with the answers that it finished since they were last collected.
 
     Args:
@@ -69,9 +71,9 @@ def shaped_reward(
       reward: the environment's.
       info: the environment's.
     """
-    answers = info["answers"]
-    reward = reward - weights.violation * answers.violations - weights.drop * info["dropped"]
-    reward -= jnp.sum(_resources(params.experts, answers.kv_block_s, answers.busy_s, weights))
+    completions = info["completions"]
+    reward = reward - weights.violation * completions.violations - weights.drop * info["dropped"]
+    reward -= jnp.sum(_resources(params.experts, completions.kv_block_s, completions.busy_s, weights))
     lost = jnp.append(impact(obs).qos_change, 0.0)[action]
     after = in_flight_qos(info["final_observation"])
     return reward + weights.predicted_loss * lost + weights.potential * (gamma * after - in_flight_qos(obs))

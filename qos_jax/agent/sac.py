@@ -1,14 +1,12 @@
 """Discrete soft actor-critic: its losses and one update, as pure functions of a small state.
 
-The critics are taught in one of two ways. ``temporal_difference`` is SAC as published, with the cures that discrete
-action spaces need; ``marginal_values`` are what the simulator measured (``counterfactual``), which need no bootstrap.
-Everything else is the same: two critics, a policy that is soft-optimal for them, its temperature, a running average of
-the weights.
+What the critics learn from is up to ``qos_jax.agent.targets``. Everything else is common: two critics, a policy that is
+soft-optimal for them, its temperature, and a running average of the weights.
 
 * Where the network has no actor, the policy is ``softmax(mean Q / alpha)``: with few actions the optimum that an actor
   would be trained towards has a closed form.
 * The target entropy is a share of the entropy of the actions that are legal in each state.
-* ``least_weight`` chooses between the minimum of both critics (1) and their mean (0), ``critic_entropy`` whether the
+* ``min_q_weight`` chooses between the minimum of both critics (1) and their mean (0), ``critic_entropy`` whether the
   critics' targets hold the entropy (1) or not (0): in discrete action spaces the minimum and the entropy bias them
   (arXiv 2209.10081, 2509.09838).
 * Illegal actions get a large negative logit rather than minus infinity, whose entropy has no gradient.
@@ -17,7 +15,7 @@ the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +29,11 @@ from qos_jax.agent.rewards import RewardWeights
 
 _ILLEGAL = -1e9
 _LOG_ALPHA_RANGE = (-7.0, 2.0)  # of the temperature, .0009 to 7.4 in units of the reward
-_MOST_GRADIENT = 10.0  # norm
+_MAX_GRAD_NORM = 10.0  # norm
 
 Weights = Any  # the parameters of the network
 
-_ADAM = optax.chain(optax.clip_by_global_norm(_MOST_GRADIENT), optax.scale_by_adam())
+_ADAM = optax.chain(optax.clip_by_global_norm(_MAX_GRAD_NORM), optax.scale_by_adam())
 
 
 class Hyperparameters(struct.PyTreeNode):
@@ -48,15 +46,15 @@ class Hyperparameters(struct.PyTreeNode):
     alpha: Array | float = 0.02  # temperature at the start, in units of QoS
     alpha_rate: Array | float = 0.0  # per update and nat by which the entropy misses its target; 0 keeps alpha
     target_entropy: Array | float = 0.3  # as a share of the logarithm of the number of legal actions
-    least_weight: Array | float = 0.0
+    min_q_weight: Array | float = 0.0
     critic_entropy: Array | float = 0.0
     width_s: Array | float = 1e-3  # s/token, of the logistic by which measured answers are judged
-    most_harm: Array | float = 10.0  # QoS, and other costs if they have weights; no placement is taught to cost more
-    restart: Array | float = 0.005  # share of environments that go on from a prefilled state in each chunk
+    max_externality: Array | float = 10.0  # lower clip of counterfactual targets, in reward units
+    reset_prob: Array | float = 0.005  # share of environments reset to their state after the warm-up, per chunk
     weights: RewardWeights = RewardWeights()
 
 
-class Learned(struct.PyTreeNode):
+class LearnerState(struct.PyTreeNode):
     """What an update changes."""
 
     params: Weights
@@ -65,36 +63,11 @@ class Learned(struct.PyTreeNode):
     log_alpha: Array  # []
 
 
-class Transition(struct.PyTreeNode):
-    """One step for temporal differences; the inputs after it are those of the following row."""
-
-    inputs: Inputs
-    action: Array  # [] int32
-    reward: Array  # []
-    terminated: Array  # [] bool
-    truncated: Array  # [] bool: the following row is not what came after, so this one teaches nothing
-
-
-class Lesson(struct.PyTreeNode):
-    """One decision with the measured values of all its actions."""
-
-    inputs: Inputs
-    whole: Array  # [] bool: else it teaches nothing
-    value: Array  # [A]
-
-
-class Step(NamedTuple):
-    """Transitions of a batch and the inputs after each."""
-
-    transition: Transition
-    next_inputs: Inputs
-
-
-def learned(params: Weights, hyper: Hyperparameters) -> Learned:
+def init(params: Weights, hyper: Hyperparameters) -> LearnerState:
     """Returns the state before the first update."""
     # A copy, as both are donated together.
     average = jax.tree.map(jnp.copy, params)
-    return Learned(params, average, _ADAM.init(params), jnp.log(jnp.asarray(hyper.alpha, jnp.float32)))
+    return LearnerState(params, average, _ADAM.init(params), jnp.log(jnp.asarray(hyper.alpha, jnp.float32)))
 
 
 def policy_logits(heads: Heads, legal: Array, log_alpha: Array) -> Array:
@@ -106,38 +79,39 @@ def policy_logits(heads: Heads, legal: Array, log_alpha: Array) -> Array:
 def update(
     network: nn.Module,
     hyper: Hyperparameters,
-    state: Learned,
-    batch: Step | Lesson,
+    state: LearnerState,
+    inputs: Inputs,
+    critic_loss: Callable[[Heads], Array],
     progress: Array,
     axes: tuple[str, ...] = (),
-) -> tuple[Learned, dict[str, Array]]:
-    """Takes one gradient step on a batch and returns the state after it, and the losses.
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Takes one gradient step on a batch and returns the state after it and the losses [].
 
     Args:
       network: an ``nn.Module`` from inputs to ``Heads``.
       hyper: numbers of the algorithm.
       state: before the update.
-      batch: steps, or lessons; leaves [B, ...].
+      inputs: of a batch, leaves [B, ...].
+      critic_loss: of what the network says of these inputs, see ``qos_jax.agent.targets``.
       progress: [] share of the training that is done, for the learning rate.
       axes: by name, along which others have other batches; the gradient is the mean.
     """
     alpha = jnp.exp(state.log_alpha)
-    inputs, critic_loss_of = _teaching(network, hyper, state, batch)
 
     def loss(params: Weights) -> tuple[Array, dict[str, Array]]:
         heads = heads_of(network, params, inputs)
-        critic_loss = critic_loss_of(heads)
+        loss_of_critics = critic_loss(heads)
         log_policy = policy_logits(heads, inputs.legal, state.log_alpha)
         policy = jnp.exp(log_policy)
         entropy = -jnp.sum(policy * jnp.where(inputs.legal, log_policy, 0.0), -1)
         actor_loss = jnp.float32(0)
         if heads.logits is not None:
-            worth = lax.stop_gradient(_combined(hyper, heads.q))
-            actor_loss = -jnp.mean(jnp.sum(policy * jnp.where(inputs.legal, worth, 0.0), -1) + alpha * entropy)
+            values = lax.stop_gradient(combined_q(hyper, heads.q))
+            actor_loss = -jnp.mean(jnp.sum(policy * jnp.where(inputs.legal, values, 0.0), -1) + alpha * entropy)
         choices = jnp.maximum(jnp.sum(inputs.legal, -1), 1)
         surplus = jnp.mean(entropy - hyper.target_entropy * jnp.log(choices))
-        aux = {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": jnp.mean(entropy), "surplus": surplus}
-        return critic_loss + actor_loss, aux
+        losses = {"critic_loss": loss_of_critics, "actor_loss": actor_loss}
+        return loss_of_critics + actor_loss, losses | {"entropy": jnp.mean(entropy), "surplus": surplus}
 
     (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     if axes:
@@ -147,47 +121,13 @@ def update(
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
     average = optax.incremental_update(params, state.average, 1.0 - hyper.polyak)
     log_alpha = jnp.clip(state.log_alpha - hyper.alpha_rate * aux.pop("surplus"), *_LOG_ALPHA_RANGE)
-    return Learned(params, average, optimizer, log_alpha), aux | {"alpha": jnp.exp(log_alpha)}
+    return LearnerState(params, average, optimizer, log_alpha), aux | {"alpha": jnp.exp(log_alpha)}
 
 
-def _teaching(
-    network: nn.Module, hyper: Hyperparameters, state: Learned, batch: Step | Lesson
-) -> tuple[Inputs, Callable[[Heads], Array]]:
-    """Returns the inputs of a batch and the critics' loss on what the network says of them."""
-    if isinstance(batch, Lesson):
-        return batch.inputs, lambda heads: _lesson_loss(heads, batch)
-    target = temporal_difference(network, hyper, state, batch)
-    return batch.transition.inputs, lambda heads: _step_loss(heads, batch.transition, target)
-
-
-def temporal_difference(network: nn.Module, hyper: Hyperparameters, state: Learned, batch: Step) -> Array:
-    """Returns the critics' target [B] of each transition."""
-    legal = batch.next_inputs.legal
-    log_policy = policy_logits(heads_of(network, state.params, batch.next_inputs), legal, state.log_alpha)
-    worth = _combined(hyper, heads_of(network, state.average, batch.next_inputs).q)
-    worth -= hyper.critic_entropy * jnp.exp(state.log_alpha) * log_policy
-    value = jnp.sum(jnp.exp(log_policy) * jnp.where(legal, worth, 0.0), -1)
-    return batch.transition.reward + hyper.gamma * jnp.where(batch.transition.terminated, 0.0, value)
-
-
-def _step_loss(heads: Heads, step: Transition, target: Array) -> Array:
-    # A mask, as the gradient of an index is a scatter, which on GPUs adds in any order.
-    taken = jnp.arange(heads.q.shape[-1]) == step.action[:, None]
-    q = jnp.sum(jnp.where(taken[:, None], heads.q, 0.0), -1)
-    taught = (~step.truncated).astype(q.dtype)[:, None]
-    return jnp.sum(taught * jnp.square(q - target[:, None])) / jnp.maximum(jnp.sum(taught) * q.shape[-1], 1.0)
-
-
-def _lesson_loss(heads: Heads, lesson: Lesson) -> Array:
-    taught = (lesson.inputs.legal & lesson.whole[:, None])[:, None, :]
-    error = jnp.where(taught, heads.q - lesson.value[:, None, :], 0.0)
-    return jnp.sum(jnp.square(error)) / jnp.maximum(jnp.sum(taught) * error.shape[-2], 1.0)
-
-
-def _combined(hyper: Hyperparameters, q: Array) -> Array:
+def combined_q(hyper: Hyperparameters, q: Array) -> Array:
     """Returns one value [..., A] out of two critics' [..., 2, A]."""
-    mean, least = jnp.mean(q, -2), jnp.min(q, -2)
-    return mean + hyper.least_weight * (least - mean)
+    mean, minimum = jnp.mean(q, -2), jnp.min(q, -2)
+    return mean + hyper.min_q_weight * (minimum - mean)
 
 
 def _learning_rate(hyper: Hyperparameters, progress: Array) -> Array:

@@ -32,7 +32,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from qos_jax.encoder.nodes import Nodes
+from qos_jax.encoder.graph import GraphFeatures
 from qos_jax.errors import InputError
 
 REQUEST_RELATIONS = ("running", "waiting")
@@ -97,7 +97,7 @@ class HAN(nn.Module):
 
     config: HANConfig = HANConfig()
 
-    def __call__(self, nodes: Nodes) -> Embedding:
+    def __call__(self, nodes: GraphFeatures) -> Embedding:
         """Returns the embeddings, arrived [..., D] and experts [..., N, D], for any leading batch axes."""
         return self.encode(nodes.arrived, nodes.experts, nodes.requests, _dense_links(nodes))
 
@@ -178,7 +178,7 @@ class _SemanticAttention(nn.Module):
         return jnp.sum(weights[..., None] * read, -2), weights
 
 
-def _dense_links(nodes: Nodes) -> Links:
+def _dense_links(nodes: GraphFeatures) -> Links:
     queues = jnp.stack([nodes.running, nodes.waiting], -2)  # [..., N, 2, S]
     all_experts = jnp.ones((1, nodes.experts.shape[-2]), bool)
     return Links(

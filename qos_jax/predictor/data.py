@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.files import numbers_in, parse_json, read_columns
+from qos_jax.io.files import numbers_in, parse_json, read_columns
 from qos_jax.workload.tables import read_mix_instruct, split_rows
 
 DEFAULT_SCORES = "quality_bertscore_minilm"

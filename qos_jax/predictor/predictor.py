@@ -28,11 +28,11 @@ from flax import serialization, traverse_util
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.files import parse_json, writable_folder, write_whole
+from qos_jax.io.files import parse_json, writable_folder, write_whole
 from qos_jax.predictor.heads import Buckets, Forecast, Head, HeadConfig, Network, Standard
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained, save_pretrained
 
-RUN_SUBFOLDER = "predictor"  # of what experiments.predictor writes
+RUN_SUBFOLDER = "predictor"  # of what qos-jax predictor writes
 _FORMAT = 1
 _CONFIG, _HEADS, _ENCODER = "config.json", "heads.safetensors", "encoder"
 _FIELDS: dict[str, type] = {  # what every config.json has
@@ -143,7 +143,7 @@ def load_predictor(folder: str | os.PathLike[str]) -> Predictor:
     """Reads a predictor; what it predicts is bit for bit what the saved one did.
 
     Args:
-      folder: of the predictor, or of a run of ``experiments.predictor``.
+      folder: of the predictor, or of a run of ``qos-jax predictor``.
 
     Raises:
       InputError: the folder holds no predictor that this version can read.

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from qos_jax.errors import InputError
-from qos_jax.files import parse_json, write_whole
+from qos_jax.io.files import parse_json, write_whole
 from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pooled
 
 _SHORTEST = 16  # tokens, the length that shorter texts are padded to

@@ -9,8 +9,8 @@ from functools import partial
 from qos_jax.errors import InputError
 from qos_jax.routers import heuristics
 from qos_jax.routers.base import Router
-from qos_jax.routers.impact import impact_greedy
-from qos_jax.routers.rollout import rollout_planner
+from qos_jax.routers.impact_greedy import impact_greedy
+from qos_jax.routers.planner import rollout_planner
 from qos_jax.sim.types import Workload
 
 __all__ = ["Router", "make_router", "router_names"]
@@ -30,7 +30,7 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     # tuned on paper-3 alone, as ours has a number of its own for equal GPUs (experiments.tune_impact, BUILD_NOTES.md)
     "impact_greedy_equal_gpus": partial(impact_greedy, "impact_greedy_equal_gpus", width_s=1.5e-3, price=0.1),
     "impact_greedy_no_drop": partial(impact_greedy, "impact_greedy_no_drop", price=-math.inf),
-    "oracle_score": partial(heuristics.bert_router, "oracle_score", kind="oracle", sees="true_scores"),
+    "oracle_score": partial(heuristics.bert_router, "oracle_score", kind="oracle", information="true_scores"),
     "oracle_impact": partial(
         impact_greedy,
         "oracle_impact",
@@ -38,7 +38,7 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
         length_cv=0.05,
         price=0.3,
         kind="oracle",
-        sees="true_scores_and_tokens",
+        information="true_scores_and_tokens",
     ),
 }
 PLANNERS: dict[str, Callable[[Workload], Router]] = {"rollout": rollout_planner}
@@ -60,7 +60,7 @@ def make_router(name: str, num_experts: int, workload: Workload | None = None) -
     Args:
       name: one of ``router_names``, or a planner's: rollout.
       num_experts: size of the fleet.
-      workload: the law of requests, which planners imagine the future by; ``EnvParams`` has it. Others need none.
+      workload: the law of requests, from which planners sample the future; ``EnvParams`` has it. Others need none.
 
     Raises:
       InputError: there is no router of this name for a fleet of this size, or a planner is given no workload.

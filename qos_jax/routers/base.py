@@ -25,7 +25,7 @@ class Router:
     """Returns the memory before the first request."""
     act: Callable[[Array, Observation, Memory], tuple[Array, Memory]]
     """Takes a key, what is seen and the memory; returns the action [] int32, N for a drop, and the memory."""
-    sees: Literal["predictions", "true_scores", "true_scores_and_tokens"] = "predictions"
+    information: Literal["predictions", "true_scores", "true_scores_and_tokens"] = "predictions"
     """Oracles see truths in the place of predictions."""
     params: Any = dataclasses.field(default=None, compare=False, repr=False)
     """Weights of a learned router, a pytree; ``act`` has them already."""
@@ -38,7 +38,7 @@ def best_legal(obs: Observation, value: Array) -> Array:
     return jnp.where(jnp.any(legal), best, legal.shape[0]).astype(jnp.int32)
 
 
-def noise_if_late(key: Array, obs: Observation, temperature: float) -> Array:
+def gumbel_if_stale(key: Array, obs: Observation, temperature: float) -> Array:
     """Returns noise [N + 1] with which the best of some values is a draw by softmax(values / temperature).
 
     It is 0 where metrics are fresh. Where they are late, requests that come close together all see the same fleet, and

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qos_jax.impact.estimate import impact
 from qos_jax.routers.base import Router, best_legal, by_value
-from qos_jax.routers.impact import impact
 from qos_jax.sim.types import Observation
 
 

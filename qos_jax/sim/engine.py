@@ -124,9 +124,20 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     return state.replace(slots=slots)
 
 
-def make_room(spec: EngineSpec, state: ExpertState) -> ExpertState:
+def admissible(
+    spec: EngineSpec, experts: ExpertProfile, state: ExpertState, prompt_tokens: Array, output_tokens: Array
+) -> Array:
+    """Returns [L] bool: the queue has a place for one more request, and its ``prompt + output`` tokens [L] can fit.
+
+    A request that is not admissible is dropped at once (docs/simulator.md).
+    """
+    fits = blocks_of(prompt_tokens + output_tokens, spec.block_size) <= experts.kv_blocks
+    return fits & (jnp.sum(state.slots.waiting, -1) < experts.max_waiting)
+
+
+def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
     """Compacts all lanes if any of them needs it, so that the cost is paid once in many arrivals."""
-    return _make_room(spec)(state)
+    return _compact_if_full(spec)(state)
 
 
 def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: Array, payload: Any) -> ExpertState:
@@ -169,7 +180,7 @@ def _drain(spec: EngineSpec) -> Callable[[ExpertProfile, ExpertState, Array], Ex
 
 
 @lru_cache
-def _make_room(spec: EngineSpec) -> Callable[[ExpertState], ExpertState]:
+def _compact_if_full(spec: EngineSpec) -> Callable[[ExpertState], ExpertState]:
     return _over_lanes(
         lambda state: lax.cond(jnp.any(needs_compact(state)), lambda s: compact(spec, s), lambda s: s, state)
     )

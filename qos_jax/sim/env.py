@@ -20,7 +20,7 @@ from jax.experimental import checkify
 
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.types import ExpertProfile, Observation, Request, Workload
-from qos_jax.sim.world import World, WorldSpec, collect, dispatch, empty_world, observe, pass_time
+from qos_jax.sim.world import World, WorldSpec, advance, collect, dispatch, empty_world, observe
 
 
 class EnvParams(struct.PyTreeNode):
@@ -35,6 +35,11 @@ class EnvParams(struct.PyTreeNode):
     def at_load(self, load: Array | float) -> EnvParams:
         """Returns the same world at another load, a fraction of the fleet's saturation rate."""
         return self.replace(workload=self.workload.with_rate(load * self.saturation_per_s))
+
+
+def axis_of_environments(params: EnvParams) -> int | None:
+    """Returns the axis of the environments in their parameters; None if they share one set of them."""
+    return 0 if jnp.ndim(params.max_steps_in_episode) else None
 
 
 class EnvState(struct.PyTreeNode):
@@ -91,8 +96,8 @@ class Environment:
     ) -> tuple[Observation, EnvState, Array, Array, Array, dict[str, Any]]:
         """Sends the waiting request to expert ``action`` [] int32 (N drops it) and runs the world to the next arrival.
 
-        The reward is the QoS of the requests that finish before that arrival. ``info`` holds ``answers`` (sums over
-        these requests, see ``world.Answers``), ``dropped``, ``gap_s``, ``final_observation`` and the two flags.
+        The reward is the QoS of the requests that finish before that arrival. ``info`` holds ``completions`` (sums over
+        these requests, see ``world.Completions``), ``dropped``, ``gap_s``, ``final_observation`` and the two flags.
         """
         key_step, key_reset = jax.random.split(key)
         next_obs, next_state, reward, info = self._step(key_step, state, action, params)
@@ -136,13 +141,13 @@ class Environment:
     ) -> tuple[Observation, EnvState, Array, dict[str, Any]]:
         world, dropped = dispatch(self.spec, params.experts, state.world, state.request, action)
         gap_s, request, workload = params.workload.next(key, state.workload)
-        world = pass_time(self.spec, params.experts, world, gap_s)
-        world, answers = collect(params.experts, world)
+        world = advance(self.spec, params.experts, world, gap_s)
+        world, completions = collect(params.experts, world)
         if self.check:
             _check_invariants(self.spec, params.experts, world, gap_s)
         state = EnvState(state.time + 1, world, request, workload)
-        info = {"answers": answers, "dropped": dropped, "gap_s": gap_s}
-        return self.observe(state, params), state, answers.qos, info
+        info = {"completions": completions, "dropped": dropped, "gap_s": gap_s}
+        return self.observe(state, params), state, completions.qos, info
 
 
 def _check_invariants(spec: WorldSpec, profile: ExpertProfile, world: World, gap_s: Array) -> None:

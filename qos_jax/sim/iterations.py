@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
-from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.engine import EngineSpec, ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
@@ -156,16 +155,15 @@ class _Stepper:
 
 @partial(jax.jit, static_argnums=0)
 def _advance(spec: EngineSpec, profile: ExpertProfile, state: ExpertState, gap_s: Any) -> ExpertState:
-    return engine.make_room(spec, engine.advance(spec, profile, state, gap_s))
+    return engine.compact_if_full(spec, engine.advance(spec, profile, state, gap_s))
 
 
 @partial(jax.jit, static_argnums=0)
 def _arrive(
     spec: EngineSpec, profile: ExpertProfile, state: ExpertState, prompt_tokens: Any, output_tokens: Any, index: Any
 ) -> ExpertState:
-    fits = blocks_of(prompt_tokens + output_tokens, spec.block_size) <= profile.kv_blocks
-    room = jnp.sum(state.slots.waiting, -1) < profile.max_waiting
-    return engine.push(state, fits & room, prompt_tokens[None], output_tokens[None], index)
+    admissible = engine.admissible(spec, profile, state, prompt_tokens, output_tokens)
+    return engine.push(state, admissible, prompt_tokens[None], output_tokens[None], index)
 
 
 @partial(jax.jit, static_argnums=0)

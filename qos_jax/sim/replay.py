@@ -19,7 +19,6 @@ from jax import Array, lax
 
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
-from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, AnyArray, ExpertProfile, RequestLog, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
@@ -27,7 +26,7 @@ from qos_jax.sim.validation import checked_assignment, checked_experts, checked_
 _CHUNK = 64  # requests of one lane between two compactions
 
 
-class Replayed(struct.PyTreeNode):
+class ReplayResult(struct.PyTreeNode):
     """The log of a trace, and what the experts used for it."""
 
     log: RequestLog
@@ -94,7 +93,7 @@ def replay_many(
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
     dtype: Any = np.float64,
-) -> list[Replayed]:
+) -> list[ReplayResult]:
     """Replays several traces, each with its assignment, on copies of the same experts side by side; see ``replay``."""
     for name, value in (("token_budget", token_budget), ("block_size", block_size)):
         if value < 1:
@@ -142,7 +141,7 @@ def _lanes(
     return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens)
 
 
-def _replayed(log: LaneLog, trace: RequestTrace, assignment: np.ndarray, position: np.ndarray) -> Replayed:
+def _replayed(log: LaneLog, trace: RequestTrace, assignment: np.ndarray, position: np.ndarray) -> ReplayResult:
     """Puts the logs of the lanes back into the order of the trace."""
     sent = assignment >= 0
     at = (position[sent], assignment[sent])
@@ -151,7 +150,7 @@ def _replayed(log: LaneLog, trace: RequestTrace, assignment: np.ndarray, positio
     finish_s[sent] = trace.arrival_s[sent] + log.finish_s[at]
     first_token_s[sent] = trace.arrival_s[sent] + log.first_token_s[at]
     preemptions[sent], dropped[sent] = log.preemptions[at], log.dropped[at]
-    return Replayed(RequestLog(finish_s, first_token_s, preemptions, dropped), log.busy_s, log.kv_block_s)
+    return ReplayResult(RequestLog(finish_s, first_token_s, preemptions, dropped), log.busy_s, log.kv_block_s)
 
 
 def replay_lanes(
@@ -206,10 +205,8 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) ->
     def arrive(carry: tuple[ExpertState, Array], request: LaneRequests) -> tuple[Any, Array]:
         state, index = carry
         state = engine.advance(spec, experts, state, request.gap_s)
-        queued = jnp.sum(state.slots.waiting, -1)
-        too_long = blocks_of(request.prompt_tokens + request.output_tokens, spec.block_size) > experts.kv_blocks
         real = request.output_tokens > 0
-        dropped = real & (too_long | (queued >= experts.max_waiting))
+        dropped = real & ~engine.admissible(spec, experts, state, request.prompt_tokens, request.output_tokens)
         state = engine.push(state, real & ~dropped, request.prompt_tokens, request.output_tokens, index)
         return (state, index + 1), dropped
 

@@ -54,7 +54,7 @@ class Snapshots(struct.PyTreeNode):
     looks: tuple[ExpertView, RequestView]  # leaves [H, ...]; the profile is left out
 
 
-class Memory(struct.PyTreeNode):
+class Telemetry(struct.PyTreeNode):
     """What the router's side remembers."""
 
     arrivals: Array  # [K] requests so far, each counted less the longer ago, with the time constants RATE_WINDOWS_S
@@ -65,10 +65,10 @@ class World(struct.PyTreeNode):
     """Experts with the requests on them, and what the router's side remembers."""
 
     experts: ExpertState  # payload: SlotPayload
-    memory: Memory | None  # None where nobody looks
+    telemetry: Telemetry | None  # None where nobody looks
 
 
-class Answers(struct.PyTreeNode):
+class Completions(struct.PyTreeNode):
     """Sums over the requests that finished in an interval, and what the experts used in it."""
 
     finished: Array  # [] int32 requests
@@ -88,10 +88,10 @@ def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
     experts = engine.init_state(spec.engine, (spec.num_experts,), SlotPayload(zero, zero, zero, zero), dtype)
     arrivals = jnp.zeros(len(RATE_WINDOWS_S), dtype)
     if spec.history == 0:
-        return World(experts, Memory(arrivals, None))
+        return World(experts, Telemetry(arrivals, None))
     looks = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _look(spec, experts))
     age_s = jnp.full((spec.history,), jnp.inf, dtype)
-    return World(experts, Memory(arrivals, Snapshots(age_s, jnp.int32(0), looks)))
+    return World(experts, Telemetry(arrivals, Snapshots(age_s, jnp.int32(0), looks)))
 
 
 def dispatch(
@@ -101,35 +101,34 @@ def dispatch(
 
     Returns the world and [] bool: the request was dropped.
     """
-    experts = engine.make_room(spec.engine, world.experts)
+    experts = engine.compact_if_full(spec.engine, world.experts)
     chosen = jnp.arange(spec.num_experts) == action
-    too_long = blocks_of(request.prompt_tokens + request.output_tokens, spec.engine.block_size) > profile.kv_blocks
-    queue_full = jnp.sum(experts.slots.waiting, -1) >= profile.max_waiting
-    taken = chosen & ~too_long & ~queue_full & ~engine.needs_compact(experts)
+    admissible = engine.admissible(spec.engine, profile, experts, request.prompt_tokens, request.output_tokens)
+    taken = chosen & admissible & ~engine.needs_compact(experts)
     payload = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.num_experts,)), payload_of(request))
     prompt_tokens = jnp.broadcast_to(request.prompt_tokens, (spec.num_experts,))
     experts = engine.push(experts, taken, prompt_tokens, request.output_tokens, payload)
     return world.replace(experts=experts), ~jnp.any(taken)
 
 
-def pass_time(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
+def advance(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
     """Runs the experts for ``duration_s`` [] s, until the next arrival, which is remembered."""
     experts = engine.advance(spec.engine, profile, world.experts, duration_s)
-    return remember(spec, world.replace(experts=experts), duration_s)
+    return record_arrival(spec, world.replace(experts=experts), duration_s)
 
 
-def remember(spec: WorldSpec, world: World, duration_s: Array) -> World:
+def record_arrival(spec: WorldSpec, world: World, duration_s: Array) -> World:
     """Adds an arrival ``duration_s`` [] s after the last one, and what the experts look like then."""
-    if world.memory is None:
+    if world.telemetry is None:
         return world
-    arrivals = 1.0 + world.memory.arrivals * jnp.exp(-duration_s / jnp.array(RATE_WINDOWS_S, duration_s.dtype))
-    seen = world.memory.snapshots
+    arrivals = 1.0 + world.telemetry.arrivals * jnp.exp(-duration_s / jnp.array(RATE_WINDOWS_S, duration_s.dtype))
+    seen = world.telemetry.snapshots
     if seen is None:
-        return world.replace(memory=Memory(arrivals, None))
+        return world.replace(telemetry=Telemetry(arrivals, None))
     newest = (seen.newest + 1) % spec.history
     looks = jax.tree.map(lambda ring, now: ring.at[newest].set(now), seen.looks, _look(spec, world.experts))
     age_s = jnp.where(jnp.arange(spec.history) == newest, 0.0, seen.age_s + duration_s)
-    return world.replace(memory=Memory(arrivals, Snapshots(age_s, newest, looks)))
+    return world.replace(telemetry=Telemetry(arrivals, Snapshots(age_s, newest, looks)))
 
 
 def payload_of(request: Request) -> SlotPayload:
@@ -143,13 +142,13 @@ def slot_latency_per_token_s(profile: ExpertProfile, slots: engine.Slots) -> Arr
     return latency_s / jnp.maximum(slots.output_tokens, 1)
 
 
-def collect(profile: ExpertProfile, world: World) -> tuple[World, Answers]:
+def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
     """Takes the finished requests and the experts' integrals out of the world."""
     experts, slots = world.experts, world.experts.slots
     done = slots.finished
     latency_per_token_s = slot_latency_per_token_s(profile, slots)
     in_time = done & (latency_per_token_s <= slots.payload.latency_limit_s)
-    answers = Answers(
+    completions = Completions(
         finished=jnp.sum(done, dtype=jnp.int32),
         qos=jnp.sum(jnp.where(in_time, slots.payload.score, 0.0)),
         score=jnp.sum(jnp.where(done, slots.payload.score, 0.0)),
@@ -164,31 +163,32 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Answers]:
         output_tokens=jnp.where(done, 0, slots.output_tokens), generated=jnp.where(done, 0, slots.generated)
     )
     experts = experts.replace(slots=slots, busy_s=zero, kv_block_s=zero, passes=jnp.zeros_like(experts.passes))
-    return world.replace(experts=experts), answers
+    return world.replace(experts=experts), completions
 
 
 def observe(
     spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, staleness_s: Array | float = 0.0
 ) -> Observation:
     """Returns what the router sees when ``request`` arrives: fresh, or the newest snapshot at least that old."""
-    assert world.memory is not None
-    if world.memory.snapshots is None:
+    assert world.telemetry is not None
+    if world.telemetry.snapshots is None:
         staleness_s = 0.0
         experts, requests = _look(spec, world.experts)
     else:
-        experts, requests = _look_back(world.memory.snapshots, staleness_s)
+        experts, requests = _look_back(world.telemetry.snapshots, staleness_s)
     experts = experts.replace(profile=profile)
     arrived = ArrivedView(
         request.prompt_tokens,
         request.latency_limit_s,
         request.predicted_score,
         request.predicted_tokens,
-        world.memory.arrivals / jnp.array(RATE_WINDOWS_S, world.memory.arrivals.dtype),
+        world.telemetry.arrivals / jnp.array(RATE_WINDOWS_S, world.telemetry.arrivals.dtype),
     )
     fits = blocks_of(request.prompt_tokens + 1, spec.engine.block_size) <= profile.kv_blocks
     legal = fits & (experts.waiting < profile.max_waiting)
     action_mask = jnp.append(legal, spec.allow_drop)
-    return Observation(arrived, experts, requests, action_mask, jnp.asarray(staleness_s, world.memory.arrivals.dtype))
+    staleness_s = jnp.asarray(staleness_s, world.telemetry.arrivals.dtype)
+    return Observation(arrived, experts, requests, action_mask, staleness_s)
 
 
 def _look(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:

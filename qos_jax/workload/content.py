@@ -22,7 +22,7 @@ from jax import Array
 from jax.scipy.special import ndtr
 
 from qos_jax.errors import InputError
-from qos_jax.workload import calibration
+from qos_jax.workload import constants
 
 
 @struct.dataclass
@@ -137,42 +137,42 @@ def generated_content(experts: Sequence[str], limits: LatencyLimits | None = Non
     """Builds the generator for some LLMs of mix-instruct, by their names there.
 
     Args:
-        experts: N of the names in `calibration.MIX_INSTRUCT`; an LLM may be served by several experts.
+        experts: N of the names in `constants.MIX_INSTRUCT`; an LLM may be served by several experts.
         limits: of the users; by default `latency_limits()`.
 
     Raises:
         InputError: if there is no expert, or one is unknown.
     """
-    unknown = [name for name in experts if name not in calibration.MIX_INSTRUCT]
+    unknown = [name for name in experts if name not in constants.MIX_INSTRUCT]
     if unknown or len(experts) == 0:
-        raise InputError(f"experts {unknown} are unknown; choose from {', '.join(calibration.MIX_INSTRUCT)}")
-    laws = [calibration.MIX_INSTRUCT[name] for name in experts]
+        raise InputError(f"experts {unknown} are unknown; choose from {', '.join(constants.MIX_INSTRUCT)}")
+    laws = [constants.MIX_INSTRUCT[name] for name in experts]
     return GeneratedContent(
         score_mean=jnp.asarray([law.score_mean for law in laws], float),
-        score_sd=jnp.full(len(laws), calibration.SCORE_SD, float),
+        score_sd=jnp.full(len(laws), constants.SCORE_SD, float),
         log_length_mean=jnp.asarray([law.log_length_mean for law in laws], float),
         log_length_sd=jnp.asarray([law.log_length_sd for law in laws], float),
-        score_correlation=jnp.asarray(calibration.LATENT_SCORE_CORRELATION, float),
-        log_spread_sd=jnp.asarray(calibration.LOG_SPREAD_SD, float),
-        log_length_correlation=jnp.asarray(calibration.LOG_LENGTH_CORRELATION, float),
-        log_prompt_tokens=jnp.asarray(calibration.LOG_PROMPT_TOKENS, float),
-        max_prompt_tokens=jnp.asarray(calibration.MAX_PROMPT_TOKENS, float),
-        max_output_tokens=jnp.asarray(calibration.MAX_OUTPUT_TOKENS, float),
+        score_correlation=jnp.asarray(constants.LATENT_SCORE_CORRELATION, float),
+        log_spread_sd=jnp.asarray(constants.LOG_SPREAD_SD, float),
+        log_length_correlation=jnp.asarray(constants.LOG_LENGTH_CORRELATION, float),
+        log_prompt_tokens=jnp.asarray(constants.LOG_PROMPT_TOKENS, float),
+        max_prompt_tokens=jnp.asarray(constants.MAX_PROMPT_TOKENS, float),
+        max_output_tokens=jnp.asarray(constants.MAX_OUTPUT_TOKENS, float),
         limits=latency_limits() if limits is None else limits,
     )
 
 
 def sharegpt_run_content(num_experts: int, limits: LatencyLimits | None = None) -> GeneratedContent:
     """Builds a generator with the lengths of the measured vLLM run; answers score 1, so QoS is the share in time."""
-    log_prompt, log_output = calibration.SHAREGPT_RUN_LOG_PROMPT, calibration.SHAREGPT_RUN_LOG_OUTPUT
-    most_prompt, most_output = calibration.SHAREGPT_RUN_MOST_TOKENS
+    log_prompt, log_output = constants.SHAREGPT_RUN_LOG_PROMPT, constants.SHAREGPT_RUN_LOG_OUTPUT
+    most_prompt, most_output = constants.SHAREGPT_RUN_MOST_TOKENS
     return GeneratedContent(
         score_mean=jnp.full(num_experts, 1.0 - 1e-6),
         score_sd=jnp.zeros(num_experts),
         log_length_mean=jnp.full(num_experts, log_output[0]),
         log_length_sd=jnp.full(num_experts, log_output[1]),
-        score_correlation=jnp.asarray(calibration.LATENT_SCORE_CORRELATION, float),
-        log_spread_sd=jnp.asarray(calibration.LOG_SPREAD_SD, float),
+        score_correlation=jnp.asarray(constants.LATENT_SCORE_CORRELATION, float),
+        log_spread_sd=jnp.asarray(constants.LOG_SPREAD_SD, float),
         log_length_correlation=jnp.asarray(1.0),
         log_prompt_tokens=jnp.asarray([*log_prompt, 0.0], float),
         max_prompt_tokens=jnp.asarray(most_prompt, float),

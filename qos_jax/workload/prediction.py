@@ -32,7 +32,7 @@ from jax import Array
 from jax.scipy.special import ndtr
 
 from qos_jax.errors import InputError
-from qos_jax.workload import calibration
+from qos_jax.workload import constants
 from qos_jax.workload.content import Answers, RequestContent, correlated
 
 NUM_BUCKETS = 5  # of equal probability
@@ -150,11 +150,11 @@ def parse_prediction(text: str) -> PredictionModel:
     """
     named = {
         "realistic": PredictionModel(
-            calibration.REALISTIC_SCORE_R2,
-            calibration.REALISTIC_LOG_LENGTH_R2,
+            constants.REALISTIC_SCORE_R2,
+            constants.REALISTIC_LOG_LENGTH_R2,
             bucketed=True,
-            score_within_r2=calibration.REALISTIC_SCORE_WITHIN_R2,
-            log_length_within_r2=calibration.REALISTIC_LOG_LENGTH_WITHIN_R2,
+            score_within_r2=constants.REALISTIC_SCORE_WITHIN_R2,
+            log_length_within_r2=constants.REALISTIC_LOG_LENGTH_WITHIN_R2,
         ),
         "perfect": PredictionModel(1.0, 1.0),
         "none": PredictionModel(0.0, 0.0),

@@ -19,7 +19,7 @@ from flax import struct
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.files import numbers_in, parse_json, read_columns
+from qos_jax.io.files import numbers_in, parse_json, read_columns
 from qos_jax.workload.content import Answers, LatencyLimits, latency_limits
 
 _MOST_TOKENS = 2**24  # of an answer or a prompt

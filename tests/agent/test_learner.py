@@ -15,10 +15,10 @@ from jax import Array, lax
 
 from qos_jax.agent import AGENTS, Hyperparameters, Learner, make_learner
 from qos_jax.agent.learner import TrainState
-from qos_jax.encoder import HANConfig
-from tests.agent import probes
-from tests.agent.probes import ACTIONS, STATES, hyperparameters, process, quick_jit, stacked
-from tests.small_env import small_env, small_params
+from qos_jax.encoder.han import HANConfig
+from tests.helpers import decision_processes
+from tests.helpers.decision_processes import ACTIONS, STATES, hyperparameters, process, quick_jit, stacked
+from tests.helpers.small_env import small_env, small_params
 
 NUM_EXPERTS, NUM_ENVS, PREFILL, CHUNK, TWINS, CHUNKS = 2, 2, 4, 3, 2, 5
 RATES = (4.0, 12.0)
@@ -30,7 +30,7 @@ def tiny(name: str) -> Learner:
     config = AGENTS[name]
     han = HANConfig(features=8, heads=2, layers=config.network.han.layers)
     network = dataclasses.replace(config.network, hidden=(8,), han=han, slots=config.network.slots and 4)
-    sizes = {"num_envs": NUM_ENVS, "chunk": CHUNK, "twins": TWINS, "updates": 2, "batch_size": 8, "prefill": PREFILL}
+    sizes = {"num_envs": NUM_ENVS, "chunk": CHUNK, "probes": TWINS, "updates": 2, "batch_size": 8, "warm_up": PREFILL}
     return make_learner(ENV, dataclasses.replace(config, network=network, capacity=2 * NUM_ENVS * CHUNK, **sizes))
 
 
@@ -41,7 +41,7 @@ def arrays(hyper: Hyperparameters) -> Hyperparameters:
 @functools.partial(quick_jit, static_argnums=0)
 def run(learner: Learner, key: Array, params: Any, hyper: Hyperparameters) -> tuple[TrainState, Any, Any]:
     """Trains for some chunks; also returns the states before, and the metrics of each chunk."""
-    before = learner.prefill(learner.init(key, params, hyper), params, hyper)
+    before = learner.warm_up(learner.init(key, params, hyper), params, hyper)
 
     def chunk(state: TrainState, i: Array) -> tuple[TrainState, Any]:
         return learner.train_chunk(state, params, hyper, i, i / CHUNKS)
@@ -54,30 +54,30 @@ def run(learner: Learner, key: Array, params: Any, hyper: Hyperparameters) -> tu
 def trained(name: str, **numbers: float) -> tuple[TrainState, TrainState, dict[str, Array]]:
     """The named agent, small, before and after a few chunks in two environments of different loads."""
     params = stacked([small_params(NUM_EXPERTS, rate_per_s=rate) for rate in RATES])
-    hyper = arrays(AGENTS[name].hyper.replace(**({"restart": 0.0} | numbers)))
+    hyper = arrays(AGENTS[name].hyper.replace(**({"reset_prob": 0.0} | numbers)))
     return run(tiny(name), jax.random.key(0), params, hyper)
 
 
-QUICK = ("ours", "baseline_rl")
+QUICK = ("mvr", "baseline_rl")
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in AGENTS]
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_agent_trains(name: str) -> None:
     before, after, metrics = trained(name)
-    chex.assert_tree_all_finite((after.learned, metrics))
+    chex.assert_tree_all_finite((after.learner, metrics))
     assert {"qos", "critic_loss", "actor_loss", "entropy", "alpha"} <= set(metrics)
     assert all(x.shape == (CHUNKS,) for x in metrics.values())
     assert np.all(metrics["qos"] >= 0) and np.all(metrics["qos"] <= 1)
-    changed = jax.tree.map(lambda x, y: bool(np.any(x != y)), before.learned.params, after.learned.params)
+    changed = jax.tree.map(lambda x, y: bool(np.any(x != y)), before.learner.params, after.learner.params)
     assert all(any(jax.tree.leaves(part)) for part in changed["params"].values())
-    chex.assert_trees_all_equal(tiny(name).weights(after), after.learned.average)
+    chex.assert_trees_all_equal(tiny(name).weights(after), after.learner.average)
 
 
 def test_decisions_are_lessons_once_they_are_followed_to_the_end() -> None:
-    """With two sets of twins the first two chunks have no lesson to give; the ring has room for one chunk more."""
-    _, after, _ = trained("ours")
-    whole = np.asarray(after.replay.whole).reshape(-1, NUM_ENVS)
+    """With two sets of probes the first two chunks have no lesson to give; the ring has room for one chunk more."""
+    _, after, _ = trained("mvr")
+    whole = np.asarray(after.replay.valid).reshape(-1, NUM_ENVS)
     np.testing.assert_array_equal(whole[:, 0], [False, False, True, True, True, False])
     np.testing.assert_array_equal(whole[:, 0], whole[:, 1])
     lessons = jax.tree.map(lambda x: np.asarray(x).reshape(-1, NUM_ENVS, *x.shape[1:])[2:5], after.replay)
@@ -85,19 +85,19 @@ def test_decisions_are_lessons_once_they_are_followed_to_the_end() -> None:
     assert lessons.inputs.legal[..., -1].all()  # what was seen is kept
     np.testing.assert_array_equal(lessons.value[..., -1], 0.0)
     assert np.all(np.any(lessons.value != 0, -1))
-    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNKS * tiny("ours").requests_per_chunk)
+    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNKS * tiny("mvr").requests_per_chunk)
 
 
 def test_a_restarted_environment_has_no_lesson() -> None:
-    """It goes on from where prefilling ended, so that what was begun cannot be followed."""
-    before, after, _ = trained("ours", restart=1.0)
-    assert not np.any(after.replay.whole)
-    np.testing.assert_array_equal(after.envs[1].time, PREFILL + tiny("ours").requests_per_chunk)
-    chex.assert_trees_all_equal(before.learned.params, after.learned.params)
+    """It goes on from where prefilling ended, so that what was start_probe cannot be followed."""
+    before, after, _ = trained("mvr", reset_prob=1.0)
+    assert not np.any(after.replay.valid)
+    np.testing.assert_array_equal(after.envs[1].time, PREFILL + tiny("mvr").requests_per_chunk)
+    chex.assert_trees_all_equal(before.learner.params, after.learner.params)
 
 
 def test_no_lesson_says_that_a_placement_costs_more_than_it_may() -> None:
-    free, bounded = (trained("ours", most_harm=most)[1].replay for most in (10.0, 0.02))
+    free, bounded = (trained("mvr", max_externality=most)[1].replay for most in (10.0, 0.02))
     assert np.min(free.value) < -0.02
     np.testing.assert_array_equal(bounded.value[: 3 * NUM_ENVS], np.maximum(free.value[: 3 * NUM_ENVS], -0.02))
 
@@ -115,7 +115,7 @@ def test_the_router_takes_a_legal_action(name: str) -> None:
 
 
 def test_the_router_draws_lots_where_metrics_are_late_and_only_there() -> None:
-    learner, (_, after, _) = tiny("ours"), trained("ours")
+    learner, (_, after, _) = tiny("mvr"), trained("mvr")
     router = learner.router(learner.weights(after))
     obs, _ = ENV.reset(jax.random.key(0), small_params(NUM_EXPERTS))
     alike = {
@@ -136,7 +136,7 @@ def test_one_trace_serves_all_chunks_and_hyperparameters(name: str) -> None:
     counted = jax.jit(chex.assert_max_traces(learner.train_chunk, 1))
     params, hyper = small_params(NUM_EXPERTS), arrays(AGENTS[name].hyper)
     state = jax.eval_shape(learner.init, jax.random.key(0), params, hyper)
-    state = jax.eval_shape(learner.prefill, state, params, hyper)
+    state = jax.eval_shape(learner.warm_up, state, params, hyper)
     other = hyper.replace(alpha=jnp.float32(1.0), weights=hyper.weights.replace(energy=jnp.float32(1.0)))
     for chunk, numbers in enumerate((hyper, hyper, other)):
         after, _ = jax.eval_shape(counted, state, params, numbers, jnp.int32(chunk), jnp.float32(chunk / 3))
@@ -148,16 +148,18 @@ class TestOnTables:
     """What is quick to compile: shared and own parameters, and a ring of two chunks, which is full at once."""
 
     envs, steps = 4, 3
-    learner = probes.learner(actor=False, num_envs=envs, chunk=steps, capacity=2 * envs * steps, batch_size=16)
+    learner = decision_processes.learner(
+        actor=False, num_envs=envs, chunk=steps, capacity=2 * envs * steps, batch_size=16
+    )
     ring = process([1, 2, 3, 0], [[1], [0], [0], [0]], start=range(STATES))
-    train = staticmethod(quick_jit(functools.partial(probes.train, learner)))
+    train = staticmethod(quick_jit(functools.partial(decision_processes.train, learner)))
 
     def state_after(self, chunks: int, params: Any) -> TrainState:
         return self.train(jax.random.key(0), params, hyperparameters(alpha=1.0), jnp.int32(chunks))
 
     def test_shared_parameters_are_those_of_each(self) -> None:
         shared, each = self.state_after(2, self.ring), self.state_after(2, stacked([self.ring] * self.envs))
-        chex.assert_trees_all_close(each.learned, shared.learned, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(each.learner, shared.learner, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_equal(each.replay.action, shared.replay.action)
 
     def test_each_environment_goes_by_its_own(self) -> None:
@@ -172,5 +174,7 @@ class TestOnTables:
 
     def test_the_newest_row_is_not_followed_by_the_oldest(self) -> None:
         """If it were, a sixth of the steps would lead elsewhere."""
-        q = probes.solved(False, self.ring, self.state_after(500, stacked([self.ring] * self.envs))).q
-        np.testing.assert_allclose(q, probes.soft_optimum(self.ring, probes.GAMMA, 1.0, 0.0)[0], atol=0.05)
+        q = decision_processes.solved(False, self.ring, self.state_after(500, stacked([self.ring] * self.envs))).q
+        np.testing.assert_allclose(
+            q, decision_processes.soft_optimum(self.ring, decision_processes.GAMMA, 1.0, 0.0)[0], atol=0.05
+        )

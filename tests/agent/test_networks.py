@@ -17,12 +17,12 @@ from flax import linen as nn
 from qos_jax import Observation
 from qos_jax.agent import sac
 from qos_jax.agent.networks import Heads, Inputs, NetworkConfig, greedy, network_of
-from qos_jax.agent.sac import Lesson
-from qos_jax.encoder import HANConfig
-from qos_jax.routers.impact import impact
-from tests.agent.probes import hyperparameters, quick_jit
-from tests.routers.observations import observation, reordered, running, waiting
-from tests.small_env import small_experts
+from qos_jax.agent.targets.counterfactual import CounterfactualTarget
+from qos_jax.encoder.han import HANConfig
+from qos_jax.impact.estimate import impact
+from tests.helpers.decision_processes import hyperparameters, quick_jit
+from tests.helpers.observations import observation, reordered, running, waiting
+from tests.helpers.small_env import small_experts
 
 SMALL: dict[str, Any] = {"hidden": (16,), "han": HANConfig(features=8, heads=2)}
 POINTERS = {
@@ -155,7 +155,7 @@ def test_critics_start_from_the_impact_estimate(name: str) -> None:
 
 @pytest.mark.parametrize("config", [POINTERS["han"], FLAT], ids=["pointer", "flat"])
 def test_a_burst_faster_than_the_most_looks_like_the_most(config: NetworkConfig) -> None:
-    cut = dataclasses.replace(config, most_rate=4.5)
+    cut = dataclasses.replace(config, rate_clip_per_s=4.5)
     slow, most, burst = (fleet(3, recent_rate_per_s=rate) for rate in (13.0, 13.5, 200.0))  # three experts
     chex.assert_trees_all_equal(features(cut, slow), features(config, slow))
     chex.assert_trees_all_equal(features(cut, burst), features(config, most))
@@ -180,8 +180,8 @@ def test_outputs_and_gradients_are_finite_where_only_the_drop_is_legal(config: N
     _, network = network_of(config)
     inputs = jax.tree.map(lambda *x: jnp.stack(x), *(features(config, obs) for obs in (full, idle)))
     hyper = hyperparameters(alpha_rate=1e-2)
-    state = sac.learned(trained(config), hyper)
-    batch = Lesson(inputs, jnp.ones(2, bool), jnp.full((2, 4), -100.0))
+    state = sac.init(trained(config), hyper)
+    batch = CounterfactualTarget(inputs, jnp.ones(2, bool), jnp.full((2, 4), -100.0))
     after, losses = quick_jit(sac.update, static_argnums=0)(network, hyper, state, batch, jnp.float32(0.0))
     chex.assert_tree_all_finite((after, losses))
     heads = _apply(network, after.params, inputs)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from jax import Array, lax
 
-from qos_jax.agent.rewards import RewardWeights, earned, shaped_reward
-from qos_jax.routers.impact import impact, in_flight_qos
+from qos_jax.agent.rewards import RewardWeights, expert_returns, shaped_reward
+from qos_jax.impact.estimate import impact, in_flight_qos
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState
-from qos_jax.sim.world import Answers, SlotPayload
-from tests.agent.probes import quick_jit
-from tests.routers.observations import observation, running
-from tests.small_env import small_env, small_experts, small_params
+from qos_jax.sim.world import Completions, SlotPayload
+from tests.helpers.decision_processes import quick_jit
+from tests.helpers.observations import observation, running
+from tests.helpers.small_env import small_env, small_experts, small_params
 
 WATTS = {"idle_w": np.array([50.0, 100.0]), "busy_w": np.array([250.0, 500.0])}
 BUSY_S, KV_BLOCK_S, BLOCK_GB = np.array([2.0, 1.0]), np.array([30.0, 10.0]), 0.5
@@ -54,11 +54,11 @@ class TestEarned:
     def test_answers_are_judged_by_a_logistic(self, width_s: float) -> None:
         in_time = 1.0 / (1.0 + np.exp(-self.margin_s / width_s))
         answers = self.score * in_time - 0.5 * (1.0 - in_time)
-        found = earned(self.profile, self.state(), RewardWeights(violation=0.5), width_s)
+        found = expert_returns(self.profile, self.state(), RewardWeights(violation=0.5), width_s)
         np.testing.assert_allclose(found, [answers[:2].sum(), answers[2]], rtol=1e-3)
 
     def test_a_logistic_without_width_is_the_limit(self) -> None:
-        found = earned(self.profile, self.state(), RewardWeights(violation=0.5), 1e-9)
+        found = expert_returns(self.profile, self.state(), RewardWeights(violation=0.5), 1e-9)
         np.testing.assert_allclose(found, [0.8 - 0.5, 0.9], rtol=1e-5)
 
     @pytest.mark.parametrize(
@@ -70,16 +70,16 @@ class TestEarned:
         ],
     )
     def test_resources_cost(self, weights: RewardWeights, cost: Any) -> None:
-        plain = earned(self.profile, self.state(), RewardWeights(), 1e-3)
+        plain = expert_returns(self.profile, self.state(), RewardWeights(), 1e-3)
         np.testing.assert_allclose(
-            plain - earned(self.profile, self.state(), weights, 1e-3), cost, rtol=1e-4, atol=1e-6
+            plain - expert_returns(self.profile, self.state(), weights, 1e-3), cost, rtol=1e-4, atol=1e-6
         )
 
 
 GAMMA, QOS, SENT_TO = 0.9, 2.5, 1
 BEFORE = observation([running()], [running(predicted_score=0.7, age_s=1.1, latency_limit_s=0.045)] * 2)
 AFTER = observation([running(predicted_score=0.9, age_s=0.1)], [])
-ANSWERS = Answers(
+ANSWERS = Completions(
     finished=jnp.int32(4),
     qos=jnp.float32(QOS),
     score=jnp.float32(3.5),
@@ -95,7 +95,7 @@ rewarded = quick_jit(shaped_reward)
 
 def paid(weights: RewardWeights, action: int = SENT_TO, dropped: bool = False) -> float:
     params = small_params(2, kv_block_gb=BLOCK_GB, **WATTS)
-    info = {"answers": ANSWERS, "dropped": jnp.bool_(dropped), "final_observation": AFTER}
+    info = {"completions": ANSWERS, "dropped": jnp.bool_(dropped), "final_observation": AFTER}
     weights = jax.tree.map(jnp.float32, weights)
     return float(rewarded(weights, jnp.float32(GAMMA), params, BEFORE, jnp.int32(action), ANSWERS.qos, info))
 

@@ -17,9 +17,22 @@ from jax import Array
 
 from qos_jax.agent import sac
 from qos_jax.agent.networks import Heads
-from qos_jax.agent.sac import Hyperparameters, Learned, Lesson, Step, Transition
-from tests.agent import probes
-from tests.agent.probes import ACTIONS, GAMMA, STATES, Process, Solved, TinyNetwork, View, hyperparameters, process
+from qos_jax.agent.sac import Hyperparameters, LearnerState
+from qos_jax.agent.targets import targets_named
+from qos_jax.agent.targets.counterfactual import CounterfactualTarget
+from qos_jax.agent.targets.temporal_difference import Step, Transition, bootstrapped_value
+from tests.helpers import decision_processes
+from tests.helpers.decision_processes import (
+    ACTIONS,
+    GAMMA,
+    STATES,
+    Process,
+    Solved,
+    TinyNetwork,
+    View,
+    hyperparameters,
+    process,
+)
 
 CHUNKS = 200
 ONCE = np.ones((STATES, 1), bool)  # an episode is one step
@@ -64,7 +77,7 @@ def problems() -> dict[str, tuple[Process, Hyperparameters]]:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["critics alone", "with an actor"])
 def solved(request: pytest.FixtureRequest) -> dict[str, Solved]:
-    return probes.solve(request.param, problems(), CHUNKS)
+    return decision_processes.solve(request.param, problems(), CHUNKS)
 
 
 class TestProbes:
@@ -88,7 +101,7 @@ class TestProbes:
 
     def test_a_truncated_episode_has_a_future_and_a_terminated_one_has_none(self, solved: dict[str, Solved]) -> None:
         np.testing.assert_allclose(solved["truncated"].q, 1.0 / (1.0 - GAMMA), atol=0.1)
-        ringed, _ = probes.soft_optimum(problems()["truncated far"][0], GAMMA, 1.0, 0.0)
+        ringed, _ = decision_processes.soft_optimum(problems()["truncated far"][0], GAMMA, 1.0, 0.0)
         np.testing.assert_allclose(solved["truncated far"].q, ringed, atol=0.05)  # nor is the next episode the future
         steps_left = STATES - np.arange(STATES)
         expected = (1.0 - GAMMA**steps_left) / (1.0 - GAMMA)
@@ -97,8 +110,8 @@ class TestProbes:
 
 def test_the_soft_optimum_is_found(solved: dict[str, Solved]) -> None:
     found, params = solved["any"], any_process()
-    q, policy = probes.soft_optimum(params, *SOFT.values())
-    hard_q, _ = probes.soft_optimum(params, SOFT["gamma"], 1e-3, 0.0)
+    q, policy = decision_processes.soft_optimum(params, *SOFT.values())
+    hard_q, _ = decision_processes.soft_optimum(params, SOFT["gamma"], 1e-3, 0.0)
     legal = np.asarray(params.legal)
     tolerance = 0.12
     assert np.all((q - hard_q)[legal] > 3 * tolerance)  # so the entropy's share is tested
@@ -108,7 +121,9 @@ def test_the_soft_optimum_is_found(solved: dict[str, Solved]) -> None:
 
 def test_illegal_actions_are_never_taken(solved: dict[str, Solved]) -> None:
     for name, (params, _) in problems().items():
-        taken = jax.tree.map(lambda x: x[: CHUNKS * probes.CONFIG.rows_per_chunk], solved[name].state.replay)
+        taken = jax.tree.map(
+            lambda x: x[: CHUNKS * decision_processes.CONFIG.rows_per_chunk], solved[name].state.replay
+        )
         legal = np.take_along_axis(np.asarray(taken.inputs.legal), np.asarray(taken.action)[:, None], 1)
         assert legal.all(), name
         assert not np.any(solved[name].policy[~np.asarray(params.legal)]), name
@@ -123,7 +138,7 @@ def test_the_entropy_meets_its_share_of_what_is_legal(solved: dict[str, Solved])
 
 def test_one_seed_repeats_and_another_differs() -> None:
     def learn(seed: int) -> Any:
-        return {name: one.state.learned for name, one in probes.solve(False, problems(), 5, seed).items()}
+        return {name: one.state.learner for name, one in decision_processes.solve(False, problems(), 5, seed).items()}
 
     first, other = learn(0), learn(1)
     chex.assert_trees_all_equal(learn(0), first)
@@ -136,11 +151,13 @@ def test_seeds_side_by_side_learn_what_each_learns_alone() -> None:
     """The last of the problems; after few updates, as rounding may turn a draw over and then all is different."""
     chunks, (params, hyper) = 6, list(problems().values())[-1]
     key = jax.random.split(jax.random.key(0), len(problems()))[-1]
-    *_, together = probes.solve(False, problems(), chunks).values()
-    learner = probes.learner(actor=False)
-    alone = probes.quick_jit(probes.train, static_argnums=0)(learner, key, params, hyper, jnp.int32(chunks))
+    *_, together = decision_processes.solve(False, problems(), chunks).values()
+    learner = decision_processes.learner(actor=False)
+    alone = decision_processes.quick_jit(decision_processes.train, static_argnums=0)(
+        learner, key, params, hyper, jnp.int32(chunks)
+    )
     chex.assert_trees_all_equal(alone.replay.action, together.state.replay.action)
-    chex.assert_trees_all_close(alone.learned, together.state.learned, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(alone.learner, together.state.learner, rtol=1e-3, atol=1e-4)
 
 
 class Table(nn.Module):
@@ -157,7 +174,15 @@ class Table(nn.Module):
         return Heads(table("logits", ACTIONS) if self.actor else None, table("q", 2, ACTIONS))
 
 
-update = probes.quick_jit(sac.update, static_argnums=0)
+def updated(
+    network: nn.Module, hyper: Hyperparameters, state: LearnerState, batch: Any, progress: Any
+) -> tuple[LearnerState, dict[str, Array]]:
+    """One gradient step on a batch of either kind."""
+    targets = targets_named("counterfactual" if isinstance(batch, CounterfactualTarget) else "temporal_difference")
+    return sac.update(network, hyper, state, *targets.critic_loss(network, hyper, state, batch), progress)
+
+
+update = decision_processes.quick_jit(updated, static_argnums=0)
 
 
 def table_of(q: Any, logits: Any = None) -> dict[str, Any]:
@@ -184,12 +209,12 @@ def test_an_illegal_action_has_no_probability_however_good_it_looks(logits: Any)
 
 
 @pytest.mark.parametrize("critic_entropy", [0.0, 1.0])
-@pytest.mark.parametrize("least_weight", [0.0, 1.0, 0.25])
-def test_the_target_by_hand(least_weight: float, critic_entropy: float) -> None:
+@pytest.mark.parametrize("min_q_weight", [0.0, 1.0, 0.25])
+def test_the_target_by_hand(min_q_weight: float, critic_entropy: float) -> None:
     """The policy is that of the weights, the values are those of their running average."""
-    hyper = hyperparameters(least_weight=least_weight, critic_entropy=critic_entropy, alpha=0.5)
+    hyper = hyperparameters(min_q_weight=min_q_weight, critic_entropy=critic_entropy, alpha=0.5)
     average = np.array([[1.0, 5.0, HUGE], [2.0, 3.0, -HUGE]])
-    state = sac.learned(table_of([[0.0, 1.0, HUGE], [0.0, 2.0, HUGE]]), hyper).replace(average=table_of(average))
+    state = sac.init(table_of([[0.0, 1.0, HUGE], [0.0, 2.0, HUGE]]), hyper).replace(average=table_of(average))
     step = Step(
         Transition(
             views(ALL, ALL), jnp.array([0, 1]), jnp.array([3.0, 3.0]), jnp.array([False, True]), jnp.zeros(2, bool)
@@ -197,15 +222,15 @@ def test_the_target_by_hand(least_weight: float, critic_entropy: float) -> None:
         next_inputs=views(TWO, TWO),
     )
     policy = np.exp([0.0, 1.5 / 0.5]) / np.sum(np.exp([0.0, 1.5 / 0.5]))
-    worth = (1 - least_weight) * average.mean(0)[:2] + least_weight * average.min(0)[:2]
+    worth = (1 - min_q_weight) * average.mean(0)[:2] + min_q_weight * average.min(0)[:2]
     value = np.sum(policy * (worth - critic_entropy * 0.5 * np.log(policy)))
-    target = sac.temporal_difference(Table(), hyper, state, step)
+    target = bootstrapped_value(Table(), hyper, state, step)
     np.testing.assert_allclose(target, [3.0 + GAMMA * value, 3.0], rtol=1e-5)
 
 
-def lessons(*legal: list[bool], value: Any) -> Lesson:
+def lessons(*legal: list[bool], value: Any) -> CounterfactualTarget:
     value = jnp.broadcast_to(jnp.array(value, jnp.float32), (len(legal), ACTIONS))
-    return Lesson(views(*legal), jnp.ones(len(legal), bool), value)
+    return CounterfactualTarget(views(*legal), jnp.ones(len(legal), bool), value)
 
 
 @pytest.mark.parametrize("actor", [False, True])
@@ -214,12 +239,12 @@ def test_a_lesson_teaches_all_legal_actions_at_once(actor: bool) -> None:
     hyper, network = hyperparameters(alpha=0.3), TinyNetwork(actor)
     inputs = View(jnp.eye(STATES)[jnp.array([0, 1, 0])], jnp.array([ALL, TWO, ALL]))
     value = np.array([[0.5, -0.2, 0.1], [-1.0, -0.8, np.nan], [np.nan, 9.0, 9.0]], np.float32)
-    batch = Lesson(inputs, jnp.array([True, True, False]), jnp.array(value))
+    batch = CounterfactualTarget(inputs, jnp.array([True, True, False]), jnp.array(value))
 
-    @probes.quick_jit
-    def learn(key: Array) -> Learned:
-        state = sac.learned(network.init(key, jax.tree.map(lambda x: x[0], batch.inputs)), hyper)
-        return jax.lax.fori_loop(0, 800, lambda i, state: sac.update(network, hyper, state, batch, i / 800)[0], state)
+    @decision_processes.quick_jit
+    def learn(key: Array) -> LearnerState:
+        state = sac.init(network.init(key, jax.tree.map(lambda x: x[0], batch.inputs)), hyper)
+        return jax.lax.fori_loop(0, 800, lambda i, state: updated(network, hyper, state, batch, i / 800)[0], state)
 
     state, legal, value = learn(jax.random.key(0)), np.array([ALL, TWO]), value[:2]
     heads = network.apply(state.params, jax.tree.map(lambda x: x[:2], inputs))
@@ -235,7 +260,7 @@ def test_a_lesson_teaches_all_legal_actions_at_once(actor: bool) -> None:
 def test_updates_are_finite_where_there_is_no_choice(actor: bool, legal: list[bool]) -> None:
     """With nothing to choose the entropy is 0, which is also its target: alpha stays."""
     hyper = hyperparameters(alpha_rate=0.1, critic_entropy=1.0)
-    state = sac.learned(table_of([[0.3, HUGE, 1.0]] * 2, [0.0, HUGE, 1.0] if actor else None), hyper)
+    state = sac.init(table_of([[0.3, HUGE, 1.0]] * 2, [0.0, HUGE, 1.0] if actor else None), hyper)
     transition = Transition(views(legal), jnp.array([2]), jnp.ones(1), jnp.zeros(1, bool), jnp.zeros(1, bool))
     for batch in (lessons(legal, value=[0.0, 1.0, 2.0]), Step(transition, views(legal))):
         after, losses = update(Table(actor), hyper, state, batch, jnp.float32(0.0))
@@ -248,7 +273,7 @@ def test_alpha_follows_the_entropy_within_its_range() -> None:
     batch = lessons(TWO, value=0.0)
     for share, moves in ((0.3, -1), (1.0, 0), (2.0, 1)):
         hyper = hyperparameters(alpha_rate=0.1, target_entropy=share)
-        state = sac.learned(table_of(np.zeros((2, ACTIONS))), hyper)
+        state = sac.init(table_of(np.zeros((2, ACTIONS))), hyper)
         after, _ = update(Table(), hyper, state, batch, jnp.float32(0.0))
         assert float(after.log_alpha - state.log_alpha) == pytest.approx(0.1 * np.log(2) * (share - 1.0), abs=1e-6)
         assert np.sign(round(float(after.log_alpha - state.log_alpha), 5)) == moves
@@ -260,7 +285,7 @@ def test_alpha_follows_the_entropy_within_its_range() -> None:
 
 def test_the_learning_rate_falls_over_the_second_half() -> None:
     hyper = hyperparameters(learning_rate=1e-2, final_learning_rate=1e-3, polyak=0.9)
-    state = sac.learned(table_of(np.zeros((2, ACTIONS))), hyper)
+    state = sac.init(table_of(np.zeros((2, ACTIONS))), hyper)
 
     def moved(progress: float) -> float:
         after, _ = update(Table(), hyper, state, lessons(ALL, value=1.0), jnp.float32(progress))
@@ -274,7 +299,7 @@ def test_the_learning_rate_falls_over_the_second_half() -> None:
 
 def test_a_truncated_row_teaches_nothing() -> None:
     hyper = hyperparameters()
-    state = sac.learned(table_of(np.zeros((2, ACTIONS))), hyper)
+    state = sac.init(table_of(np.zeros((2, ACTIONS))), hyper)
     rows = Transition(views(ALL, ALL), jnp.array([0, 1]), jnp.ones(2), jnp.ones(2, bool), jnp.array([False, True]))
     after, losses = update(Table(), hyper, state, Step(rows, views(ALL, ALL)), jnp.float32(0.0))
     assert float(losses["critic_loss"]) == pytest.approx(1.0)

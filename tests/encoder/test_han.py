@@ -12,8 +12,9 @@ import pytest
 from flax import traverse_util
 
 from qos_jax import InputError
-from qos_jax.encoder import HAN, Embedding, HANConfig, Nodes
-from tests.encoder.worlds import busy_nodes, one_of, quick_jit, some_nodes, variables_of
+from qos_jax.encoder.graph import GraphFeatures
+from qos_jax.encoder.han import HAN, Embedding, HANConfig
+from tests.helpers.encoder_worlds import busy_nodes, one_of, quick_jit, some_nodes, variables_of
 
 CONFIG = HANConfig(features=16, heads=4, layers=2)
 NUM_EXPERTS = 3
@@ -22,13 +23,13 @@ encode = quick_jit(HAN(CONFIG).apply)
 encode_once = quick_jit(HAN(HANConfig(features=16, heads=4, layers=1)).apply)
 
 
-def of_experts(change: Any, nodes: Nodes) -> Nodes:
+def of_experts(change: Any, nodes: GraphFeatures) -> GraphFeatures:
     """Applies ``change`` along the axis of the experts of one environment."""
     names = ("experts", "requests", "running", "waiting")
     return nodes.replace(**{name: change(getattr(nodes, name)) for name in names})
 
 
-def of_requests(change: Any, nodes: Nodes) -> Nodes:
+def of_requests(change: Any, nodes: GraphFeatures) -> GraphFeatures:
     return nodes.replace(**{name: change(getattr(nodes, name)) for name in ("requests", "running", "waiting")})
 
 
@@ -57,7 +58,7 @@ class TestTextbook:
     def norm(self, params: dict[str, Any], x: np.ndarray) -> np.ndarray:
         return (x - x.mean()) / np.sqrt(x.var() + 1e-6) * params["scale"] + params["bias"]
 
-    def expert(self, params: dict[str, Any], nodes: Nodes, n: int) -> np.ndarray:
+    def expert(self, params: dict[str, Any], nodes: GraphFeatures, n: int) -> np.ndarray:
         read = [np.maximum(self.dense(params["arrived_to_expert"], nodes.arrived), 0)]
         for relation, mask in enumerate((nodes.running[n], nodes.waiting[n])):
             if mask.any():
@@ -141,7 +142,7 @@ class TestWhatItTellsApart:
         idle = jnp.zeros_like(self.nodes.running[0])
         requests, running = self.nodes.requests.at[1].set(0.0), self.nodes.running.at[1].set(idle)
         experts = self.nodes.experts.at[1].set(self.nodes.experts[0])
-        nodes = Nodes(
+        nodes = GraphFeatures(
             self.nodes.arrived, experts, requests, running, self.nodes.waiting.at[1].set(idle), self.nodes.legal
         )
         before = encode(self.variables, nodes).experts
@@ -166,7 +167,7 @@ class TestWhatItTellsApart:
         assert np.all(np.max(np.abs(after.experts - before.experts), -1) > 1e-2)
 
 
-def degenerate(case: str) -> Nodes:
+def degenerate(case: str) -> GraphFeatures:
     nodes = one_of(busy_nodes())
     nobody, everybody = jnp.zeros_like(nodes.running), jnp.ones_like(nodes.running)
     match case:
@@ -184,7 +185,7 @@ def degenerate(case: str) -> Nodes:
 
 
 @quick_jit
-def value_and_gradients(variables: Any, nodes: Nodes) -> Any:
+def value_and_gradients(variables: Any, nodes: GraphFeatures) -> Any:
     def loss(variables: Any, features: tuple[jax.Array, ...]) -> jax.Array:
         arrived, experts, requests = features
         found = HAN(CONFIG).apply(variables, nodes.replace(arrived=arrived, experts=experts, requests=requests))

@@ -10,7 +10,7 @@ import pytest
 
 from qos_jax import InputError, QualityTable
 from qos_jax.predictor import read_prediction_table
-from tests.predictor.tables import EXPERTS, made_up_table, write_mix_instruct, write_npz, write_prompts
+from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_instruct, write_npz, write_prompts
 
 
 @pytest.fixture

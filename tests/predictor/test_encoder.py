@@ -13,8 +13,8 @@ import pytest
 from qos_jax import InputError
 from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pooled
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained
-from tests.predictor.numpy_encoder import numpy_embedding, numpy_states
-from tests.predictor.tiny import CONFIGS, VOCABULARY, tiny_tensors, write_tiny_encoder
+from tests.helpers.numpy_encoder import numpy_embedding, numpy_states
+from tests.helpers.tiny_encoder import CONFIGS, VOCABULARY, tiny_tensors, write_tiny_encoder
 
 CONFIG = EncoderConfig(
     vocab_size=50,

@@ -11,9 +11,9 @@ import pytest
 from qos_jax import InputError
 from qos_jax.predictor import FineTuning, HeadConfig, Pretrained, fine_tune, fit_frozen, load_pretrained
 from qos_jax.predictor.metrics import held_out_columns, scores_of
-from tests.predictor.tables import EXPERTS, made_up_table
-from tests.predictor.tiny import WORDS, write_tiny_encoder
-from tests.quick_compilation import quick_compilation
+from tests.helpers.prediction_tables import EXPERTS, made_up_table
+from tests.helpers.quick_compilation import quick_compilation
+from tests.helpers.tiny_encoder import WORDS, write_tiny_encoder
 
 LINEAR = HeadConfig("regression", ())
 BUCKETS = HeadConfig("buckets", (16,))

@@ -21,7 +21,7 @@ from qos_jax.predictor.heads import (
     fit_amounts,
     fit_scale,
 )
-from tests.quick_compilation import quick_compilation
+from tests.helpers.quick_compilation import quick_compilation
 
 NONE = np.inf
 

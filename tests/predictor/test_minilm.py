@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained
-from tests.predictor.numpy_encoder import numpy_embedding
+from tests.helpers.numpy_encoder import numpy_embedding
 
 pytestmark = pytest.mark.slow
 

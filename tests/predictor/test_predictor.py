@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from qos_jax import InputError
 from qos_jax.predictor import HeadConfig, Predictor, fit_frozen, load_predictor, load_pretrained
-from tests.predictor.tables import EXPERTS, made_up_table
-from tests.predictor.tiny import write_tiny_encoder
-from tests.quick_compilation import quick_compilation
+from tests.helpers.prediction_tables import EXPERTS, made_up_table
+from tests.helpers.quick_compilation import quick_compilation
+from tests.helpers.tiny_encoder import write_tiny_encoder
 
 TEXTS = ["write a poem", "sum one and two", "a " * 50_000]
 

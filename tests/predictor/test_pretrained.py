@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 from qos_jax import InputError
 from qos_jax.predictor.encoder import TextEncoder
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained, save_pretrained
-from tests.predictor.numpy_encoder import numpy_embedding
-from tests.predictor.tiny import CONFIGS, MAX_TOKENS, VOCABULARY, WORDS, tiny_tensors, write_tiny_encoder
-from tests.quick_compilation import quick_compilation
+from tests.helpers.numpy_encoder import numpy_embedding
+from tests.helpers.quick_compilation import quick_compilation
+from tests.helpers.tiny_encoder import CONFIGS, MAX_TOKENS, VOCABULARY, WORDS, tiny_tensors, write_tiny_encoder
 
 LAYOUTS = ["bert", "distilbert"]
 

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate as program
 from qos_jax import InputError, QualityTable
 from qos_jax.predictor import HeadConfig, Predictor, fit_frozen, load_pretrained
 from qos_jax.predictor.table import table_predictions
+from qos_jax.programs import evaluate as program
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.workload.arrivals import poisson
-from qos_jax.workload.workload import RequestWorkload
-from tests.predictor.tables import EXPERTS, made_up_table, write_npz, write_prompts
-from tests.predictor.tiny import write_tiny_encoder
-from tests.programs import program_of
+from qos_jax.workload.request_workload import RequestWorkload
+from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_npz, write_prompts
+from tests.helpers.programs import program_of
+from tests.helpers.tiny_encoder import write_tiny_encoder
 
 PROMPTS = 40
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qos_jax import InputError, Observation, Router, make_router, router_names
-from qos_jax.routers.impact import impact
-from tests.routers.observations import EQUAL, equal_experts, observation, observations, reordered, running, waiting
-from tests.small_env import small_experts
+from qos_jax.impact.estimate import impact
+from tests.helpers.observations import EQUAL, equal_experts, observation, observations, reordered, running, waiting
+from tests.helpers.small_env import small_experts
 
 NUM_EXPERTS = 4
 DROP = NUM_EXPERTS
@@ -260,7 +260,7 @@ class TestNames:
 
     def test_only_oracles_see_truths(self) -> None:
         for router in ROUTERS.values():
-            assert (router.sees != "predictions") == (router.kind == "oracle"), router.name
+            assert (router.information != "predictions") == (router.kind == "oracle"), router.name
 
     @pytest.mark.parametrize("name", ["best", "", "expert_4", "expert_-1", "expert_", "expert_one", "expert 1", "1"])
     def test_an_unknown_name_is_one_error_that_lists_the_known(self, name: str) -> None:

@@ -14,7 +14,7 @@ from qos_jax import Environment, EnvParams, Request
 from qos_jax.sim.capacity import saturation_rate
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.world import WorldSpec
-from tests.workloads import profile
+from tests.helpers.workloads import profile
 
 REQUESTS = 1000
 MAX_RUNNING = 8

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from jax.experimental import checkify
 
 from qos_jax import ExpertProfile, RequestTrace
+from qos_jax.evaluation.metrics import latency_per_token_s, qos_of
 from qos_jax.sim import engine
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.sim.metrics import latency_per_token_s, qos_of
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import Observation
-from qos_jax.sim.world import Answers, World, collect
-from tests.small_env import SmallWorkload, small_env, small_params
+from qos_jax.sim.world import Completions, World, collect
+from tests.helpers.small_env import SmallWorkload, small_env, small_params
 
 NUM_ENVS = 4
 NUM_STEPS = 150
@@ -110,7 +110,7 @@ def test_the_test_worlds_press_on_every_rule(played: dict[str, Any]) -> None:
     assert np.any(slots.preemptions > 0)
     assert np.any(slots.waiting)
     assert np.any(played["info"]["dropped"] & (played["action"] != DROP))
-    assert np.all(np.sum(played["info"]["answers"].violations, 1) > 0)
+    assert np.all(np.sum(played["info"]["completions"].violations, 1) > 0)
     assert np.all(np.sum(played["reward"], 1) > 0)
 
 
@@ -149,7 +149,7 @@ def test_jit_eager_and_vmap_agree(played: dict[str, Any]) -> None:
 
 def without_passes(out: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a step returns but for the passes of the engine's loops, which go on until the whole batch is done."""
-    return tuple(x | {"answers": x["answers"].replace(passes=0)} if isinstance(x, dict) else x for x in out)
+    return tuple(x | {"completions": x["completions"].replace(passes=0)} if isinstance(x, dict) else x for x in out)
 
 
 def test_one_trace_serves_every_value_of_the_parameters() -> None:
@@ -239,7 +239,7 @@ def test_a_drop_leaves_the_experts_alone(played: dict[str, Any]) -> None:
     assert np.all(rows["info"]["dropped"])
     assert not np.any(rows["reward"])
     assert not np.any(in_flight(rows["next_state"].world))
-    assert not np.any(rows["info"]["answers"].busy_s)
+    assert not np.any(rows["info"]["completions"].busy_s)
     np.testing.assert_array_equal(rows["info"]["gap_s"], played["info"]["gap_s"])  # arrivals do not care
 
 
@@ -259,7 +259,7 @@ def test_no_request_is_lost(
     rows = play(CHECKED, some_keys(seed), params, random_actions(seed))
     experts = rows["next_state"].world.experts
     arrived = np.arange(1, NUM_STEPS + 1)
-    finished = np.cumsum(rows["info"]["answers"].finished, 1)
+    finished = np.cumsum(rows["info"]["completions"].finished, 1)
     dropped = np.cumsum(rows["info"]["dropped"], 1)
     here = in_flight(rows["next_state"].world)
     np.testing.assert_array_equal(here + finished + dropped, np.broadcast_to(arrived, here.shape))
@@ -269,7 +269,7 @@ def test_no_request_is_lost(
     assert np.all(experts.clock_s >= 0)
     assert np.all(rows["next_obs"].experts.kv_used_blocks == held)
     assert np.all(rows["reward"] >= 0)
-    assert np.all(rows["reward"] <= rows["info"]["answers"].score * (1 + 1e-6))
+    assert np.all(rows["reward"] <= rows["info"]["completions"].score * (1 + 1e-6))
 
 
 def test_reward_and_what_is_in_flight_are_the_qos_of_a_replay(played: dict[str, Any]) -> None:
@@ -277,7 +277,7 @@ def test_reward_and_what_is_in_flight_are_the_qos_of_a_replay(played: dict[str, 
 
     @jax.jit
     @jax.vmap
-    def collect_rest(experts: ExpertProfile, world: World) -> Answers:
+    def collect_rest(experts: ExpertProfile, world: World) -> Completions:
         return collect(experts, world.replace(experts=engine.drain(small_env().spec.engine, experts, world.experts)))[1]
 
     at_the_end = collect_rest(WORLDS.experts, jax.tree.map(lambda x: x[:, -1], played["next_state"].world))
@@ -298,7 +298,7 @@ def test_reward_and_what_is_in_flight_are_the_qos_of_a_replay(played: dict[str, 
         np.testing.assert_array_equal(one["info"]["dropped"], replayed.log.dropped)
 
         rest = row(at_the_end, i)
-        answers = one["info"]["answers"]
+        answers = one["info"]["completions"]
         per_token_s = latency_per_token_s(experts, trace, assignment, replayed)
         assert answers.finished.sum() + rest.finished == np.sum(~replayed.log.dropped)
         total_per_token_s = answers.latency_per_token_s.sum() + rest.latency_per_token_s

@@ -7,8 +7,8 @@ import pytest
 
 from qos_jax import InputError
 from qos_jax.sim.iterations import Activity, IterationLog, iterations_of
-from tests.reference import Iteration, replay_reference
-from tests.workloads import KINDS, World
+from tests.helpers.reference import Iteration, replay_reference
+from tests.helpers.workloads import KINDS, World
 
 START_S, END_S = 0.7, 4.0
 

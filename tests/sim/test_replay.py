@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import qos_jax
 from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
-from tests.reference import ReferenceRun, replay_reference
-from tests.workloads import KINDS, World, profile, side_by_side, small_worlds
+from tests.helpers.reference import ReferenceRun, replay_reference
+from tests.helpers.workloads import KINDS, World, profile, side_by_side, small_worlds
 
 WORLDS_PER_KIND = 20
 CROWDS = 3

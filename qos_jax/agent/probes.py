@@ -1,0 +1,188 @@
+"""Probes: the marginal value of every action, measured on counterfactual copies of the experts.
+
+Reward-based learning must separate the effect of one decision from that of a hundred others. A simulator can measure it
+directly. A probe starts at a decision and keeps a copy of every expert. The expert that got the request has a copy
+without it; every other expert has a copy with it. Experts and copies receive the same later requests, namely those that
+the router sends to that expert in the actual world. At the horizon both are drained. The difference of their returns is
+the marginal value of placing the request there.
+
+In the queueing literature the additional request is a *virtual (phantom) customer*. In reinforcement learning the
+values are *difference rewards*, or a *counterfactual baseline* with the other actions fixed (COMA, arXiv 1705.08926).
+
+* The noise of later requests is common to an expert and its copy and cancels.
+* Later decisions are held fixed. For a router near its optimum the error is of second order (envelope theorem), and it
+  makes the experts independent: N placements cost one copy of the fleet, not N + 1 fleets with a router each.
+* The horizon must be long. If delayed later requests do not count, the router learns to crowd experts.
+* Answers are judged by a soft QoS: a narrow logistic replaces the step at the latency limit. A small slowdown seldom
+  turns an answer late, and then costs its whole score; the logistic spreads this cost over all answers near the limit.
+* A router that reacts would refuse one later request instead of letting several be late. With fixed decisions this is
+  not seen, so the cost of a placement to others is overestimated. ``Hyperparameters.max_externality`` clips it.
+
+Several probes run at a time, each from its own decision. True lengths and scores are used here, in training only: the
+network that learns these values sees predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from qos_jax.agent.rewards import RewardWeights, expert_returns
+from qos_jax.sim import engine
+from qos_jax.sim.engine import ExpertState
+from qos_jax.sim.env import Environment, EnvParams, EnvState
+from qos_jax.sim.types import ExpertProfile, Observation, Request
+from qos_jax.sim.world import World, WorldSpec, collect, dispatch, record_arrival
+
+Policy = Callable[[Array, Observation], Array]  # key, observation -> action [] int32
+
+
+class Probe(struct.PyTreeNode):
+    """The probes of one environment, T of them; a single probe lacks the axis T."""
+
+    experts: ExpertState  # [T, N] the copies
+    decision: Any  # leaves [T, ...], whatever the caller keeps of the observation
+    action: Array  # [T] int32, the action taken
+    gain: Array  # [T, N] return of the copies minus that of the experts so far, in reward units
+    valid: Array  # [T] bool; False until the probe has been started, or after an interruption
+
+
+class SoftQos(NamedTuple):
+    """How answers are judged."""
+
+    weights: RewardWeights
+    width_s: Array | float  # s/token, of the logistic at the limit
+
+
+class ChunkSums(struct.PyTreeNode):
+    """Sums over the requests of a chunk in the actual world."""
+
+    qos: Array  # []
+    dropped: Array  # []
+
+
+def empty_probes(state: EnvState, decision: Any, count: int) -> Probe:
+    """Returns ``count`` invalid probes, for decisions like ``decision``."""
+    num_experts = state.world.experts.clock_s.shape[-1]
+    return Probe(
+        experts=_stacked(state.world.experts, count),
+        decision=_stacked(decision, count),
+        action=jnp.zeros(count, jnp.int32),
+        gain=jnp.zeros((count, num_experts)),
+        valid=jnp.zeros(count, bool),
+    )
+
+
+def marginal_values(env: Environment, params: EnvParams, soft_qos: SoftQos, state: EnvState, probe: Probe) -> Array:
+    """Returns the value of each action [N + 1], the drop last, at the decision of a single probe that ends now."""
+    pair = jax.tree.map(lambda actual, copy: jnp.stack([actual, copy]), state.world.experts, probe.experts)
+    drained = jax.vmap(lambda experts: engine.drain(env.spec.engine, params.experts, experts))(pair)
+    actual, copy = jax.vmap(lambda experts: expert_returns(params.experts, experts, *soft_qos))(drained)
+    gain = probe.gain + copy - actual
+    place = jnp.where(jnp.arange(gain.shape[0]) == probe.action, -gain, gain)
+    return jnp.append(place, -jnp.asarray(soft_qos.weights.drop, place.dtype))
+
+
+def start_probe(
+    env: Environment,
+    params: EnvParams,
+    soft_qos: SoftQos,
+    state: EnvState,
+    probes: Probe,
+    which: Array,
+    decision: Any,
+    action: Array,
+) -> Probe:
+    """Returns the probes with number ``which`` started at the decision due in ``state``, which will be ``action``."""
+    num_experts = env.spec.num_experts
+
+    def copy(expert: Array) -> tuple[ExpertState, Array]:
+        to = jnp.where(expert == action, num_experts, expert)
+        experts, dropped = _send(env.spec, params.experts, state.request, state.world.experts, to)
+        return jax.tree.map(lambda x: x[expert], experts), dropped & (to == expert)
+
+    experts, dropped = jax.vmap(copy)(jnp.arange(num_experts))
+    fresh = Probe(experts, decision, action, -soft_qos.weights.drop * dropped, jnp.bool_(True))
+    replaced = jnp.arange(probes.valid.shape[0]) == which
+    # A select, as scatters are slow where environments are mapped.
+    return jax.tree.map(lambda old, new: jnp.where(replaced.reshape(-1, *[1] * jnp.ndim(new)), new, old), probes, fresh)
+
+
+def simulate(
+    env: Environment,
+    params: EnvParams,
+    policy: Policy,
+    soft_qos: SoftQos,
+    requests: int,
+    key: Array,
+    state: EnvState,
+    probes: Probe,
+    newest: Array,
+) -> tuple[EnvState, Probe, ChunkSums]:
+    """Lets the router decide on some requests, in the actual world and for all probes alike.
+
+    Args:
+      env: the environment; its time limit plays no part here.
+      params: its parameters.
+      policy: the router; the first request gets the action that probe ``newest`` was started with.
+      soft_qos: how answers are judged.
+      requests: number of requests.
+      key: of the router and the workload.
+      state: before the first decision.
+      probes: T of them.
+      newest: [] int32, the probe that was started at the first decision.
+
+    Returns:
+      The state after these requests, the probes then, and sums over the requests.
+    """
+    spec, profile = env.spec, params.experts
+    count = probes.valid.shape[0]
+
+    def step(carry: tuple[Any, ...], x: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array, Array]]:
+        (experts, telemetry, request, action, workload), (is_first, key) = carry, x
+        key_next, key_policy = jax.random.split(key)
+        # The newest probe's copies have, or lack, the first request already.
+        settled = is_first & (jnp.arange(1 + count) == 1 + newest)
+        actions = jnp.where(settled, spec.num_experts, action)
+        experts, dropped = jax.vmap(lambda e, a: _send(spec, profile, request, e, a))(experts, actions)
+        refused = (dropped & (actions < spec.num_experts)).astype(jnp.float32)
+        gap_s, request, workload = params.workload.next(key_next, workload)
+        experts = jax.vmap(lambda e: engine.advance(spec.engine, profile, e, gap_s))(experts)
+        returns = jax.vmap(lambda e: expert_returns(profile, e, *soft_qos))(experts)
+        # A queue may be full in one copy and not in another.
+        returns -= soft_qos.weights.drop * refused[:, None] * (jnp.arange(spec.num_experts) == action)
+        worlds, completions = jax.vmap(lambda e: collect(profile, World(e, None)))(experts)
+        actual = record_arrival(spec, World(_at(worlds.experts, 0), telemetry), gap_s)
+        next_action = policy(key_policy, env.observe(EnvState(state.time, actual, request, workload), params))
+        carry = worlds.experts, actual.telemetry, request, next_action, workload
+        return carry, (returns[1:] - returns[0], completions.qos[0], dropped[0])
+
+    experts = jax.tree.map(
+        lambda actual, copy: jnp.concatenate([actual[None], copy]), state.world.experts, probes.experts
+    )
+    carry = experts, state.world.telemetry, state.request, probes.action[newest], state.workload
+    steps = jnp.arange(requests) == 0, jax.random.split(key, requests)
+    (experts, telemetry, request, _, workload), (gain, qos, dropped) = lax.scan(step, carry, steps)
+    probes = probes.replace(experts=jax.tree.map(lambda x: x[1:], experts), gain=probes.gain + jnp.sum(gain, 0))
+    state = EnvState(state.time + requests, World(_at(experts, 0), telemetry), request, workload)
+    return state, probes, ChunkSums(jnp.sum(qos), jnp.sum(dropped))
+
+
+def _send(
+    spec: WorldSpec, profile: ExpertProfile, request: Request, experts: ExpertState, action: Array
+) -> tuple[ExpertState, Array]:
+    world, dropped = dispatch(spec, profile, World(experts, None), request, action)
+    return world.experts, dropped
+
+
+def _stacked(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree)
+
+
+def _at(experts: ExpertState, which: int) -> ExpertState:
+    return jax.tree.map(lambda x: x[which], experts)

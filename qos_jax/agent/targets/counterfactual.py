@@ -1,0 +1,115 @@
+"""Counterfactual targets: the measured marginal value of every action, see ``qos_jax.agent.probes``.
+
+A row of the replay buffer is one decision with the values of all its actions, so no bootstrap is needed. Each
+environment starts one probe per chunk and finishes the oldest one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import Array, lax
+
+from qos_jax.agent import replay_buffer
+from qos_jax.agent.networks import Heads, Inputs
+from qos_jax.agent.probes import Probe, SoftQos, empty_probes, marginal_values, simulate, start_probe
+from qos_jax.agent.sac import Hyperparameters, LearnerState
+from qos_jax.agent.targets.base import Agent, CriticLoss
+from qos_jax.sim.batching import map_environments
+from qos_jax.sim.env import EnvParams, axis_of_environments
+
+
+class CounterfactualTarget(struct.PyTreeNode):
+    """One decision with the measured values of all its actions."""
+
+    inputs: Inputs
+    valid: Array  # [] bool; False: the probe was interrupted, so the row does not count
+    value: Array  # [A] in reward units
+
+
+class Counterfactual:
+    """Regression on measured marginal values; see ``Targets``."""
+
+    def check(self, config: Any) -> None:
+        """All sizes go together."""
+
+    def rows_per_chunk(self, config: Any) -> int:
+        """One decision of each environment."""
+        return config.num_envs
+
+    def requests_per_chunk(self, config: Any, num_experts: int) -> int:
+        """The chunk counts requests per expert: how long requests stay is a number of arrivals per expert."""
+        return config.chunk * num_experts
+
+    def empty_row(self, inputs: Inputs) -> CounterfactualTarget:
+        """An invalid decision."""
+        return CounterfactualTarget(inputs, jnp.bool_(False), jnp.zeros(inputs.legal.shape))
+
+    def init(self, agent: Agent, states: Any, inputs: Inputs) -> Probe:
+        """Returns the probes of every environment, none of them valid."""
+        return jax.vmap(lambda state: empty_probes(state, inputs, agent.config.probes))(states)
+
+    def collect(
+        self, agent: Agent, state: Any, params: EnvParams, hyper: Hyperparameters, key: Array, chunk: Array
+    ) -> tuple[Any, CounterfactualTarget, dict[str, Array]]:
+        """Finishes the oldest probe of each environment, stores its target, starts a new probe, simulates one chunk."""
+        config, soft_qos = agent.config, SoftQos(hyper.weights, hyper.width_s)
+        requests = self.requests_per_chunk(config, agent.env.spec.num_experts)
+        oldest = chunk % config.probes
+        key_reset, key_envs = jax.random.split(key)
+        reset = jax.random.bernoulli(key_reset, hyper.reset_prob, (config.num_envs,))
+        envs = _where(reset, state.warm_state, state.envs[1])
+        probes = state.beside.replace(valid=state.beside.valid & ~reset[:, None])
+
+        def policy(key: Array, obs: Any) -> Array:
+            return agent.sample(state.learner, key, agent.features(obs))
+
+        def one(x: tuple[Array, Any, Probe, Probe, EnvParams | None]) -> tuple[Any, Probe, CounterfactualTarget, Any]:
+            key, env, finished, probes, own_params = x
+            world = params if own_params is None else own_params
+            key_act, key_simulate = jax.random.split(key)
+            value = jnp.maximum(marginal_values(agent.env, world, soft_qos, env, finished), -hyper.max_externality)
+            target = CounterfactualTarget(finished.decision, finished.valid, value)
+            obs = agent.env.observe(env, world)
+            seen = replay_buffer.to_half_precision(agent.features(obs))
+            probes = start_probe(agent.env, world, soft_qos, env, probes, oldest, seen, policy(key_act, obs))
+            env, probes, sums = simulate(
+                agent.env, world, policy, soft_qos, requests, key_simulate, env, probes, oldest
+            )
+            return env, probes, target, sums
+
+        # Sliced here, where it is one slice; in the mapped function it would be a gather.
+        finished = jax.tree.map(lambda each: lax.dynamic_index_in_dim(each, oldest, 1, keepdims=False), probes)
+        keys = jax.random.split(key_envs, config.num_envs)
+        own_params = params if axis_of_environments(params) == 0 else None
+        envs, probes, targets, sums = map_environments(one, (keys, envs, finished, probes, own_params))
+        metrics = {"qos": jnp.mean(sums.qos) / requests, "dropped": jnp.mean(sums.dropped) / requests}
+        return state.replace(envs=(state.envs[0], envs), beside=probes), targets, metrics
+
+    def batch(
+        self, config: Any, ring: CounterfactualTarget, key: Array, oldest: Array, filled: Array
+    ) -> CounterfactualTarget:
+        """Draws rows; any row may be drawn."""
+        rows = replay_buffer.rows_at(ring, jax.random.randint(key, (config.batch_size,), 0, filled))
+        return rows.replace(inputs=replay_buffer.to_single_precision(rows.inputs))
+
+    def critic_loss(
+        self, network: nn.Module, hyper: Hyperparameters, state: LearnerState, batch: CounterfactualTarget
+    ) -> tuple[Inputs, CriticLoss]:
+        """Mean squared error over the legal actions of valid rows."""
+
+        def loss(heads: Heads) -> Array:
+            counts = (batch.inputs.legal & batch.valid[:, None])[:, None, :]
+            error = jnp.where(counts, heads.q - batch.value[:, None, :], 0.0)
+            return jnp.sum(jnp.square(error)) / jnp.maximum(jnp.sum(counts) * error.shape[-2], 1.0)
+
+        return batch.inputs, loss
+
+
+def _where(mask: Array, yes: Any, no: Any) -> Any:
+    """Returns ``yes`` in the environments where ``mask`` [num_envs] is set, and ``no`` in the others."""
+    return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)

@@ -1,0 +1,120 @@
+"""Two views of an observation: a vector of fixed length for simple agents, and a graph for pictures and analysis.
+
+The flat view is JAX and made for speed: it has the same columns for every expert and sums up the requests there. The
+graph view is NumPy, on the host, and ragged: only requests that exist are nodes, so it fits a real system of any size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, RequestView
+
+FLAT_LIMIT = 5.0
+FLAT_ARRIVED = ("prompt_tokens", "latency_limit", "rate_2_s", "rate_10_s", "rate_60_s")
+FLAT_EXPERT = (
+    "predicted_score",
+    "predicted_tokens",
+    "running",
+    "waiting",
+    "kv_used",
+    "step_time",
+    "prefill_time",
+    "sequences_time",
+    "kv_time",
+    "network_time",
+    "running_tokens_left",
+    "running_latency",
+    "running_score",
+    "waiting_tokens_left",
+    "waiting_latency",
+    "waiting_score",
+)
+
+
+_LATENCY_LIMIT_S = 0.03  # s/token: a limit of this size is 1 in the flat view
+_MANY_TOKENS = 1024  # so many tokens are 1 in the flat view, on a logarithmic scale
+_PREFILL_TOKENS = 256  # prompt tokens whose prefill time stands for the speed of all prefills
+_NO_TIME_S = 1e-6  # what a limit of 0 counts as, so that nothing is divided by 0
+
+
+def flat_size(num_experts: int) -> int:
+    """Returns F, the length of ``flat_view``."""
+    return len(FLAT_ARRIVED) + num_experts * len(FLAT_EXPERT)
+
+
+def flat_view(obs: Observation) -> Array:
+    """Returns the observation of one environment as float32 [F]: ``FLAT_ARRIVED``, then ``FLAT_EXPERT`` by expert.
+
+    Rates are log(1 + requests/s per expert) over about the last 2, 10 and 60 s. Loads are fractions of what the expert
+    can hold, tokens are on a logarithmic scale, and times are fractions of the
+    arrived request's latency limit: an iteration's floor, the prefill of 256 tokens, what a full batch and full memory
+    add to an iteration, and the network. ``tokens_left``, ``latency`` and ``score`` sum up the requests that run (wait)
+    on the expert: the tokens that they are predicted to emit from now on, the mean of their age over the time that they
+    may take (latency limit times predicted tokens), and the mean of their predicted scores; 0 where there are none.
+    Every value is finite and cut to +-``FLAT_LIMIT``.
+    """
+    shared, each = arrived_columns(obs), expert_columns(obs)
+    flat = jnp.concatenate(
+        [
+            jnp.stack([shared[name] for name in FLAT_ARRIVED]),
+            jnp.stack([each[name] for name in FLAT_EXPERT], -1).ravel(),
+        ]
+    )
+    return jnp.clip(flat.astype(jnp.float32), -FLAT_LIMIT, FLAT_LIMIT)
+
+
+def arrived_columns(obs: Observation) -> dict[str, Array]:
+    """Returns what ``flat_view`` says of the arrived request: scalars by ``FLAT_ARRIVED``, not cut yet."""
+    arrived = jax.tree.map(jnp.asarray, obs.arrived)
+    rates = jnp.log1p(arrived.recent_rate_per_s / obs.experts.running.shape[-1])
+    return {
+        "prompt_tokens": log_tokens(arrived.prompt_tokens),
+        "latency_limit": jnp.maximum(arrived.latency_limit_s, _NO_TIME_S) / _LATENCY_LIMIT_S,
+        **{name: rates[k] for k, name in enumerate(FLAT_ARRIVED[-len(RATE_WINDOWS_S) :])},
+    }
+
+
+def expert_columns(obs: Observation) -> dict[str, Array]:
+    """Returns what ``flat_view`` says of each expert: columns [N] by ``FLAT_EXPERT``, not cut yet."""
+    obs = jax.tree.map(jnp.asarray, obs)
+    arrived, experts, requests = obs.arrived, obs.experts, obs.requests
+    profile = experts.profile
+    limit_s = jnp.maximum(arrived.latency_limit_s, _NO_TIME_S)
+    columns = {
+        "predicted_score": arrived.predicted_score,
+        "predicted_tokens": log_tokens(arrived.predicted_tokens),
+        "running": experts.running / profile.max_running,
+        "waiting": experts.waiting / jnp.maximum(profile.max_waiting, 1),
+        "kv_used": experts.kv_used_blocks / profile.kv_blocks,
+        "step_time": profile.step_base_s / limit_s,
+        "prefill_time": (profile.prefill_base_s + profile.prefill_per_token_s * _PREFILL_TOKENS) / limit_s,
+        "sequences_time": profile.per_sequence_s * profile.max_running / limit_s,
+        "kv_time": profile.per_kv_token_s * profile.kv_blocks * BLOCK_SIZE_TOKENS / limit_s,
+        "network_time": profile.network_s / limit_s,
+        **_summed_up("running", requests, requests.running),
+        **_summed_up("waiting", requests, requests.waiting),
+    }
+    return {name: jnp.broadcast_to(column, experts.running.shape) for name, column in columns.items()}
+
+
+def log_tokens(tokens: Array) -> Array:
+    """Returns numbers of tokens on a logarithmic scale on which 1024 tokens are 1."""
+    return jnp.log1p(tokens) / math.log1p(_MANY_TOKENS)
+
+
+def _summed_up(name: str, requests: RequestView, here: Array) -> dict[str, Array]:
+    """Returns the columns [N] of the requests where ``here`` [N, S] is set."""
+    count = jnp.maximum(jnp.sum(here, -1), 1)
+    left_tokens = requests.predicted_tokens - requests.generated_tokens
+    allowed_s = jnp.maximum(requests.latency_limit_s * requests.predicted_tokens, _NO_TIME_S)
+    latency = jnp.minimum(requests.age_s / allowed_s, FLAT_LIMIT)
+    return {
+        f"{name}_tokens_left": log_tokens(jnp.sum(jnp.where(here, left_tokens, 0.0), -1)),
+        f"{name}_latency": jnp.sum(jnp.where(here, latency, 0.0), -1) / count,
+        f"{name}_score": jnp.sum(jnp.where(here, requests.predicted_score, 0.0), -1) / count,
+    }

@@ -1,0 +1,1 @@
+"""Judging routers: evaluation, metrics, statistics, planners and bounds, and comparison with measured runs."""

@@ -1,0 +1,217 @@
+"""Calibration: how well the impact estimate says what then happens.
+
+A run that ``qos_jax.evaluation.evaluate`` has made is gone through once more, and at each decision the impact of the action that
+was taken is predicted. What then happened is in the run's exact log. Which violations a request caused among those that
+were there before it is the difference to an exact replay of the same decisions without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from qos_jax.errors import InputError
+from qos_jax.evaluation.evaluate import Run
+from qos_jax.evaluation.metrics import latency_per_token_s
+from qos_jax.impact.estimate import Form, Impact, impact
+from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.sim.replay import ReplayResult, replay_many
+from qos_jax.sim.types import Request
+from qos_jax.sim.world import World, WorldSpec, advance, dispatch, empty_world, observe
+
+NUM_BINS = 10  # of predicted probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What then happened in a run of J requests."""
+
+    counted: np.ndarray  # [J] bool: sent to an expert, behind the warm-up
+    latency_per_token_s: np.ndarray  # [J] s/token, NaN where dropped
+    in_time: np.ndarray  # [J] bool
+    removed: np.ndarray  # [C] int, counted requests that were replayed without, each
+    violations: np.ndarray  # [C] int, that each of these caused among the requests that were there
+
+
+def outcome_of(env: Environment, params: EnvParams, run: Run, *, warmup: int = 0, removals: int = 32) -> Outcome:
+    """Returns what happened in a run, with the violations that some of its requests caused.
+
+    Args:
+      env: the environment of the run; only its spec is used.
+      params: its parameters; only the experts are used.
+      run: what a router made of a scenario.
+      warmup: leading requests that are not counted.
+      removals: how many requests are replayed without; they are spread evenly over those that count.
+
+    Raises:
+      InputError: the router has sent no request that counts to an expert.
+    """
+    experts = jax.tree.map(np.asarray, params.experts)
+    counted = (run.assignment >= 0) & (np.arange(len(run.assignment)) >= warmup)
+    sent = np.flatnonzero(counted)
+    if not len(sent):
+        raise InputError(
+            f"router {run.router.name!r} has sent no request behind the warm-up of {warmup}: choose another"
+        )
+    removed = sent[np.linspace(0, len(sent) - 1, min(removals, len(sent))).round().astype(int)]
+    others = [np.where(np.arange(len(run.assignment)) == j, -1, run.assignment) for j in removed]
+    engine_spec = env.spec.engine
+    replays = replay_many(
+        experts, [run.trace] * len(removed), others,
+        token_budget=engine_spec.token_budget, block_size=engine_spec.block_size,
+    )  # fmt: skip
+
+    def in_time(replayed: ReplayResult) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            per_token_s = latency_per_token_s(experts, run.trace, run.assignment, replayed)
+            return per_token_s <= run.trace.latency_limit_s
+
+    really = in_time(run.replayed)
+    return Outcome(
+        counted=counted,
+        latency_per_token_s=latency_per_token_s(experts, run.trace, run.assignment, run.replayed),
+        in_time=really,
+        removed=removed,
+        violations=np.array(
+            [
+                np.sum((in_time(without).astype(int) - really)[_there(run, j)])
+                for j, without in zip(removed, replays, strict=True)
+            ],
+            int,
+        ),
+    )
+
+
+def _there(run: Run, j: int) -> np.ndarray:
+    """Returns [J] bool: the requests that were on the expert of request ``j`` when it arrived."""
+    same_expert = (run.assignment == run.assignment[j]) & (np.arange(len(run.assignment)) < j)
+    return same_expert & (run.replayed.log.finish_s > run.trace.arrival_s[j])
+
+
+def predict(
+    env: Environment, params: EnvParams, runs: Sequence[Run], form: Form, widths_s: Sequence[float], length_cv: float
+) -> Impact:
+    """Predicts the impact of each action that was taken.
+
+    Args:
+      env: the environment of the runs; only its spec is used.
+      params: its parameters; the workload is not used.
+      runs: R runs of one number of requests J.
+      form: of the estimate.
+      widths_s: W widths of the logistic [s/token].
+      length_cv: coefficient of variation of an output length given its prediction, see ``impact``.
+
+    Returns:
+      The estimate, NumPy arrays [R, J, W]; anything where the router dropped the request.
+    """
+    fields: Any = Request.__dataclass_fields__
+    columns: dict[str, Any] = {name: np.stack([getattr(run.trace, name) for run in runs]) for name in fields}
+    gaps_s = np.stack([np.diff(run.trace.arrival_s, prepend=0.0) for run in runs]).astype(np.float32)
+    actions = np.stack([np.where(run.assignment < 0, env.spec.num_experts, run.assignment) for run in runs])
+    widths = jnp.asarray(widths_s, jnp.float32)
+    predicted = _predict(
+        env.spec, form, length_cv, params, widths, (gaps_s, Request(**columns), actions.astype(np.int32))
+    )
+    return jax.tree.map(np.asarray, predicted)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _predict(
+    spec: WorldSpec, form: Form, length_cv: float, params: EnvParams, widths_s: Array, runs: tuple[Any, ...]
+) -> Impact:
+    def decide(world: World, x: tuple[Array, Request, Array]) -> tuple[World, Impact]:
+        gap_s, request, action = x
+        world = advance(spec, params.experts, world, gap_s)
+        obs = observe(spec, params.experts, world, request, params.staleness_s)
+        predicted = jax.vmap(lambda width_s: impact(obs, width_s, length_cv, form))(widths_s)
+        world, _ = dispatch(spec, params.experts, world, request, action)
+        return world, jax.tree.map(lambda x: x[:, action], predicted)
+
+    return jax.vmap(lambda run: lax.scan(decide, empty_world(spec, params.experts), run)[1])(runs)
+
+
+def calibration_of(outcomes: Sequence[Outcome], predicted: Impact) -> list[dict[str, Any]]:
+    """Returns for each of the W widths how predictions and outcomes agree, over all runs.
+
+    Args:
+      outcomes: of R runs.
+      predicted: the impact predicted in these runs, [R, J, W].
+
+    Returns:
+      For each width: ``latency_per_token_s`` and ``violations`` as ``agreement`` has them, ``in_time`` as
+      ``probability_scores`` has it, and the bins of its ``reliability``.
+    """
+
+    def of_width(w: int) -> dict[str, Any]:
+        in_time = _pooled([predicted.in_time[r, each.counted, w] for r, each in enumerate(outcomes)])
+        really = _pooled([each.in_time[each.counted] for each in outcomes])
+        answered = [each.counted & np.isfinite(each.latency_per_token_s) for each in outcomes]
+        latency_s = _pooled([predicted.latency_per_token_s[r, mine, w] for r, mine in enumerate(answered)])
+        violations = _pooled([predicted.violations_change[r, each.removed, w] for r, each in enumerate(outcomes)])
+        return {
+            "latency_per_token_s": agreement(
+                latency_s, _pooled([o.latency_per_token_s[mine] for o, mine in zip(outcomes, answered, strict=True)])
+            ),
+            "in_time": probability_scores(in_time, really),
+            "violations": agreement(violations, _pooled([each.violations for each in outcomes])),
+            "reliability": reliability(in_time, really),
+        }
+
+    return [of_width(w) for w in range(predicted.in_time.shape[-1])]
+
+
+def agreement(predicted: np.ndarray, realised: np.ndarray) -> dict[str, float]:
+    """Returns number, means, correlation (NaN if either is constant), bias and mean absolute error of predictions."""
+    predicted, realised = np.asarray(predicted, np.float64), np.asarray(realised, np.float64)
+    varied = min(np.ptp(predicted), np.ptp(realised)) > 0
+    return {
+        "number": len(predicted),
+        "predicted": float(predicted.mean()),
+        "realised": float(realised.mean()),
+        "correlation": float(np.corrcoef(predicted, realised)[0, 1]) if varied else float("nan"),
+        "bias": float(np.mean(predicted - realised)),
+        "mae": float(np.mean(np.abs(predicted - realised))),
+    }
+
+
+def probability_scores(predicted: np.ndarray, happened: np.ndarray) -> dict[str, float]:
+    """Returns the scores of predicted probabilities.
+
+    They are number, means, Brier score, Brier score of always predicting the mean of what happened (``base_brier``),
+    and expected calibration error: the mean distance, over the predictions, of what their bin predicted on average to
+    what happened in it (``ece``).
+    """
+    bins = reliability(predicted, happened)
+    base = float(np.mean(happened))
+    return {
+        "number": len(predicted),
+        "predicted": float(np.mean(predicted)),
+        "realised": base,
+        "brier": float(np.mean((predicted - np.asarray(happened, float)) ** 2)),
+        "base_brier": base * (1.0 - base),
+        "ece": sum(each["number"] * abs(each["predicted"] - each["realised"]) for each in bins) / len(predicted),
+    }
+
+
+def reliability(predicted: np.ndarray, happened: np.ndarray, num_bins: int = NUM_BINS) -> list[dict[str, float]]:
+    """Returns for each bin of equal width that is not empty: number of predictions, their mean, share that happened."""
+    index = np.minimum((np.asarray(predicted) * num_bins).astype(int), num_bins - 1)
+    return [
+        {
+            "number": int(np.sum(index == bin_)),
+            "predicted": float(np.mean(predicted[index == bin_])),
+            "realised": float(np.mean(happened[index == bin_])),
+        }
+        for bin_ in np.unique(index)
+    ]
+
+
+def _pooled(each: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(values, np.float64) for values in each])

@@ -1,0 +1,140 @@
+"""Measured runs of a real engine on one GPU: what it was given, and what was measured of it.
+
+A run is a folder as LLMServingSim's benchmark writes it: ``meta.json``, ``requests.jsonl`` and ``timeseries.csv``.
+``qos_jax.evaluation.fidelity`` compares one with the simulator.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from qos_jax.errors import InputError
+from qos_jax.io.files import parse_json
+
+_REQUEST_FIELDS = ("input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
+_TICK_FIELDS = ("t", "running", "waiting", "kv_cache_pct", "prompt_throughput", "gen_throughput")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRun:
+    """What an engine was given and what was measured of it; times count from the first arrival."""
+
+    name: str  # model, GPU and engine
+    arrival_s: np.ndarray  # [J] s, not decreasing
+    prompt_tokens: np.ndarray  # [J] tokens
+    output_tokens: np.ndarray  # [J] tokens
+    first_token_s: np.ndarray  # [J] s
+    finish_s: np.ndarray  # [J] s
+    tick_s: np.ndarray  # [T] s, when the engine was looked at
+    running: np.ndarray  # [T] requests
+    waiting: np.ndarray  # [T] requests
+    kv_share: np.ndarray  # [T] of the KV blocks that were held
+    prompt_tokens_per_s: np.ndarray  # [T] since the tick before, each prompt counted once
+    output_tokens_per_s: np.ndarray  # [T]
+    kv_blocks: int
+    block_size: int  # tokens of a block
+    max_running: int  # requests
+    token_budget: int  # tokens of an iteration
+
+
+def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
+    """Reads a measured run.
+
+    ``queued_ts`` and all later times of a request are read from another clock than ``arrival_time``, when the engine
+    takes the request between two iterations. The simulator waits for that boundary itself, so its arrivals are
+    ``arrival_time``, and the least difference of the two is taken for that of the clocks.
+
+    Raises:
+      InputError: a file cannot be read, or lacks a field.
+    """
+    folder = pathlib.Path(folder)
+    meta = _Meta(folder / "meta.json")
+    requests = sorted(_json_lines(folder / "requests.jsonl"), key=lambda row: row["arrival_time"])
+    column = {name: np.array([row[name] for row in requests], np.float64) for name in _REQUEST_FIELDS}
+    tick = _ticks(folder / "timeseries.csv")
+    begin_s = column["arrival_time"][0]
+    arrival_s = column["arrival_time"] - begin_s
+    clock_s = np.min(column["queued_ts"] - arrival_s)
+    return MeasuredRun(
+        name=f"{meta.get('model', kind=str)} on {meta.get('hardware.device_name', kind=str)}, "
+        f"vLLM {meta.get('vllm_version', kind=str)}",
+        arrival_s=arrival_s,
+        prompt_tokens=column["input_toks"].astype(np.int64),
+        output_tokens=column["output_toks"].astype(np.int64),
+        first_token_s=column["first_token_ts"] - clock_s,
+        finish_s=column["last_token_ts"] - clock_s,
+        tick_s=tick["t"] + meta.moment_s("started_at") - begin_s,
+        running=tick["running"],
+        waiting=tick["waiting"],
+        kv_share=tick["kv_cache_pct"] / 100,
+        prompt_tokens_per_s=tick["prompt_throughput"],
+        output_tokens_per_s=tick["gen_throughput"],
+        kv_blocks=meta.get("kv_cache.num_gpu_blocks"),
+        block_size=meta.get("kv_cache.block_size"),
+        max_running=meta.get("engine_kwargs.max_num_seqs"),
+        token_budget=meta.get("engine_kwargs.max_num_batched_tokens"),
+    )
+
+
+class _Meta:
+    """A JSON object in a file; every error names the file and the field."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.values = parse_json(_text(path), str(path))
+
+    def get(self, name: str, kind: type = int) -> Any:
+        """Returns the value of a field, given with the objects that it lies in and dots between them."""
+        value = self.values
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise InputError(f"{self.path}: {name} is {value!r}, must be a {kind.__name__}")
+        return value
+
+    def moment_s(self, name: str) -> float:
+        """Returns the ISO time in a field, in seconds since 1970."""
+        text = self.get(name, kind=str)
+        try:
+            return datetime.datetime.fromisoformat(text).timestamp()
+        except ValueError as error:
+            raise InputError(f"{self.path}: {name} is {text!r}, must be an ISO time") from error
+
+
+def _json_lines(path: pathlib.Path) -> list[dict[str, float]]:
+    rows = [parse_json(line, str(path)) for line in _text(path).splitlines()]
+    for number, row in enumerate(rows, 1):
+        for name in _REQUEST_FIELDS:
+            if not isinstance(row, dict) or not isinstance(row.get(name), int | float):
+                raise InputError(f"{path}, line {number}: {name} is missing or no number")
+    if not rows:
+        raise InputError(f"{path}: holds no request")
+    return rows
+
+
+def _ticks(path: pathlib.Path) -> dict[str, np.ndarray]:
+    reader = csv.DictReader(_text(path).splitlines())
+    rows = list(reader)
+    if missing := set(_TICK_FIELDS) - set(reader.fieldnames or ()):
+        raise InputError(f"{path}: lacks the column {min(missing)}")
+    if not rows:
+        raise InputError(f"{path}: holds no row")
+    try:
+        return {name: np.array([float(row[name]) for row in rows]) for name in _TICK_FIELDS}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read: {reason}") from error

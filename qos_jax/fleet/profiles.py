@@ -1,0 +1,185 @@
+"""Profiles of real pairs of an LLM and a GPU: timing, KV memory and power, from measured kernels and published figures.
+
+Timing was measured for LLaMA-7B, or a relative of its size, on each GPU; other LLMs are scaled from it. An iteration
+reads all weight matrices once and multiplies each prompt token by them, so the step base and both prefill terms scale
+with the parameters in them; the KV slope scales with the KV bytes of a token; the cost per sequence stays. The prefill
+line is the affine fit to prefills of 16 to 2,048 tokens: its intercept lies below the step base, which is the floor for
+short prompts. Output heads that share the embedding's weights are not counted, which leaves out 3 % of mpt-7b's and 9 %
+of chatglm-6b's step.
+
+KV memory is what vLLM leaves: 90 % of the GPU's memory less the weights and 1.237 GB for activations and the CUDA
+context. That is 2,588 blocks for Llama-3.1-8B on an RTX 4090, as vLLM 0.19 reported.
+
+flan-t5-xxl is left out: an encoder-decoder does not follow the simulator's cost of an iteration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qos_jax.errors import InputError
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
+
+MEMORY_SHARE = 0.9  # vLLM's default gpu_memory_utilization
+OVERHEAD_GB = 1.237  # 1.236 to 1.238 reproduces the 2,588 blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Llm:
+    """What an LLM in 16-bit numbers asks of a GPU."""
+
+    weights_gb: float
+    matrix_params: float  # 10^9 parameters that each iteration reads
+    kv_bytes_per_token: int  # 2 x layers x KV heads x head size x 2 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU: its memory, its timing for LLaMA-7B, and its power."""
+
+    memory_gb: float  # that CUDA reports
+    step_base_ms: float
+    kv_ms_per_1000_tokens: float
+    prefill_base_ms: float
+    prefill_ms_per_token: float
+    per_sequence_ms: float
+    idle_w: float  # a model in memory, no request
+    busy_w: float
+
+
+_LLAMA_7B = Llm(13.5, 6.607, 524_288)
+_MPT_7B = Llm(13.3, 6.442, 524_288)
+_LLAMA_13B = Llm(26.0, 12.852, 819_200)
+_PYTHIA_12B = Llm(23.7, 11.584, 737_280)
+
+# From the published configurations; what shares weights with the embedding is not counted in matrix_params.
+LLMS = {
+    "alpaca-native": _LLAMA_7B,
+    "koala-7B-HF": _LLAMA_7B,
+    "llama-7b-hf-baize-lora-bf16": _LLAMA_7B,
+    "mpt-7b": _MPT_7B,
+    "mpt-7b-instruct": _MPT_7B,
+    "chatglm-6b": Llm(12.3, 5.638, 458_752),
+    "stablelm-tuned-alpha-7b": Llm(15.7, 7.558, 393_216),
+    "vicuna-13b-1.1": _LLAMA_13B,
+    "dolly-v2-12b": _PYTHIA_12B,
+    "oasst-sft-4-pythia-12b-epoch-3.5": _PYTHIA_12B,
+    "moss-moon-003-sft": Llm(33.4, 16.060, 835_584),
+    "llama-3.1-8b": Llm(16.06, 7.505, 131_072),
+    # By their names in AlpacaEval; multi-query attention keeps the KV cache of the last two small.
+    "alpaca-7b": _LLAMA_7B,
+    "vicuna-7b": _LLAMA_7B,
+    "baize-v2-7b": _LLAMA_7B,
+    "vicuna-13b": _LLAMA_13B,
+    "baize-v2-13b": _LLAMA_13B,
+    "nous-hermes-13b": _LLAMA_13B,
+    "wizardlm-13b": _LLAMA_13B,
+    "oasst-sft-pythia-12b": _PYTHIA_12B,
+    "pythia-12b-mix-sft": _PYTHIA_12B,
+    "chatglm2-6b": Llm(12.5, 5.977, 28_672),
+    "falcon-7b-instruct": Llm(14.4, 7.217, 8_192),
+}
+
+# Timing: [LLMServingSim] casys-kaist/LLMServingSim (RTX 4090 at 5daddb2), Llama-3.1-8B with output head, its times and
+# bytes scaled to LLaMA-7B, the former by 6.607 / 7.505;
+# [Vidur] microsoft/vidur 7d47513 and AKafakA/vidur_opt_scheduler 20bdc49, Llama-2-7B without output head, so its step
+# base times 6.607 / 6.476. KV slopes are measured on RTX 4090 and A100; elsewhere 80 to 83 % of the memory bandwidth is
+# assumed, as on RTX 4090.
+# Memory: as CUDA reports it in public logs. Power: busy is the vendor's limit (TDP), idle as published:
+GPUS = {
+    # [LLMServingSim]. 25,250,627,584 bytes in that run. 22 W in nvidia-smi at P8, github.com/RLinf/RLinf/issues/255.
+    "RTX 4090": Gpu(25.250627584, 14.8, 0.64, 7.51, 0.083, 0.0445, idle_w=22.0, busy_w=450.0),
+    # [LLMServingSim]. 23.56 GiB, noonghunna/club-3090 issue 58. 28 W with 21 GB loaded, its issue 127.
+    "RTX 3090": Gpu(25.30, 18.9, 0.675, 13.59, 0.200, 0.0859, idle_w=28.0, busy_w=350.0),
+    # [LLMServingSim]. 47.54 GiB in PyTorch logs. 15 W at P8 with a vLLM engine loaded, the higher of two in nvidia-smi.
+    "A6000": Gpu(51.05, 20.8, 0.822, 10.90, 0.1346, 0.0459, idle_w=15.0, busy_w=300.0),
+    # [Vidur]. 46,068 MiB less 569 reserved and 110 W with a model loaded, NVIDIA/open-gpu-kernel-modules issue 874.
+    "A40": Gpu(47.71, 24.0, 0.94, 16.09, 0.126, 0.11, idle_w=110.0, busy_w=300.0),
+    # [Vidur]. 23.53 GiB, google/RB-Modulation issue 5. 33 W with PyTorch loaded, Stanford Yens guide.
+    "A30": Gpu(25.27, 19.35, 0.677, 5.36, 0.1292, 0.036, idle_w=33.0, busy_w=165.0),
+    # SXM, 80 GB. [Vidur]. 79.25 GiB, HiDream-ai/VAREdit issue 6. 80 W with a model loaded, arXiv 2605.23918.
+    "A100": Gpu(85.09, 9.3, 0.32, 3.60, 0.065, 0.046, idle_w=80.0, busy_w=400.0),
+    # SXM, 80 GB. [Vidur]. 79.11 GiB, vllm-project/vllm issue 27508. 121.7 W with a model loaded, arXiv 2605.23918.
+    "H100": Gpu(84.94, 5.70, 0.189, 4.84, 0.0184, 0.0069, idle_w=121.7, busy_w=700.0),
+}
+
+# Pairs that were measured themselves, as qos-jax fit-profile prints them for [LLMServingSim]; see docs/profiles.md.
+MEASURED = {
+    ("llama-3.1-8b", "RTX 4090"): {
+        "step_base_s": 16.875e-3,
+        "prefill_base_s": 9.17229e-3,
+        "prefill_per_token_s": 8.90011e-5,
+        "per_sequence_s": 4.19692e-5,
+        "per_kv_token_s": 1.49256e-7,
+    },
+}
+
+
+def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_waiting: int = 32) -> ExpertProfile:
+    """Builds the profile of N experts.
+
+    Args:
+        pairs: the LLM and the GPU of each expert, by their names in `LLMS` and `GPUS`.
+        max_running: requests that one iteration serves at most.
+        max_waiting: requests that wait at most; beyond, requests are dropped.
+
+    Returns:
+        The profile, as NumPy arrays of shape [N].
+
+    Raises:
+        InputError: if there is no pair, a name is unknown, an LLM does not fit its GPU, or a limit is below 1.
+    """
+    if len(pairs) == 0:
+        raise InputError("no experts; give one or more pairs of an LLM and a GPU")
+    for name, limit in (("max_running", max_running), ("max_waiting", max_waiting)):
+        if limit < 1:
+            raise InputError(f"{name} is {limit}; it must be 1 or more")
+    _check_known("LLM", [llm for llm, _ in pairs], list(LLMS))
+    _check_known("GPU", [gpu for _, gpu in pairs], list(GPUS))
+    llms, gpus = [LLMS[llm] for llm, _ in pairs], [GPUS[gpu] for _, gpu in pairs]
+    size = np.array([llm.matrix_params / _LLAMA_7B.matrix_params for llm in llms])
+    kv_bytes = np.array([float(llm.kv_bytes_per_token) for llm in llms])
+    gpu_columns = {f.name: np.array([getattr(gpu, f.name) for gpu in gpus]) for f in dataclasses.fields(Gpu)}
+    timing = {
+        "step_base_s": gpu_columns["step_base_ms"] * size / 1e3,
+        "prefill_base_s": gpu_columns["prefill_base_ms"] * size / 1e3,
+        "prefill_per_token_s": gpu_columns["prefill_ms_per_token"] * size / 1e3,
+        "per_sequence_s": gpu_columns["per_sequence_ms"] / 1e3,
+        "per_kv_token_s": gpu_columns["kv_ms_per_1000_tokens"] * kv_bytes / _LLAMA_7B.kv_bytes_per_token / 1e6,
+    }
+    for expert, pair in enumerate(pairs):
+        for name, value in MEASURED.get((pair[0], pair[1]), {}).items():
+            timing[name][expert] = value
+    return ExpertProfile(
+        **timing,
+        kv_blocks=np.array([_kv_blocks(*pair) for pair in pairs]),
+        max_running=np.full(len(pairs), max_running),
+        max_waiting=np.full(len(pairs), max_waiting),
+        network_s=np.zeros(len(pairs)),
+        idle_w=gpu_columns["idle_w"],
+        busy_w=gpu_columns["busy_w"],
+        kv_block_gb=BLOCK_SIZE_TOKENS * kv_bytes / 1e9,
+    )
+
+
+def _kv_blocks(llm_name: str, gpu_name: str) -> int:
+    """Returns the KV blocks that fit beside the weights."""
+    llm, gpu = LLMS[llm_name], GPUS[gpu_name]
+    free_gb = MEMORY_SHARE * gpu.memory_gb - llm.weights_gb - OVERHEAD_GB
+    blocks = math.floor(free_gb * 1e9 / (BLOCK_SIZE_TOKENS * llm.kv_bytes_per_token))
+    if blocks < 1:
+        raise InputError(
+            f"{llm_name} with {llm.weights_gb:g} GB of weights does not fit {gpu_name}, "
+            f"which has {MEMORY_SHARE * gpu.memory_gb - OVERHEAD_GB:.1f} GB for weights and KV cache"
+        )
+    return blocks
+
+
+def _check_known(kind: str, names: Sequence[str], table: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise InputError(f"{kind} {unknown[0]!r} is unknown; choose from {', '.join(table)}")

@@ -1,0 +1,75 @@
+"""Fits an expert's timing to measured kernel tables and writes profile.json.
+
+qos-jax fit-profile --dense=dense.csv --attention=attention.csv --per_sequence=head.csv \
+    --num_layers=32 --max_kv_tokens=41408 --out=profile.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from absl import flags
+
+from qos_jax.fleet import profile_fitting
+from qos_jax.programs import common
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this program."""
+    flags.DEFINE_string("dense", None, "csv of the dense kernels by tokens.", required=True)
+    flags.DEFINE_string("attention", None, "csv of the attention kernel by batch.", required=True)
+    flags.DEFINE_string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
+    flags.DEFINE_integer("num_layers", 32, "Layers of the model.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", lower_bound=1
+    )
+    flags.DEFINE_string("name", None, "Name of the profile; left out: that of the file.")
+    flags.DEFINE_string("out", None, "File to write.", required=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fits, writes the profile and prints it with its errors."""
+    del argv
+    tables = profile_fitting.read_tables(FLAGS.dense, FLAGS.attention, FLAGS.per_sequence)
+    iterations = profile_fitting.assemble(tables, FLAGS.num_layers, FLAGS.max_kv_tokens)
+    timing, affine = profile_fitting.fit_timing(iterations), profile_fitting.fit_affine(iterations)
+    forms = {"hinge": timing, "affine": affine}
+    errors = {form: profile_fitting.relative_errors(fitted, iterations) for form, fitted in forms.items()}
+    sources = {"dense": FLAGS.dense, "attention": FLAGS.attention, "per_sequence": FLAGS.per_sequence}
+    profile = {
+        "name": FLAGS.name or pathlib.Path(FLAGS.out).stem,
+        "timing": timing,
+        "units": profile_fitting.TIMING_UNITS,
+        "errors": errors,
+        "affine_timing": affine,
+        "notes": tables.notes,
+        "sources": {key: _source(path) for key, path in sources.items() if path is not None},
+        "command": shlex.join(["qos-jax", "fit-profile", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "numpy", "scipy")},
+    }
+    profile_fitting.save_profile(FLAGS.out, profile)
+    for name, unit in profile_fitting.TIMING_UNITS.items():
+        print(f"{name:20} {timing[name]:.6g} {unit}")
+    for note in tables.notes:
+        print(f"note: {note}")
+    print(f"{'':16} {'iterations':>10} {'mean |e|':>9} {'bias':>7} {'max |e|':>8}")
+    for form, kinds in errors.items():
+        for kind, e in kinds.items():
+            print(f"{form:7} {kind:8} {e['iterations']:10} {e['mape']:9.2%} {e['bias']:7.1%} {e['max']:8.1%}")
+
+
+def _source(path: str) -> dict[str, str]:
+    file = pathlib.Path(path)
+    return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+if __name__ == "__main__":
+    common.start(define_flags, main)

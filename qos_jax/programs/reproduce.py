@@ -1,0 +1,257 @@
+"""Makes the project's figures anew: trains what they need, compares, and writes tables, pictures and one page.
+
+qos-jax reproduce --figure=all --budget=full --out=runs/reproduce
+qos-jax reproduce --figure=load,staleness --budget=quick --out=runs/quick
+
+The studies are listed in ``qos_jax.programs.studies``. Below --out, ``runs`` holds the trained routers, ``cells`` what each
+world gave, and every study is written as json, csv, md and png as soon as it is done; ``index.html`` holds them all.
+What is there already is not made again, so the same command goes on with a run that was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+import qos_jax
+from qos_jax.errors import InputError
+from qos_jax.evaluation.evaluate import Run, Scenario, evaluate
+from qos_jax.evaluation.hindsight import plan
+from qos_jax.evaluation.metrics import metrics_of
+from qos_jax.evaluation.study import BOUND, PLAN, StudyResult
+from qos_jax.evaluation.upper_bound import upper_bound
+from qos_jax.io.files import writable_folder, write_whole
+from qos_jax.io.provenance import plain, versions
+from qos_jax.programs import common
+from qos_jax.programs.studies import BUDGETS, STUDIES, TRAINED, Study, World
+from qos_jax.programs.train_once import train_once
+from qos_jax.report import pages
+from qos_jax.report.study_report import study_figure, study_html, study_markdown
+from qos_jax.routers import PLANNERS, Router, make_router, router_names
+from qos_jax.sim.engine import EngineSpec
+from qos_jax.sim.replay import replay_many
+from qos_jax.sim.types import ExpertProfile, Workload
+from qos_jax.training.load import load_router
+from qos_jax.workload.traces import read_trace, with_gaps
+from qos_jax.worlds import presets
+
+FLAGS = flags.FLAGS
+_DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
+_WARM_UP = 0.1  # leading share of the requests that does not count
+
+
+def define_flags() -> None:
+    """Defines the flags of this program."""
+    flags.DEFINE_list("figure", ["all"], f"Studies to make: all, or some of {', '.join(STUDIES)}.")
+    flags.DEFINE_enum("budget", "quick", list(BUDGETS), "How much is spent on each.")
+    flags.DEFINE_string("out", "runs/reproduce", "Folder for all that is made.")
+    flags.DEFINE_integer("jobs", 1, "Training runs at a time; each needs its own memory.", 1, 64)
+
+
+def main(argv: list[str]) -> None:
+    """Trains and compares what is not there yet, and writes the studies."""
+    del argv
+    names = list(STUDIES) if FLAGS.figure == ["all"] else list(dict.fromkeys(FLAGS.figure))
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise InputError(f"--figure={unknown[0]}: choose all, or some of {', '.join(STUDIES)}")
+    maker = _Maker(writable_folder(FLAGS.out), FLAGS.budget)
+    work = {name: maker.worlds(name) for name in names}
+    runs = list(dict.fromkeys(run for worlds in work.values() for world in worlds for run in maker.runs(world)))
+    results = []
+    with tqdm(total=len(runs) + sum(map(len, work.values())), unit="task", dynamic_ncols=True) as bar:
+        bar.set_description("trains")
+        with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
+            for _ in pool.map(maker.train, runs):
+                bar.update()
+        for name, worlds in work.items():
+            rows = []
+            for world in worlds:
+                bar.set_description(f"{name}: {world.label}")
+                rows += maker.cell(name, world)
+                bar.update()
+            results.append(maker.study(name, rows))
+            maker.page(results)
+    print(f"written: {maker.folder / 'index.html'}")
+
+
+class _Maker:
+    """Makes runs, cells and studies in a folder, each once."""
+
+    def __init__(self, folder: pathlib.Path, budget: str) -> None:
+        self.folder, self.budget, self.budget_name = folder, BUDGETS[budget], budget
+        self.known: dict[tuple[Any, ...], Router] = {}  # routers by name and world, so that they compile once
+
+    def worlds(self, study: str) -> list[World]:
+        """Returns the worlds of a study that the budget and the data at hand allow."""
+        there = [world for world in STUDIES[study].worlds if world.trace is None or _DATA in os.environ]
+        if len(there) < len(STUDIES[study].worlds):
+            print(f"{study}: worlds with measured arrivals are left out, as {_DATA} is not set", file=sys.stderr)
+        return _ends(there) if self.budget.ends_only else there
+
+    def runs(self, world: World) -> list[str]:
+        """Returns the training runs of a world, each of all seeds of a router."""
+        return _ends(world.trained) if self.budget.ends_only else list(world.trained)
+
+    def train(self, name: str) -> None:
+        """Trains all seeds of a router in one run, or goes on with it."""
+        trained = TRAINED[name]
+        asked = [
+            f"--preset={trained.preset}", f"--agent={trained.agent}", f"--randomise={trained.randomise}",
+            *trained.flags, f"--steps={round(trained.share * self.budget.steps)}", f"--seeds={self._seeds(name)}",
+        ]  # fmt: skip
+        train_once(self.folder / "runs" / name, asked, quiet=True)
+
+    def cell(self, study: str, world: World) -> list[dict[str, Any]]:
+        """Returns what every router made of a world at each load and seed: one row each."""
+        asked = dataclasses.asdict(world) | dataclasses.asdict(self.budget) | {"study": _asked(STUDIES[study])}
+        asked = plain(asked | {"trained": {name: dataclasses.asdict(TRAINED[name]) for name in world.trained}})
+        path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
+        if path.exists():
+            kept = _read(path)
+            if kept["asked"] == asked:
+                return list(kept["rows"])
+        rows = [row | {"world": world.label} for row in self._compare(STUDIES[study], world)]
+        write_whole(path, json.dumps(plain({"asked": asked, "versions": versions(), "rows": rows}), allow_nan=False))
+        return rows
+
+    def study(self, name: str, rows: Sequence[Mapping[str, Any]]) -> StudyResult:
+        """Writes a study in all forms, and returns it."""
+        study = STUDIES[name]
+        result = StudyResult(
+            name, study.title, study.question, study.axis, plain(list(rows)), study.metrics, study.cost
+        )
+        found = {"command": self._command(name), "versions": versions()} | result.to_dict()
+        write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
+        write_whole(self.folder / f"{name}.csv", common.csv_text(result.rows))
+        write_whole(self.folder / f"{name}.md", study_markdown(result))
+        write_whole(self.folder / f"{name}.png", pages.png(study_figure(result)))
+        return result
+
+    def page(self, results: Sequence[StudyResult]) -> None:
+        """Writes all studies so far as one page, and their tables as one Markdown file."""
+        lead = (
+            f"Budget {self.budget_name}: {self.budget.requests:,} requests of each load and of each of "
+            f"{self.budget.seeds} seeds, where a study takes no other share of them, the same for every router; "
+            "intervals are 95 %. Oracles are told what no router can know."
+        )
+        title = "Routing LLM requests at the edge: studies"
+        made = {"command": self._command(",".join(result.name for result in results))} | versions()
+        parts = [study_html(result, (self.folder / f"{result.name}.png").read_bytes()) for result in results]
+        parts += ["<h2>How this was made</h2>", pages.meanings(made)]
+        write_whole(self.folder / "index.html", pages.page(title, lead, parts))
+        told = [f"# {title}", lead, "\n".join(f"- {name}: `{value}`" for name, value in made.items())]
+        told += [study_markdown(result).rstrip() for result in results]
+        write_whole(self.folder / "results.md", "\n\n".join(told) + "\n")
+
+    def _compare(self, study: Study, world: World) -> Iterator[dict[str, Any]]:
+        env, params = presets.make(world.preset, **dict(world.fields), **_recorded(world))
+        num_experts, saturation_per_s = env.spec.num_experts, float(params.saturation_per_s)
+        loads = _ends(study.loads) if self.budget.ends_only else study.loads
+        names = router_names(num_experts) if study.routers == ("all",) else study.routers
+        routers = [self._known(name, world, num_experts, params.workload) for name in names]
+        seeds_of = {}
+        for name in self.runs(world):
+            for seed in range(self._seeds(name)):
+                routers.append(self._learned(name, seed))
+                seeds_of[routers[-1].name] = (name, seed)
+        scenarios = [
+            Scenario(load, load * saturation_per_s, 1000 + seed)
+            for load in loads
+            for seed in range(math.ceil(world.share_of_seeds * self.budget.seeds))
+        ]
+        requests = round(study.share * world.share_of_requests * self.budget.requests)
+        # A plan is made of the whole trace, so there all of it counts.
+        warmup = 0 if study.hindsight else int(_WARM_UP * requests)
+        runs = evaluate(env, params, routers, scenarios, requests, warmup=warmup)
+        for run in runs:
+            router, training_seed = seeds_of.get(run.router.name, (run.router.name, 0))
+            yield {
+                "router": router, "kind": run.router.kind, "training_seed": training_seed,
+                **dataclasses.asdict(run.scenario), **run.metrics,
+            }  # fmt: skip
+        if study.hindsight:
+            yield from _hindsight(env.spec.engine, jax.tree.map(np.asarray, params.experts), runs)
+
+    def _known(self, name: str, world: World, num_experts: int, workload: Workload) -> Router:
+        of = world.label if name in PLANNERS else num_experts  # a planner imagines the requests of its world
+        if (name, of) not in self.known:
+            self.known[name, of] = make_router(name, num_experts, workload)
+        return self.known[name, of]
+
+    def _learned(self, name: str, seed: int) -> Router:
+        if (name, seed, "") not in self.known:
+            self.known[name, seed, ""] = load_router(self.folder / "runs" / name, seed=seed, name=f"{name} {seed}")
+        return self.known[name, seed, ""]
+
+    def _seeds(self, name: str) -> int:
+        return min(TRAINED[name].seeds, self.budget.training_seeds)
+
+    def _command(self, figure: str) -> str:
+        return f"qos-jax reproduce --figure={figure} --budget={self.budget_name}"
+
+
+def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Yields what a plan makes of each scenario, improved from what all routers did there, and the bound."""
+    of: dict[Scenario, list[Run]] = {}
+    for run in runs:
+        of.setdefault(run.scenario, []).append(run)
+
+    def judged(done: Sequence[Run]) -> tuple[dict[str, float], dict[str, float]]:
+        trace = done[0].trace
+        best = plan(
+            experts, trace, [run.assignment for run in done],
+            token_budget=spec.token_budget, block_size=spec.block_size,
+        )  # fmt: skip
+        (replayed,) = replay_many(
+            experts, [trace], [best.assignment], token_budget=spec.token_budget, block_size=spec.block_size
+        )
+        planned = metrics_of(experts, trace, best.assignment, replayed, 0)
+        return planned, dict.fromkeys(planned, math.nan) | {"qos": upper_bound(experts, trace)}
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for scenario, metrics in zip(of, pool.map(judged, of.values()), strict=True):
+            for name, values in zip((PLAN, BOUND), metrics, strict=True):
+                yield {
+                    "router": name, "kind": "oracle", "training_seed": 0, **dataclasses.asdict(scenario), **values
+                }  # fmt: skip
+
+
+def _asked(study: Study) -> dict[str, Any]:
+    return {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
+
+
+def _recorded(world: World) -> dict[str, Any]:
+    if world.trace is None:
+        return {}
+    return {"arrivals": with_gaps(read_trace(os.path.join(os.environ[_DATA], "traces", world.trace)).halves()[1])}
+
+
+def _ends(values: Sequence[Any]) -> list[Any]:
+    return [*values[:1], *values[1:][-1:]]
+
+
+def _file_name(label: str) -> str:
+    return "".join(character if character.isalnum() else "_" for character in label)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; delete it") from error
+
+
+if __name__ == "__main__":
+    common.start(define_flags, main)

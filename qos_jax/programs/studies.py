@@ -1,0 +1,261 @@
+"""The studies of ``qos-jax reproduce``: what is trained, in which worlds who is compared, and what is drawn.
+
+Only declarations; nothing here computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from qos_jax.worlds.presets import PRESETS
+
+LOADS = (0.6, 0.9, 1.1, 1.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is spent."""
+
+    requests: int  # of each load and seed
+    seeds: int  # of an evaluation
+    steps: int  # of each training seed
+    training_seeds: int  # at most
+    ends_only: bool  # of the loads and worlds of a study only the first and the last, and only routers that are drawn
+
+
+BUDGETS = {
+    "quick": Budget(requests=200, seeds=2, steps=6_000, training_seeds=1, ends_only=True),
+    "full": Budget(requests=1_500, seeds=16, steps=500_000, training_seeds=5, ends_only=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A router that is trained for the studies, at mixed loads and arrivals if nothing else is said."""
+
+    preset: str = "paper-3"
+    agent: str = "mvr"
+    randomise: str = "load,arrivals"
+    flags: tuple[str, ...] = ()  # more flags of qos-jax train
+    share: float = 1.0  # of the budget's steps
+    seeds: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A world in which routers are compared."""
+
+    label: str
+    preset: str = "paper-3"
+    trained: tuple[str, ...] = ()  # of TRAINED
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of qos_jax.make
+    trace: str | None = None  # file of measured arrivals, of which the second half is taken
+    share_of_requests: float = 1.0  # of the study's, and
+    share_of_seeds: float = 1.0  # of the budget's
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One question, and the worlds that answer it."""
+
+    title: str
+    question: str
+    worlds: tuple[World, ...]
+    loads: tuple[float, ...] = LOADS
+    routers: tuple[str, ...] = ("all",)
+    axis: str | None = None  # what differs between the worlds, if QoS is drawn against that and not against load
+    share: float = 1.0  # of the budget's requests
+    metrics: tuple[str, ...] = ()  # told in its tables beside QoS
+    cost: str | None = None  # a metric, if QoS is drawn against that
+    hindsight: bool = False  # a plan of who knows the whole trace, and a bound on all plans, take part
+
+
+_MVR = {"paper-3": ("mvr",), "paper-6": ("ours_paper_6",), "edge-8": ("ours_edge_8",)}
+_STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _MVR.items()}
+_FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
+_AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
+_SHARES_OF_SEEDS = {"paper-3": 4.0, "paper-6": 2.0, "edge-8": 1.0}  # where GPUs are equal gains are small
+_FAMILIAR = PRESETS["edge-8"].experts
+_TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
+
+_EQUAL_GPUS = ("--set=max_externality=0.35",)  # see BUILD_NOTES.md
+_EQUAL_GPUS_STALE = ("--staleness=0.5", "--set=max_externality=0.35,alpha=0.1")
+_ABLATIONS = {
+    "whole": Trained(flags=_EQUAL_GPUS),
+    "unbounded_harm": Trained(),
+    "no_graph": Trained(agent="mvr_no_graph", flags=_EQUAL_GPUS),
+    "one_layer": Trained(agent="mvr_1_layer", flags=_EQUAL_GPUS),
+    "three_layers": Trained(agent="mvr_3_layers", flags=_EQUAL_GPUS),
+    "no_impact_features": Trained(agent="mvr_no_impact", flags=_EQUAL_GPUS),
+    "no_rates": Trained(agent="mvr_no_rates", flags=_EQUAL_GPUS),
+    "no_residual": Trained(agent="mvr_no_residual", flags=_EQUAL_GPUS),
+    "sac_potential_reward": Trained(agent="sac"),
+    "sac_paper_reward": Trained(agent="sac_paper_reward"),
+    "paper": Trained(agent="paper"),
+    "baseline_rl": Trained(agent="baseline_rl"),
+    "never_drops": Trained(flags=("--noallow_drop", *_EQUAL_GPUS)),
+}
+_ENERGY = {
+    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.3, seeds=1)
+    for weight in (1, 2, 5, 10)
+}
+
+TRAINED = {
+    "mvr": Trained(flags=_EQUAL_GPUS, share=2.0),
+    "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS, share=2.0),
+    "ours_edge_8": Trained("edge-8", share=0.6),
+    "ours_stale": Trained(flags=_EQUAL_GPUS_STALE, share=0.6),
+    "ours_paper_6_stale": Trained("paper-6", flags=_EQUAL_GPUS_STALE, share=0.5),
+    "ours_edge_8_stale": Trained("edge-8", flags=("--staleness=0.5", "--set=alpha=0.1"), share=0.3),
+    "ours_any_limit": Trained(randomise="load,arrivals,limit", flags=_EQUAL_GPUS, share=0.6),
+    "ours_any_fleet": Trained(
+        "edge-8", randomise="load,arrivals,fleet,limit", flags=("--set=max_externality=1",), share=0.8
+    ),
+    "ours_told_truth": Trained(flags=("--prediction=perfect", *_EQUAL_GPUS), share=0.6, seeds=3),
+    "ours_edge_8_told_truth": Trained("edge-8", flags=("--prediction=perfect",), share=0.6, seeds=3),
+    **{name: dataclasses.replace(one, share=0.3, seeds=2) for name, one in _ABLATIONS.items()},
+    **_ENERGY,
+}
+
+
+def _everywhere(trained: Mapping[str, tuple[str, ...]], **laws: Mapping[str, Any]) -> tuple[World, ...]:
+    """Returns each preset, with its routers, under each law."""
+    return tuple(
+        World(f"{preset}, {label.replace('_', ' ')}", preset, names, share_of_seeds=_SHARES_OF_SEEDS[preset], **law)
+        for preset, names in trained.items()
+        for label, law in laws.items()
+    )
+
+
+_planned = functools.partial(World, share_of_seeds=0.25)  # a plan takes minutes
+
+
+def _varied(field: str, values: Mapping[str, Any], trained: tuple[str, ...] = ("mvr",)) -> tuple[World, ...]:
+    return tuple(World(label, trained=trained, fields={field: value}) for label, value in values.items())
+
+
+STUDIES = {
+    "load": Study(
+        "QoS against arrival rate",
+        "Who earns most as the fleet fills up, with Poisson arrivals and fresh metrics?",
+        _everywhere(_MVR, Poisson={}),
+        loads=(0.3, *LOADS),
+        metrics=("score", "latency_per_token_s", "violation_rate", "drop_rate", "kv_utilisation", "qos_per_gb_s"),
+    ),
+    "arrivals": Study(
+        "Bursts, drifting rates and real traces",
+        "Does that hold where arrivals are not Poisson? The traces are Azure's, never trained on.",
+        _everywhere(
+            _MVR,
+            gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},
+            drifting_rate={"fields": {"arrivals": "sinusoidal:0.5:120"}},
+            Azure_conversations={"trace": _AZURE.format("conv")},
+            Azure_code={"trace": _AZURE.format("code")},
+        ),
+    ),
+    "stale": Study(
+        "Stale metrics",
+        "And where routers see the fleet half a second late? Some learned so, the others never saw it.",
+        _everywhere(_STALE, half_a_second_stale={"fields": {"staleness_s": 0.5}}),
+    ),
+    "staleness": Study(
+        "QoS against staleness",
+        "How late may metrics be?",
+        _varied("staleness_s", {"0.1": 0.1, "0.25": 0.25, "0.5": 0.5, "1": 1.0}, ("mvr", "ours_stale")),
+        loads=(0.9,),
+        axis="age of the metrics, s",
+    ),
+    "limit": Study(
+        "QoS against the latency limit",
+        "How do routers fare with stricter and looser limits than the paper's 30 ms per token? One learned router was "
+        "trained with that limit only, the others with any from 24 to 50 ms, on this fleet and on random ones.",
+        _varied(
+            "latency_limit_s",
+            {"26": 0.026, "28": 0.028, "30": 0.03, "33": 0.033, "36": 0.036, "45": 0.045},
+            ("mvr", "ours_any_limit", "ours_any_fleet"),
+        ),
+        loads=(0.9,),
+        axis="limit, ms per token",
+    ),
+    "prediction": Study(
+        "QoS against the quality of predictions",
+        "What are predictions worth? The scale goes from each expert's mean to the truth.",
+        _varied("prediction", {"none": "none", "realistic": "realistic", "r2 .3, .6": "r2:0.3:0.6", "true": "perfect"}),
+        loads=(0.9,),
+        axis="predictions",
+    ),
+    "experts": Study(
+        "QoS against the number of experts",
+        "One checkpoint, trained on random fleets of eight, routes fleets of other sizes that it has not seen.",
+        tuple(
+            World(str(count), "edge-8", ("ours_any_fleet",), {"experts": _TWELVE[:count]}) for count in (2, 3, 5, 8, 12)
+        ),
+        loads=(0.9,),
+        routers=_FEW,
+        axis="experts",
+    ),
+    "unseen": Study(
+        "One checkpoint for any fleet",
+        "How much is lost against a router that was trained where it serves?",
+        (
+            World("paper-3", "paper-3", ("ours_any_fleet", "mvr")),
+            World("paper-6", "paper-6", ("ours_any_fleet", "ours_paper_6")),
+            World("edge-8", "edge-8", ("ours_any_fleet", "ours_edge_8")),
+            World("edge-8 in reverse order", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _FAMILIAR[::-1]}),
+            World("12 experts", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _TWELVE}),
+            # More requests, as it takes many to fill so large a fleet.
+            World(
+                "64 experts", "edge-64", ("ours_any_fleet", "ours_edge_8"), share_of_requests=4.0, share_of_seeds=0.25
+            ),
+        ),
+        loads=(0.6, 0.9, 1.1),
+        routers=_FEW,
+    ),
+    "planner": Study(
+        "Against a planner",
+        "How close is the learned router to one that simulates every action ahead, at thousands of times its cost?",
+        (World("paper-3", trained=("mvr",)),),
+        loads=(0.6, 0.9, 1.1),
+        routers=("impact_greedy", "rollout", "oracle_impact"),
+        share=0.2,
+    ),
+    "hindsight": Study(
+        "How much is left",
+        "Which share of what foresight could gain does each router get? The plan knows the whole trace beforehand.",
+        (
+            _planned("paper-3", "paper-3", ("mvr",)),
+            _planned("edge-8", "edge-8", ("ours_edge_8",)),
+            _planned("paper-3, true predictions", "paper-3", ("mvr", "ours_told_truth"), {"prediction": "perfect"}),
+            _planned(
+                "edge-8, true predictions",
+                "edge-8",
+                ("ours_edge_8", "ours_edge_8_told_truth"),
+                {"prediction": "perfect"},
+            ),
+        ),
+        loads=(0.9,),
+        share=1 / 3,
+        hindsight=True,
+    ),
+    "ablations": Study(
+        "Ablations",
+        "Which part of the learned router earns what?",
+        (
+            World("paper-3", trained=tuple(name for name in _ABLATIONS if name != "never_drops")),
+            World("paper-3, nobody may drop", trained=("never_drops",), fields={"allow_drop": False}),
+        ),
+        routers=(*_FEW, "impact_greedy_no_drop"),
+    ),
+    "energy": Study(
+        "QoS against energy",
+        "What does a lower bill cost? The weight of a kJ in the reward is 1, 2, 5 or 10 QoS.",
+        (World("edge-8", "edge-8", ("ours_edge_8", *_ENERGY)),),
+        loads=(0.6, 0.9),
+        routers=_FEW,
+        metrics=("energy_j_per_request", "qos_per_kj", "violation_rate", "busy_fraction"),
+        cost="energy_j_per_request",
+    ),
+}

@@ -1,0 +1,204 @@
+"""A study as a figure, as a page and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from qos_jax.evaluation.metrics import METRICS, Metric
+from qos_jax.evaluation.study import Row, StudyResult
+from qos_jax.report import pages, study_plots
+
+_MOST_CURVES = 8  # of learned routers, which need a colour each
+
+
+def study_figure(result: StudyResult) -> Figure:
+    """Draws mean QoS against load in a panel for each world, or against what differs between the worlds.
+
+    Beside a plan, and where curves of many learned routers would hide each other, it is levels: a panel for each load.
+    """
+    rows = [row for row in result.summary if row["metric"] == "qos"]
+    if result.cost:
+        return _trade_off(result, result.cost)
+    if result.shares or list(result.kinds.values()).count("learned") > _MOST_CURVES:
+        there = [(world, load) for world in result.worlds for load in result.loads(world)]
+        levels: dict[str, list[Row]] = {
+            f"{world}, load {load:g}": [row for row in rows if (row["world"], row["load"]) == (world, load)]
+            for world, load in there
+        }
+        caption = f"{result.title}: mean QoS of a request, with 95 % intervals."
+        if result.shares:
+            levels = {title: _upper_half(panel) for title, panel in levels.items()}
+            caption = f"{result.title}: mean QoS of a request, with 95 % intervals, of all that earn half of the bound."
+        return study_plots.qos_levels(levels, caption)
+    caption = f"{result.title}: mean QoS of a request, with 95 % intervals; dashed: oracles."
+    if result.axis is None:
+        panels = {world: [row | {"x": row["load"]} for row in rows if row["world"] == world] for world in result.worlds}
+        return study_plots.qos_panels(panels, "load", caption)
+    panels = {
+        f"load {load:g}": [row | {"x": result.worlds.index(row["world"])} for row in rows if row["load"] == load]
+        for load in sorted({row["load"] for row in rows})
+    }
+    return study_plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
+
+
+def _trade_off(result: StudyResult, cost: str) -> Figure:
+    """Draws mean QoS against a metric, in a panel for each world and load."""
+    panels = {
+        f"{world}, load {load:g}": [
+            row | {f"cost_{field}": result.cells[world, load, name, cost][field] for field in ("mean", "low", "high")}
+            for name in result.kinds
+            if (row := result.cells.get((world, load, name, "qos")))
+        ]
+        for world in result.worlds
+        for load in result.loads(world)
+    }
+    caption = f"{result.title}: mean QoS of a request against {METRICS[cost].meaning}, with 95 % intervals."
+    return study_plots.qos_trade_off(panels, METRICS[cost].title, caption)
+
+
+def _upper_half(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows with at least half of the greatest mean."""
+    least = 0.5 * max(row["mean"] for row in rows)
+    return [row for row in rows if row["mean"] >= least]
+
+
+def study_html(result: StudyResult, picture: bytes) -> str:
+    """Returns the part of a page that shows a study."""
+    parts = [
+        f"<h2>{pages.spoken(result.title)}</h2>",
+        f"<p>{result.question}</p>",
+        pages.figures([(str(study_figure(result).get_label()), picture)]),
+    ]
+    if result.gains:
+        parts += ["<h3>Gains over the best heuristic</h3>", pages.rows_table(*_gains_table(result))]
+    if result.claims:
+        parts += [f"<h3>{_CLAIMS_TITLE}</h3>", pages.rows_table(*_claims_table(result))]
+    if result.shares:
+        parts += [f"<h3>{_SHARES_TITLE}</h3>", pages.rows_table(*_shares_table(result))]
+    for world in result.worlds:
+        load = _shown_load(result, world)
+        title = f"All metrics: {pages.spoken(world)}, load {load:g}"
+        parts.append(pages.folded(title, _metrics_html(result, world, load)))
+    return "\n".join(parts)
+
+
+def study_markdown(result: StudyResult) -> str:
+    """Returns a section of Markdown, which shows NAME.png beside it."""
+    parts = [
+        f"## {result.title}",
+        result.question,
+        f"![{result.title}]({result.name}.png)",
+        _markdown(*_gains_table(result)),
+    ]
+    if result.claims:
+        parts += [f"### {_CLAIMS_TITLE}", _markdown(*_claims_table(result))]
+    if result.shares:
+        parts += [f"### {_SHARES_TITLE}", _markdown(*_shares_table(result))]
+    if result.metrics:
+        parts += [f"### {_METRICS_TITLE}", _markdown(*_metrics_table(result))]
+    return "\n\n".join(parts) + "\n"
+
+
+_CLAIMS_TITLE = "Change against the best of bert_router, round_robin and shortest_queue in each metric"
+
+
+_SHARES_TITLE = "Share of the gap between the best heuristic and the plan"
+
+
+_METRICS_TITLE = "All routers, with 95 % intervals"
+
+
+_Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows
+
+
+def _gains_table(result: StudyResult) -> _Table:
+    heads = ("router", "world", "load", "best heuristic", "QoS", "gain", "over training seeds", "oracle_impact")
+    rows: list[tuple[str, ...]] = [
+        (
+            gain["router"], gain["world"], f"{gain['load']:g}", f"{gain['best']} {gain['best_qos']:.3f}",
+            f"{gain['best_qos'] + gain['mean']:.3f}",
+            f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
+            f"{gain['least']:+.3f} to {gain['greatest']:+.3f}",
+            "" if gain["oracle"] is None else f"{gain['oracle']:.3f}",
+        )
+        for gain in result.gains
+    ]  # fmt: skip
+    return heads, rows
+
+
+def _claims_table(result: StudyResult) -> _Table:
+    heads = ("router", "world", "load", "QoS", "latency per token", "QoS per GB s, against round_robin")
+    metrics = ("qos", "latency_per_token_s", "qos_per_gb_s")
+    rows = [
+        (row["router"], row["world"], f"{row['load']:g}", *(_change(row[metric]) for metric in metrics))
+        for row in result.claims
+    ]
+    return heads, rows
+
+
+def _change(share: float) -> str:
+    """Returns a change in percent; there is none in the latency of who answers nothing."""
+    return f"{share:+.1%}" if np.isfinite(share) else "-"
+
+
+def _shares_table(result: StudyResult) -> _Table:
+    heads = ("router", "world", "load", "best heuristic", "plan", "no plan exceeds", "share of the gap")
+    rows: list[tuple[str, ...]] = [
+        (
+            share["router"], share["world"], f"{share['load']:g}", f"{share['best']} {share['best_qos']:.3f}",
+            f"{share['plan']:.3f}", f"{share['bound']:.3f}",
+            f"{share['mean']:+.0%} [{share['low']:+.0%}, {share['high']:+.0%}]",
+        )
+        for share in result.shares
+    ]  # fmt: skip
+    return heads, rows
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _metrics_table(result: StudyResult) -> _Table:
+    metrics = ("qos", *result.metrics)
+    shown = [(world, _shown_load(result, world)) for world in result.worlds]
+    rows = [
+        (
+            name, world, f"{load:g}",
+            *(
+                " ± ".join(filter(None, _mean_and_half(result.cells[world, load, name, metric], METRICS[metric])))
+                for metric in metrics
+            ),
+        )
+        for world, load in shown
+        for name in result.kinds
+        if (world, load, name, "qos") in result.cells
+    ]  # fmt: skip
+    return ("router", "world", "load", *(METRICS[metric].title for metric in metrics)), rows
+
+
+def _metrics_html(result: StudyResult, world: str, load: float) -> str:
+    rows = [row for row in result.summary if row["world"] == world and row["load"] == load]
+    kinds = {name: kind for name, kind in result.kinds.items() if any(row["router"] == name for row in rows)}
+    cells = {(row["router"], row["metric"]): row for row in rows}
+    columns = [
+        [pages.cell(*_mean_and_half(cells[name, metric], METRICS[metric]), False) for name in kinds]
+        for metric in METRICS
+    ]
+    return pages.table([metric.title for metric in METRICS.values()], kinds, columns)
+
+
+def _shown_load(result: StudyResult, world: str) -> float:
+    return min(result.loads(world), key=lambda load: abs(load - 0.9))
+
+
+def _mean_and_half(row: Row, metric: Metric) -> tuple[str, str]:
+    """Returns a mean and half the width of its interval, which is empty where there is none."""
+    if not np.isfinite(row["mean"]):
+        return "-", ""
+    half = (row["high"] - row["low"]) / 2 * metric.scale
+    text = f"{half:.{metric.decimals}f}" if np.isfinite(half) else ""
+    return f"{row['mean'] * metric.scale:.{metric.decimals}f}", text

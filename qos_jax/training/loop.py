@@ -1,0 +1,204 @@
+"""Training on the host's side: it runs the learner's phases, judges the policy, and keeps the run's folder.
+
+There are three programs, compiled once and ahead of time: the start (init and warm_up), the chunk, and the evaluation,
+of the policy or of impact_greedy. Several seeds run side by side in them. While a chunk runs, the metrics of the one
+before it are read and reported, so that the device never waits for the host.
+
+What happens is told in records, which ``progress_fn`` gets and metrics.jsonl holds. Each has ``kind``, ``steps`` (of
+the environments of one seed) and ``seconds`` (of training, without compilation), and by its kind:
+
+* ``train``: after each chunk, ``metrics``: by name, for each seed;
+* ``evaluation``: ``qos``: mean QoS on the held-out requests, for each seed; ``gains``: the mean paired differences to
+  impact_greedy, for each seed; ``impact_greedy``: the mean QoS of that router; ``gain``, with ``low`` and ``high``: the
+  mean of the differences with its 95 % interval, over the seeds, or over the environments if there is one seed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from qos_jax.agent.learner import Learner, TrainState, axis_of_environments
+from qos_jax.agent.sac import Hyperparameters
+from qos_jax.routers.impact_greedy import impact_greedy
+from qos_jax.sim.env import EnvParams
+from qos_jax.sim.types import Observation
+from qos_jax.training.held_out import HeldOut
+from qos_jax.training.parallel import Layout, any_says
+from qos_jax.training.progress import Progress, TrainResult, _Run
+from qos_jax.training.run_folder import RunFolder
+
+
+def train(
+    learner: Learner,
+    params: EnvParams,
+    hyper: Hyperparameters,
+    held_out: HeldOut,
+    *,
+    steps: int,
+    seeds: Sequence[int] = (0,),
+    loads: Sequence[float] | None = None,
+    devices: Sequence[jax.Device] = (),
+    evaluate_every: int | None = None,
+    folder: RunFolder | None = None,
+    checkpoint_every_s: float = 120.0,
+    progress_fn: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Trains until so many steps are done, from the newest checkpoint of the folder if it has one.
+
+    Args:
+      learner: what learns.
+      params: of its environments, see ``Learner.init``.
+      hyper: numbers of the algorithm; leaves of several seeds may have an axis [seeds].
+      held_out: what the policy is judged by.
+      steps: of the environments of each seed, rounded up to whole chunks.
+      seeds: each trains on its own; several do so side by side in one program. A seed may be there more than once, with
+        other numbers or another load.
+      loads: of each seed's environments and evaluation; by default they are those of ``params`` and ``held_out``.
+      devices: of all processes, to share the seeds and the shards of the agent; see ``qos_jax.training.parallel``.
+      evaluate_every: steps between evaluations, a tenth of all by default; there is also one at the start and the end.
+      folder: where checkpoints and metrics.jsonl go; without it nothing is written.
+      checkpoint_every_s: seconds between checkpoints; there is also one at the end.
+      progress_fn: called with each record.
+      should_stop: asked before each chunk; the run then ends with a checkpoint.
+
+    Raises:
+      InputError: a loss is not finite, the checkpoint is not of this learner, or the devices cannot share the work.
+    """
+    differ = axis_of_environments(params) is not None
+    layout = Layout(len(seeds), learner.config.shards, tuple(devices), differ)
+    chunks = math.ceil(steps / learner.steps_per_chunk)
+    chunks_per_evaluation = max(1, round((evaluate_every or steps / 10) / learner.steps_per_chunk))
+    phases = _compile(learner, params, _runs(seeds, hyper, loads), held_out, layout)
+    run = _Run(learner.steps_per_chunk, chunks, seeds, folder, progress_fn)
+    first, state = _resumed(folder, phases.like, learner.steps_per_chunk)
+    if state is None:
+        state = phases.start()
+    reference = phases.qos(phases.weights(state), False)
+    if first == 0:
+        run.evaluated(0, phases.qos(phases.weights(state), True), reference)
+    # A replay that is not saved is empty again, and its rows are counted from there.
+    rows_from = 0 if folder is None or folder.config["with_replay"] else first
+    chunk, saved_at = run.start(first), time.perf_counter()
+    while chunk < chunks:
+        due = time.perf_counter() - saved_at >= checkpoint_every_s
+        stop, due = any_says(should_stop(), due)
+        if due and chunk > first:
+            run.save(chunk, state, phases.weights(state))
+            saved_at = time.perf_counter()
+        if stop:
+            break
+        state, metrics = phases.chunk(state, chunk - rows_from, chunk / chunks)
+        chunk += 1
+        run.trained(chunk, metrics)
+        if chunk % chunks_per_evaluation == 0 or chunk == chunks:
+            run.evaluated(chunk, phases.qos(phases.weights(state), True), reference)
+    weights = phases.weights(state)
+    run.save(chunk, state, weights)
+    return TrainResult(
+        weights=weights,
+        steps=chunk * learner.steps_per_chunk,
+        finished=chunk >= chunks,
+        records=run.records,
+        compile_s=phases.compile_s,
+        train_s=run.seconds(),
+    )
+
+
+def _resumed(folder: RunFolder | None, like: TrainState, steps_per_chunk: int) -> tuple[int, TrainState | None]:
+    """Returns how many chunks the newest checkpoint has, and its state; 0 and None where there is none."""
+    if folder is None or folder.latest is None:
+        return 0, None
+    return folder.latest // steps_per_chunk, folder.restore_state(folder.latest, like)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phases:
+    """The compiled programs, for all seeds at once, with the world and the hyperparameters put in."""
+
+    start: Callable[[], TrainState]
+    chunk: Callable[[TrainState, int, float], tuple[TrainState, dict[str, Array]]]  # takes the state's memory
+    weights: Callable[[TrainState], Any]
+    qos: Callable[[Any, bool], Array]  # [E] or [seeds, E]; of a policy by its weights, or of impact_greedy
+    like: TrainState  # its shapes
+    compile_s: float
+
+
+class _Runs(struct.PyTreeNode):
+    """What distinguishes the runs that train side by side; leaves [seeds], or [] of one."""
+
+    seed: Any  # int
+    hyper: Hyperparameters
+    load: Any  # None: that of the worlds
+
+    def at_load(self, params: EnvParams) -> EnvParams:
+        """Returns the parameters of one run."""
+        return params if self.load is None else params.at_load(self.load)
+
+
+def _runs(seeds: Sequence[int], hyper: Hyperparameters, loads: Sequence[float] | None) -> _Runs:
+    shape = (len(seeds),) if len(seeds) > 1 else ()
+    given = _Runs(np.asarray(seeds), hyper, None if loads is None else np.asarray(loads, np.float32))
+    given = given.replace(hyper=jax.tree.map(lambda x: np.broadcast_to(np.float32(x), (len(seeds),)), hyper))
+    return jax.tree.map(lambda x: x.reshape(shape), given)
+
+
+def _compile(learner: Learner, params: EnvParams, runs: _Runs, held_out: HeldOut, layout: Layout) -> _Phases:
+    """Compiles all phases ahead of time, side by side."""
+    started = time.perf_counter()
+    shard, reference = layout.one_shard(learner), impact_greedy()
+
+    def start(run: _Runs, params: EnvParams) -> TrainState:
+        params = run.at_load(params)
+        return shard.warm_up(shard.init(jax.random.key(run.seed), params, run.hyper), params, run.hyper)
+
+    def chunk(
+        state: TrainState, run: _Runs, params: EnvParams, chunk: Array, progress: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return shard.train_chunk(state, run.at_load(params), run.hyper, chunk, progress)
+
+    def qos(weights: Any, learned: Array, run: _Runs, seeds: Array, params: EnvParams) -> Array:
+        def act(key: Array, obs: Observation) -> Array:
+            return lax.cond(
+                learned, lambda: learner.act(weights, key, obs), lambda: reference.act(key, obs, reference.init())[0]
+            )
+
+        return held_out.qos(learner.env, act, seeds, run.at_load(params))
+
+    runs = layout.placed("seed", runs)
+    world = runs, layout.placed("world", layout.worlds(params))
+    test = runs, *layout.placed("all", held_out.arguments())
+    start = layout.spread(start, ("seed", "world"), ("state",))
+    chunk = layout.spread(chunk, ("state", "seed", "world", "all", "all"), ("state", "seed"))
+    qos = layout.spread(qos, ("seed", "all", "seed", "all", "all"), ("seed",))
+    like = layout.described("state", jax.eval_shape(start, *world))
+    weights = layout.described("all", learner.weights(like))
+    where, everywhere = layout.shardings("state"), layout.shardings("all")
+    lowered = [
+        jax.jit(start, out_shardings=where).lower(*world),
+        jax.jit(chunk, donate_argnums=0, out_shardings=(where, everywhere)).lower(
+            like, *world, np.int32(0), np.float32(0)
+        ),
+        jax.jit(learner.weights, out_shardings=everywhere).lower(like),
+        jax.jit(qos, out_shardings=everywhere).lower(weights, np.bool_(True), *test),
+    ]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        run_start, run_chunk, run_weights, run_qos = pool.map(lambda program: program.compile(), lowered)
+    return _Phases(
+        start=lambda: run_start(*world),
+        chunk=lambda state, chunk, progress: run_chunk(state, *world, np.int32(chunk), np.float32(progress)),
+        weights=run_weights,
+        qos=lambda weights, learned: run_qos(weights, np.bool_(learned), *test),
+        like=like,
+        compile_s=time.perf_counter() - started,
+    )

@@ -1,0 +1,341 @@
+"""A training run on disk; ``qos_jax.training.load`` takes the router out of it.
+
+The folder of a run holds
+
+* ``config.json``: what was asked for: the world's shape, the agent with its hyperparameters, the seeds, and with which
+  versions; the network is rebuilt from it without any code of the user's;
+* ``metrics.jsonl``: one object per line: what has happened, see ``training``;
+* ``checkpoints/STEPS/``: two Orbax items, ``state``, which training goes on from bit for bit, and ``weights``, which
+  is all that a router needs; and ``checksums.json`` of all their files, as a bit that has flipped would be read.
+
+A checkpoint is written under a hidden name and then renamed, so that whatever ends the program, and whenever, the last
+whole checkpoint is there. Lines of metrics.jsonl are written before the checkpoint that they lead to, and those beyond
+it are dropped when the run is resumed. Of several processes each writes its part of a checkpoint, so all of them must
+see the folder. All else is written by the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from qos_jax.agent import configs
+from qos_jax.agent.learner import Learner, TrainState
+from qos_jax.agent.sac import Hyperparameters
+from qos_jax.errors import InputError
+from qos_jax.io.files import parse_json, writable_folder, write_whole
+from qos_jax.io.provenance import git_hash, versions
+from qos_jax.training.parallel import leads, wait_for_all
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+
+_FORMAT = 1
+_KEPT = 2  # checkpoints
+_ITEMS, _CHECKSUMS = ("state", "weights"), "checksums.json"
+_FIELDS = {"spec": dict, "agent": dict, "seeds": list, "with_replay": bool}  # what every config.json has
+
+
+class RunFolder:
+    """The folder of one training run; see the module. ``start`` makes one, ``reopen`` opens one."""
+
+    def __init__(self, path: pathlib.Path, config: Mapping[str, Any]) -> None:
+        """Takes a folder that holds this configuration already."""
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def start(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunFolder:
+        """Makes the folder of a new run.
+
+        Args:
+          path: of the folder, which may be there but must not hold a run.
+          config: what ``make_config`` returns.
+
+        Raises:
+          InputError: the folder holds a run already, or cannot be written to.
+        """
+        folder = writable_folder(path).absolute()
+        if leads():
+            if (folder / CONFIG).exists():
+                raise InputError(f"{folder} holds a run already: resume it, or take another folder")
+            write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
+        wait_for_all("run folder")
+        return cls(folder, config)
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Opens the folder of a run.
+
+        Raises:
+          InputError: there is none, or its config.json is not usable.
+        """
+        folder = pathlib.Path(path).absolute()
+        return cls(folder, read_config(folder))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other programs from training in the folder; the system ends that with the process, however it ends.
+
+        Raises:
+          InputError: another one trains there.
+        """
+        if not leads():
+            yield
+            return
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path}: another program trains in this folder: wait for it, or stop it"
+                ) from error
+            yield
+
+    def check_same(self, config: Mapping[str, Any]) -> None:
+        """Compares what fixes a run with another configuration.
+
+        Raises:
+          InputError: they differ.
+        """
+        for field in (*_FIELDS, "format"):
+            _check_same(f"{self.path / CONFIG}: {field}", self.config[field], config[field])
+
+    @property
+    def latest(self) -> int | None:
+        """Steps of the newest checkpoint, None where there is none."""
+        return max(self._saved(), default=None)
+
+    def checkpoint(self, steps: int) -> pathlib.Path:
+        """Returns where the checkpoint after so many steps is."""
+        return self.path / "checkpoints" / str(steps)
+
+    def save(self, steps: int, state: TrainState, weights: Any) -> None:
+        """Writes the checkpoint after so many steps, if it is not there, and drops all but the newest two.
+
+        Args:
+          steps: environment steps so far, of each seed.
+          state: everything that training goes on from.
+          weights: what a router needs of it.
+
+        Raises:
+          InputError: it cannot be written; the checkpoints before it are as they were.
+        """
+        if steps in self._saved():
+            return
+        if not self.config["with_replay"]:
+            state = state.replace(replay=None)
+        hidden = self._hidden(steps)
+        if leads():
+            shutil.rmtree(hidden, ignore_errors=True)
+        wait_for_all(f"before checkpoint {steps}")
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
+                checkpointer.save(hidden / "weights", weights)
+                checkpointer.save(hidden / "state", state)
+        except Exception as error:  # Orbax and TensorStore raise whatever they like on full disks
+            kept = f"the last one is {self.checkpoint(self.latest)}" if self.latest is not None else "there is none"
+            raise InputError(f"{hidden}: checkpoint cannot be written ({_first_line(error)}); {kept}") from error
+        if leads():
+            write_whole(hidden / _CHECKSUMS, json.dumps({item: _checksums(hidden / item) for item in _ITEMS}))
+            os.replace(hidden, self.checkpoint(steps))
+            for old in self._saved()[:-_KEPT]:
+                os.replace(self.checkpoint(old), self._hidden(old))
+                shutil.rmtree(self._hidden(old))
+        wait_for_all(f"checkpoint {steps}")
+
+    def restore_state(self, steps: int, like: TrainState) -> TrainState:
+        """Returns the state after so many steps; a replay that was not saved is empty.
+
+        Args:
+          steps: of the checkpoint.
+          like: a state of the same shapes, and where its leaves shall be if it says so; may be abstract.
+
+        Raises:
+          InputError: the checkpoint cannot be read, or is not like that.
+        """
+        if self.config["with_replay"]:
+            return self._restore(steps, "state", like)
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like.replay)
+        return self._restore(steps, "state", like.replace(replay=None)).replace(replay=empty)
+
+    def restore_weights(self, steps: int, like: Any) -> Any:
+        """Returns the weights after so many steps; see ``restore_state``."""
+        return self._restore(steps, "weights", like)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl; ``record["steps"]`` is when it happened."""
+        if not leads():
+            return
+        try:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path / METRICS}: cannot be written: {error.strerror}") from error
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl, without a last one that was not written to its end.
+
+        Raises:
+          InputError: another line is not a JSON object with ``steps``.
+        """
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [_record(path, number, line) for number, line in enumerate(lines, 1)]
+
+    def rewind(self, steps: int | None) -> list[dict[str, Any]]:
+        """Drops what metrics.jsonl says of the time after ``steps``, all of it without them, and returns the rest."""
+        kept = [record for record in self.records() if steps is not None and record["steps"] <= steps]
+        wait_for_all("metrics")  # have been read
+        if leads():
+            write_whole(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+    def _hidden(self, steps: int) -> pathlib.Path:
+        return self.path / "checkpoints" / f".{steps}"
+
+    def _restore(self, steps: int, item: str, like: Any) -> Any:
+        """Reads one item on to the devices of ``like``, by default the first one, wherever it was made."""
+        path = self.checkpoint(steps) / item
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first), like
+        )
+        self._check_whole(steps, item)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                _check_alike(path, checkpointer.metadata(path).item_metadata.tree, target)
+                return checkpointer.restore(path, target)
+        except InputError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise whatever they like on broken files
+            raise InputError(f"{path}: cannot be restored ({_first_line(error)}): {_otherwise(path.parent)}") from error
+
+    def _check_whole(self, steps: int, item: str) -> None:
+        path = self.checkpoint(steps)
+        try:
+            expected = parse_json((path / _CHECKSUMS).read_text(encoding="utf-8", errors="replace"), str(path))[item]
+        except (OSError, KeyError, TypeError) as error:
+            raise InputError(f"{path / _CHECKSUMS}: cannot be read: {_otherwise(path)}") from error
+        found = _checksums(path / item)
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
+                raise InputError(f"{path / item / name}: is not what was written: {_otherwise(path)}")
+
+    def _saved(self) -> list[int]:
+        folder = self.path / "checkpoints"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def make_config(
+    learner: Learner, hyper: Hyperparameters, seeds: Sequence[int], *, with_replay: bool = True, **asked: Any
+) -> dict[str, Any]:
+    """Returns what config.json holds, as plain values.
+
+    Args:
+      learner: its environment and its configuration.
+      hyper: its hyperparameters.
+      seeds: of the run.
+      with_replay: checkpoints hold the replay. A run that is resumed without it does not go on bit for bit.
+      **asked: whatever else describes the run, such as its command and its world.
+    """
+    numbers = jax.tree.map(float, hyper)
+    config = {
+        "format": _FORMAT,
+        "spec": dataclasses.asdict(learner.env.spec),
+        "experts": learner.env.expert_names,
+        "agent": configs.to_dict(dataclasses.replace(learner.config, hyper=numbers)),
+        "seeds": list(seeds),
+        "with_replay": with_replay,
+        **asked,
+        "versions": versions() | {"orbax-checkpoint": ocp.__version__},
+        "git": git_hash(),
+    }
+    return json.loads(json.dumps(config))
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the config.json of a run.
+
+    Raises:
+      InputError: it is not there, or not one that this version has written.
+    """
+    file = pathlib.Path(path) / CONFIG
+    try:
+        config = parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}; give the folder of a training run") from error
+    version = config.get("format") if isinstance(config, dict) else None
+    if version != _FORMAT:
+        raise InputError(f"{file}: format is {version!r}, must be {_FORMAT}")
+    for field, kind in _FIELDS.items():
+        if not isinstance(config.get(field), kind):
+            raise InputError(f"{file}: {field} is {config.get(field)!r}, must be a {kind.__name__}")
+    if not config["seeds"] or not all(isinstance(seed, int) for seed in config["seeds"]):
+        raise InputError(f"{file}: seeds is {config['seeds']!r}, must be a list of whole numbers")
+    return config
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file below a folder."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _otherwise(checkpoint: pathlib.Path) -> str:
+    return f"delete {checkpoint} to take the checkpoint before it"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_same(name: str, saved: Any, asked: Any) -> None:
+    if isinstance(saved, dict) and isinstance(asked, dict) and saved.keys() == asked.keys():
+        for field in saved:
+            _check_same(f"{name}.{field}", saved[field], asked[field])
+    elif saved != asked:
+        raise InputError(f"{name} is {saved!r}, but {asked!r} is asked for: a run goes on as it began")
+
+
+def _check_alike(path: pathlib.Path, metadata: Any, target: Any) -> None:
+    saved, wanted = _described(metadata), _described(target)
+    for leaf in [*wanted, *saved]:
+        if saved.get(leaf) != wanted.get(leaf):
+            raise InputError(
+                f"{path}: {leaf} is {saved.get(leaf, 'absent')}, must be {wanted.get(leaf, 'absent')} by {CONFIG}"
+            )
+
+
+def _described(tree: Any) -> dict[str, str]:
+    described = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        described[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}{list(leaf.shape)}"
+    return described
+
+
+def _record(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("steps"), int):
+            return record
+    raise InputError(f"{path}, line {number}: {line[:80]!r} is not a JSON object with steps")

@@ -1,0 +1,1 @@
+"""Named worlds and sample_worlds ones to train in."""

@@ -1,0 +1,258 @@
+"""Measured values against brute force: each alternative replayed from scratch, in float64, with what was decided later.
+
+The requests are a fixed table and the policy looks at their prompts only, so what is decided later is known.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from flax import struct
+from jax import Array, lax
+
+from qos_jax import Observation, Request, RequestTrace
+from qos_jax.agent.probes import Probe, SoftQos, empty_probes, marginal_values, simulate, start_probe
+from qos_jax.agent.rewards import RewardWeights
+from qos_jax.evaluation.metrics import chosen, latency_per_token_s
+from qos_jax.sim import engine
+from qos_jax.sim.env import EnvParams, EnvState
+from qos_jax.sim.replay import ReplayResult, replay_many
+from tests.helpers.decision_processes import quick_jit, stacked
+from tests.helpers.small_env import small_env, small_params
+
+NUM_EXPERTS, DROP = 3, 3
+SETS, STRETCH = 3, 6  # sets of probes under way, and requests between two of their decisions
+HORIZON = SETS * STRETCH
+DECISIONS = STRETCH * np.arange(7)  # those that are measured, in each world
+NUM_REQUESTS = DECISIONS[-1] + HORIZON
+WIDTH_S = 2e-3
+PLAIN = RewardWeights()
+COSTS = {
+    "plain": PLAIN,
+    "violation": RewardWeights(violation=0.7),
+    "drop": RewardWeights(drop=0.4),
+    "kv_memory": RewardWeights(kv_memory=0.5),
+    "energy": RewardWeights(energy=0.3),
+    "all": RewardWeights(violation=0.2, drop=0.3, kv_memory=0.2, energy=0.1),
+}
+
+ENV = small_env(NUM_EXPERTS, history=4)
+
+
+@struct.dataclass
+class TableWorkload:
+    """Requests one by one from a table; keys do not matter."""
+
+    gap_s: Array  # [J]
+    requests: Request  # leaves [J, ...]
+
+    def init(self, key: Array) -> Array:
+        return jnp.int32(0)
+
+    def next(self, key: Array, state: Array) -> tuple[Array, Request, Array]:
+        gap_s, request = jax.tree.map(lambda x: x[state], (self.gap_s, self.requests))
+        return gap_s, request, state + 1
+
+
+def world(seed: int, rate_per_s: float, **fields: Any) -> EnvParams:
+    rng = np.random.default_rng(seed)
+    score = rng.uniform(0.2, 1.0, (NUM_REQUESTS + 1, NUM_EXPERTS))
+    output_tokens = rng.integers(1, 60, score.shape)
+    requests = Request(
+        prompt_tokens=rng.integers(1, 120, NUM_REQUESTS + 1),
+        output_tokens=output_tokens,
+        score=score,
+        latency_limit_s=rng.choice([0.04, 0.06, 0.1], NUM_REQUESTS + 1),
+        predicted_score=score,
+        predicted_tokens=output_tokens.astype(float),
+    )
+    table = TableWorkload(rng.exponential(1.0 / rate_per_s, NUM_REQUESTS + 1), requests)
+    power = {"idle_w": 50.0, "busy_w": np.array([200.0, 300.0, 400.0]), "network_s": np.array([0.0, 0.02, 0.05])}
+    params = small_params(NUM_EXPERTS, max_steps_in_episode=10_000, **(power | fields))
+    return params.replace(
+        workload=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else None), table)
+    )
+
+
+# Quiet; busy and seen late; full queues; memory for a few requests, and not for the longest of them.
+WORLDS = [
+    world(0, 2.0),
+    world(1, 7.0, staleness_s=0.3),
+    world(2, 25.0, max_waiting=2),
+    world(3, 7.0, kv_blocks=np.array([9, 14, 9])),
+]
+
+
+def policy(key: Array, obs: Observation) -> Array:
+    """Any expert, and now and then the drop; by the prompt alone."""
+    return jnp.array([0, 1, 2, 0, DROP, 1, 2, 0, 1, DROP])[obs.arrived.prompt_tokens % 10]
+
+
+@quick_jit
+@functools.partial(jax.vmap, in_axes=(0, None))
+def measured_in(params: EnvParams, judge: SoftQos) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Follows the policy with probes, row by stretch, and by ``env.step``, row by request."""
+
+    def stretch(carry: tuple[EnvState, Probe], x: tuple[Array, Array]) -> tuple[Any, dict[str, Any]]:
+        (state, probes), (i, key) = carry, x
+        which, obs = i % SETS, ENV.observe(state, params)
+        ended = jax.tree.map(lambda x: x[which], probes)
+        row = {"state": state, "ended": ended, "value": marginal_values(ENV, params, judge, state, ended)}
+        probes = start_probe(ENV, params, judge, state, probes, which, obs, policy(key, obs))
+        state, probes, followed = simulate(ENV, params, policy, judge, STRETCH, key, state, probes, which)
+        return (state, probes), row | {"followed": followed}
+
+    def step(carry: tuple[Observation, EnvState], key: Array) -> tuple[Any, dict[str, Any]]:
+        obs, state = carry
+        action = policy(key, obs)
+        next_obs, next_state, reward, _, _, info = ENV.step(key, state, action, params)
+        row = {"obs": obs, "state": state, "action": action, "reward": reward, "dropped": info["dropped"]}
+        return (next_obs, next_state), row
+
+    obs, state = ENV.reset(jax.random.key(0), params)
+    stretches = 1 + NUM_REQUESTS // STRETCH
+    xs = jnp.arange(stretches), jax.random.split(jax.random.key(1), stretches)
+    _, measurements = lax.scan(stretch, (state, empty_probes(state, obs, SETS)), xs)
+    steps = jax.random.split(jax.random.key(2), NUM_REQUESTS + 1)
+    return measurements, lax.scan(step, (obs, state), steps)[1]
+
+
+@functools.cache
+def found(costs: str = "plain", width_s: float = WIDTH_S) -> tuple[dict[str, Any], dict[str, Any]]:
+    judge = jax.tree.map(jnp.float32, SoftQos(COSTS[costs], width_s))
+    return jax.tree.map(np.asarray, measured_in(stacked(WORLDS), judge))
+
+
+def values(costs: str = "plain", width_s: float = WIDTH_S) -> np.ndarray:
+    """Measured values [worlds, decisions, N + 1]."""
+    return found(costs, width_s)[0]["value"][:, SETS:]
+
+
+@functools.cache
+def replays(of_world: int) -> list[list[tuple[RequestTrace, np.ndarray, ReplayResult]]]:
+    """For each decision, the requests up to its horizon with it on each of the experts, and without it."""
+    workload = jax.tree.map(np.asarray, WORLDS[of_world].workload)
+    actions = found()[1]["action"][of_world]
+    arrival_s = np.cumsum(workload.gap_s.astype(np.float64))
+    runs = []
+    for at in DECISIONS:
+        until = slice(0, at + HORIZON)
+        fields = jax.tree.map(lambda x, until=until: x[until], vars(workload.requests))
+        for place in (0, 1, 2, -1):
+            assignment = np.where(actions == DROP, -1, actions)[until]
+            assignment[at] = place
+            runs.append((RequestTrace(arrival_s=arrival_s[until], **fields), assignment))
+    experts = jax.tree.map(np.asarray, WORLDS[of_world].experts)
+    done = replay_many(experts, *zip(*runs, strict=True))
+    runs = [(*run, replayed) for run, replayed in zip(runs, done, strict=True)]
+    return [runs[i : i + NUM_EXPERTS + 1] for i in range(0, len(runs), NUM_EXPERTS + 1)]
+
+
+def worth(of_world: int, run: tuple[Any, Any, Any], weights: RewardWeights, width_s: float) -> float:
+    """What a run earned: answers judged by the logistic, less all costs."""
+    experts, (trace, assignment, replayed) = jax.tree.map(np.asarray, WORLDS[of_world].experts), run
+    margin_s = trace.latency_limit_s - latency_per_token_s(experts, trace, assignment, replayed)
+    in_time = scipy.special.expit(margin_s / width_s)
+    answers = chosen(trace.score, assignment) * in_time - weights.violation * (1.0 - in_time)
+    memory_gb_s = np.sum(replayed.kv_block_s * experts.kv_block_gb)
+    energy_kj = np.sum(replayed.busy_s * (experts.busy_w - experts.idle_w)) / 1e3
+    earned = np.sum(np.where(replayed.log.dropped, -weights.drop, answers))
+    return earned - weights.kv_memory * memory_gb_s - weights.energy * energy_kj
+
+
+def brute_force(costs: str, width_s: float = WIDTH_S) -> np.ndarray:
+    """Values [worlds, decisions, N + 1], relative to a world in which the request had not come."""
+    weights = COSTS[costs]
+
+    def value(of_world: int, runs: list[Any]) -> np.ndarray:
+        each = np.array([worth(of_world, run, weights, width_s) for run in runs])
+        return each - each[DROP] - weights.drop
+
+    return np.array([[value(i, runs) for runs in replays(i)] for i in range(len(WORLDS))])
+
+
+def refused() -> np.ndarray:
+    """[worlds, decisions, N]: the placement is refused."""
+    return np.array(
+        [
+            [[run[2].log.dropped[at] for run in runs[:DROP]] for at, runs in zip(DECISIONS, replays(i), strict=True)]
+            for i in range(len(WORLDS))
+        ]
+    )
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_values_are_those_of_brute_force(costs: str) -> None:
+    np.testing.assert_allclose(values(costs), brute_force(costs), atol=3e-3)
+
+
+def test_a_narrow_logistic_judges_as_the_limit_does() -> None:
+    np.testing.assert_allclose(values(width_s=1e-8), brute_force("plain", 1e-9), atol=1e-4)
+
+
+def test_the_test_worlds_press_on_every_rule() -> None:
+    """Placements that help, hurt others and are refused, and later requests that are refused because of one."""
+    measured = values()
+    assert measured.max() > 0.5 and measured.min() < -0.5
+    assert np.any(refused()) and not np.all(refused())
+    drops = np.array([[[run[2].log.dropped.sum() for run in runs] for runs in replays(i)] for i in range(len(WORLDS))])
+    later = drops[..., :DROP] - drops[..., DROP:] - refused() + 1
+    assert later.min() >= 0 and later.max() > 0
+    assert set(found()[0]["ended"].action[:, SETS:].ravel()) == {0, 1, 2, DROP}
+
+
+def test_a_drop_is_worth_what_it_costs() -> None:
+    assert not np.any(values()[..., DROP])
+    np.testing.assert_allclose(values("drop")[..., DROP], -0.4)
+
+
+def test_a_refused_placement_is_a_drop() -> None:
+    np.testing.assert_allclose(values()[..., :DROP][refused()], 0.0, atol=1e-6)
+    np.testing.assert_allclose(values("drop")[..., :DROP][refused()], -0.4, atol=1e-6)
+
+
+@pytest.mark.parametrize("resource", ["kv_memory", "energy"])
+def test_resources_make_every_placement_dearer_in_a_quiet_world(resource: str) -> None:
+    assert np.all(values(resource)[0, :, :DROP] < values()[0, :, :DROP])
+
+
+def test_the_world_that_goes_on_is_that_of_the_environment() -> None:
+    measurements, steps = found()
+    ours, theirs = measurements["state"], jax.tree.map(lambda x: x[:, ::STRETCH], steps["state"])
+    for name in ("request", "workload", "time"):
+        chex.assert_trees_all_equal(getattr(ours, name), getattr(theirs, name))
+    for part in (lambda memory: memory.arrivals, lambda memory: memory.snapshots.age_s):
+        chex.assert_trees_all_close(part(ours.world.telemetry), part(theirs.world.telemetry), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(tidy(ours), tidy(theirs), rtol=1e-4, atol=1e-4)
+    followed = jax.tree.map(lambda x: x[:, :-1], measurements["followed"])
+    by_stretch = (len(WORLDS), -1, STRETCH)
+    np.testing.assert_allclose(followed.qos, steps["reward"][:, :-1].reshape(by_stretch).sum(-1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(followed.dropped, steps["dropped"][:, :-1].reshape(by_stretch).sum(-1))
+
+
+def tidy(state: EnvState) -> tuple[Any, Any]:
+    """The requests on the experts without the gaps between them, which depend on when room was made, and the clocks."""
+    experts = engine.compact(ENV.spec.engine, jax.tree.map(jnp.asarray, state.world.experts))
+    started = experts.slots.generated > 0
+    first_token_s = jnp.where(started, experts.slots.first_token_s, 0.0)
+    return experts.slots.replace(first_token_s=first_token_s, finish_s=0.0), experts.clock_s
+
+
+def test_a_set_keeps_what_was_seen_and_done_at_its_decision() -> None:
+    measurements, steps = found()
+    ended = measurements["ended"]
+    np.testing.assert_array_equal(ended.valid, [np.arange(1 + NUM_REQUESTS // STRETCH) >= SETS] * len(WORLDS))
+    np.testing.assert_array_equal(ended.action[:, SETS:], steps["action"][:, DECISIONS])
+
+    def seen(obs: Observation) -> Any:
+        return obs.arrived, obs.experts, obs.action_mask, jnp.sum(obs.requests.running, -1)
+
+    kept = jax.tree.map(lambda x: x[:, SETS:], ended.decision)
+    chex.assert_trees_all_equal(seen(kept), seen(jax.tree.map(lambda x: x[:, DECISIONS], steps["obs"])))

@@ -1,0 +1,152 @@
+"""Metrics against figures worked out by hand: of a log that is made up, and of a run that is known exactly."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from qos_jax import ExpertProfile, RequestLog, RequestTrace
+from qos_jax.evaluation.metrics import latency_per_token_s, metrics_of, qos_of
+from qos_jax.sim.replay import ReplayResult, replay_many
+from tests.helpers.workloads import profile
+
+NAN = math.nan
+EXPERTS = profile(
+    step_base_s=[0.01, 0.02],
+    network_s=[0.5, 0.0],
+    kv_blocks=[100, 200],
+    idle_w=[100.0, 50.0],
+    busy_w=[400.0, 300.0],
+    kv_block_gb=[0.01, 0.02],
+)
+# Request 0 meets its limit exactly, 1 misses it by the network alone, 2 meets it exactly where there is no network; the
+# expert drops 3 and the router 4; the answer to 5 has one token.
+ASSIGNMENT = np.array([0, 0, 1, 1, -1, 1])
+TRACE = RequestTrace(
+    arrival_s=np.array([0.0, 1.0, 2.0, 3.0, 4.0, 4.0]),
+    prompt_tokens=np.full(6, 10),
+    output_tokens=np.array([[16, 9], [8, 9], [9, 8], [5, 5], [5, 5], [9, 1]]),
+    score=np.array([[0.8, 0.1], [0.6, 0.1], [0.1, 0.5], [1.0, 1.0], [1.0, 1.0], [0.1, 0.9]]),
+    latency_limit_s=np.array([0.125, 0.3, 0.25, 9.0, 9.0, 1.0]),
+)
+REPLAYED = ReplayResult(
+    RequestLog(
+        finish_s=np.array([1.5, 3.0, 4.0, NAN, NAN, 4.5]),
+        first_token_s=np.array([0.5, 2.0, 2.25, NAN, NAN, 4.5]),
+        preemptions=np.array([2, 1, 0, 0, 0, 0]),
+        dropped=np.array([False, False, False, True, True, False]),
+    ),
+    busy_s=np.array([3.0, 1.5]),
+    kv_block_s=np.array([90.0, 180.0]),
+)
+EXPECTED = {
+    "requests": 6,
+    "qos": (0.8 + 0.5 + 0.9) / 6,
+    "score": (0.8 + 0.6 + 0.5 + 0.9) / 4,
+    "latency_per_token_s": (0.125 + 0.3125 + 0.25 + 0.5) / 4,
+    "latency_per_token_p50_s": 0.28125,
+    "latency_per_token_p95_s": 0.471875,
+    "latency_per_token_p99_s": 0.494375,
+    "ttft_s": (0.5 + 1.0 + 0.25 + 0.5) / 4,  # the network is not in it
+    "tpot_s": (1 / 15 + 1 / 7 + 1.75 / 7) / 3,  # one token has no time to the next
+    "violation_rate": 3 / 6,
+    "drop_rate": 2 / 6,
+    "preemptions": 3,
+    "kv_utilisation": (90 / (4.5 * 100) + 180 / (4.5 * 200)) / 2,
+    "qos_per_gb_s": 2.2 / (90 * 0.01 + 180 * 0.02),
+    "energy_j_per_request": 1950 / 6,  # 400 x 3 + 100 x 1.5 and 300 x 1.5 + 50 x 3 J
+    "energy_j_per_token": 1950 / 33,
+    "qos_per_kj": 2.2 / 1.95,
+    "busy_fraction": (3.0 / 4.5 + 1.5 / 4.5) / 2,
+}
+OF_THE_WHOLE_RUN = ("kv_utilisation", "qos_per_gb_s", "energy_j_per_token", "qos_per_kj", "busy_fraction")
+
+
+def test_a_log_worked_out_by_hand() -> None:
+    np.testing.assert_allclose(
+        latency_per_token_s(EXPERTS, TRACE, ASSIGNMENT, REPLAYED), [0.125, 0.3125, 0.25, NAN, NAN, 0.5]
+    )
+    np.testing.assert_array_equal(qos_of(EXPERTS, TRACE, ASSIGNMENT, REPLAYED), [0.8, 0.0, 0.5, 0.0, 0.0, 0.9])
+    assert metrics_of(EXPERTS, TRACE, ASSIGNMENT, REPLAYED) == pytest.approx(EXPECTED)
+
+
+def test_a_limit_missed_by_the_least_earns_nothing() -> None:
+    limit_s = np.nextafter(TRACE.latency_limit_s, 0.0)
+    qos = qos_of(EXPERTS, TRACE.replace(latency_limit_s=limit_s), ASSIGNMENT, REPLAYED)
+    np.testing.assert_array_equal(qos, [0.0, 0.0, 0.0, 0.0, 0.0, 0.9])
+
+
+def test_requests_of_the_warmup_count_for_the_experts_only() -> None:
+    metrics = metrics_of(EXPERTS, TRACE, ASSIGNMENT, REPLAYED, warmup=2)
+    counted = {
+        "requests": 4,
+        "qos": (0.5 + 0.9) / 4,
+        "score": (0.5 + 0.9) / 2,
+        "latency_per_token_s": (0.25 + 0.5) / 2,
+        "ttft_s": (0.25 + 0.5) / 2,
+        "tpot_s": 0.25,
+        "violation_rate": 2 / 4,
+        "drop_rate": 2 / 4,
+        "preemptions": 0,
+    }
+    assert {name: metrics[name] for name in counted} == pytest.approx(counted)
+    whole = {name: EXPECTED[name] for name in OF_THE_WHOLE_RUN}
+    assert {name: metrics[name] for name in whole} == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("num_requests", [1, 6])
+def test_where_all_requests_are_dropped_times_are_unknown(num_requests: int) -> None:
+    trace = jax.tree.map(lambda x: x[:num_requests], TRACE)
+    nothing = np.full(num_requests, NAN)
+    log = RequestLog(nothing, nothing, np.zeros(num_requests, int), np.ones(num_requests, bool))
+    metrics = metrics_of(EXPERTS, trace, np.full(num_requests, -1), ReplayResult(log, np.zeros(2), np.zeros(2)))
+    unknown = {name for name, value in metrics.items() if math.isnan(value)}
+    answers = {"score", "latency_per_token_s", "ttft_s", "tpot_s", "energy_j_per_token", "qos_per_gb_s"}
+    percentiles = {f"latency_per_token_p{p}_s" for p in (50, 95, 99)}
+    assert unknown == answers | percentiles
+    assert (metrics["qos"], metrics["violation_rate"], metrics["drop_rate"]) == (0.0, 1.0, 1.0)
+    assert (metrics["kv_utilisation"], metrics["busy_fraction"]) == (0.0, 0.0)
+    run_s = trace.arrival_s[-1] - trace.arrival_s[0]
+    assert metrics["energy_j_per_request"] == pytest.approx(150.0 * run_s / num_requests, abs=1e-6)
+
+
+def test_a_run_known_exactly() -> None:
+    """Two requests, one after the other, on an expert whose iterations take 10 ms, beside one that does nothing.
+
+    A request of 20 prompt tokens and 30 answer tokens takes 30 iterations; the blocks that it holds in them are 2 for
+    13 of them, 3 for 16 and 4 in the last.
+    """
+    experts = ExpertProfile(
+        step_base_s=np.array([0.01, 0.05]), prefill_base_s=0.0, prefill_per_token_s=0.0, per_sequence_s=0.0,
+        per_kv_token_s=0.0, kv_blocks=np.array([10, 50]), max_running=4, max_waiting=4,
+        idle_w=np.array([100.0, 10.0]), busy_w=np.array([400.0, 999.0]), kv_block_gb=0.01,
+    )  # fmt: skip
+    trace = RequestTrace(
+        arrival_s=np.array([5.0, 7.0]),
+        prompt_tokens=np.full(2, 20),
+        output_tokens=np.full((2, 2), 30),
+        score=np.array([[0.5, 1.0], [0.75, 1.0]]),
+        latency_limit_s=np.full(2, 0.0101),
+    )
+    assignment = np.zeros(2, int)
+    (replayed,) = replay_many(experts, [trace], [assignment])
+    metrics = metrics_of(experts, trace, assignment, replayed)
+    run_s, busy_s, blocks_s = 2.3, 0.6, 2 * 0.01 * (13 * 2 + 16 * 3 + 4)
+    energy_j = 400 * busy_s + 100 * (run_s - busy_s) + 10 * run_s
+    expected = {
+        "qos": 0.625,
+        "latency_per_token_s": 0.01,
+        "ttft_s": 0.01,
+        "tpot_s": 0.01,
+        "violation_rate": 0.0,
+        "kv_utilisation": blocks_s / (run_s * 10) / 2,
+        "qos_per_gb_s": 1.25 / (0.01 * blocks_s),
+        "energy_j_per_request": energy_j / 2,
+        "energy_j_per_token": energy_j / 60,
+        "qos_per_kj": 1.25 / (energy_j / 1e3),
+        "busy_fraction": busy_s / run_s / 2,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)

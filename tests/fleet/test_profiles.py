@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from qos_jax.errors import InputError
+from qos_jax.fleet.profiles import GPUS, LLMS, expert_profile
+from qos_jax.workload import constants
+
+
+def test_kv_blocks_are_those_that_vllm_reported():
+    profile = expert_profile([("llama-3.1-8b", "RTX 4090")])
+    np.testing.assert_array_equal(profile.kv_blocks, [2588])
+    assert profile.kv_block_gb == pytest.approx([16 * 131_072 / 1e9])
+
+
+# Derived from the kernel measurements, pair by pair.
+@pytest.mark.parametrize(
+    ("llm", "gpu", "step_base_ms", "kv_ms_per_1000_tokens", "prefill_ms_per_token"),
+    [
+        ("alpaca-native", "RTX 4090", 14.8, 0.64, 0.083),
+        ("koala-7B-HF", "A40", 24.0, 0.94, 0.126),
+        ("llama-7b-hf-baize-lora-bf16", "A100", 9.3, 0.32, 0.065),
+        ("mpt-7b", "RTX 4090", 14.5, 0.64, 0.081),
+        ("mpt-7b-instruct", "A100", 9.0, 0.32, 0.064),
+        ("chatglm-6b", "A40", 20.5, 0.82, 0.107),
+        ("stablelm-tuned-alpha-7b", "A100", 10.6, 0.24, 0.075),
+        ("vicuna-13b-1.1", "A40", 46.7, 1.47, 0.245),
+        ("dolly-v2-12b", "A100", 16.2, 0.45, 0.115),
+        ("oasst-sft-4-pythia-12b-epoch-3.5", "A40", 42.2, 1.32, 0.221),
+        ("moss-moon-003-sft", "A100", 22.4, 0.51, 0.158),
+    ],
+)
+def test_timing_scales_with_the_llm(llm, gpu, step_base_ms, kv_ms_per_1000_tokens, prefill_ms_per_token):
+    profile = expert_profile([(llm, gpu)])
+    assert profile.step_base_s == pytest.approx([step_base_ms / 1e3], rel=0.012)
+    assert profile.per_kv_token_s == pytest.approx([kv_ms_per_1000_tokens / 1e6], rel=0.012)
+    assert profile.prefill_per_token_s == pytest.approx([prefill_ms_per_token / 1e3], rel=0.012)
+
+
+def test_short_prompts_cost_no_more_than_the_step_and_long_ones_do():
+    names = [("alpaca-native", gpu) for gpu in GPUS]
+    profile = expert_profile(names)
+    assert np.all(profile.prefill_base_s + 16 * profile.prefill_per_token_s < profile.step_base_s)
+    assert np.all(profile.prefill_base_s + 512 * profile.prefill_per_token_s > profile.step_base_s)
+
+
+def test_each_expert_has_its_own_row():
+    profile = expert_profile([("alpaca-native", "A40"), ("chatglm-6b", "H100")], max_running=8, max_waiting=5)
+    alone = expert_profile([("chatglm-6b", "H100")], max_running=8, max_waiting=5)
+    for name in ("step_base_s", "prefill_base_s", "kv_blocks", "per_sequence_s", "idle_w", "busy_w", "kv_block_gb"):
+        assert getattr(profile, name).shape == (2,)
+        assert getattr(profile, name)[1] == getattr(alone, name)[0]
+    np.testing.assert_array_equal(profile.max_running, [8, 8])
+    np.testing.assert_array_equal(profile.max_waiting, [5, 5])
+    assert np.all(profile.idle_w < profile.busy_w)
+
+
+def test_every_decoder_of_mix_instruct_has_a_profile():
+    assert set(constants.MIX_INSTRUCT) - set(LLMS) == {"flan-t5-xxl"}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "no experts"),
+        ([("gpt-5", "A40")], "LLM 'gpt-5' is unknown; choose from alpaca-native, koala"),
+        ([("alpaca-native", "TPU")], "GPU 'TPU' is unknown; choose from RTX 4090, RTX 3090"),
+        ([("vicuna-13b-1.1", "RTX 4090")], "26 GB of weights does not fit RTX 4090, which has 21.5 GB"),
+    ],
+)
+def test_bad_pairs_are_refused(pairs, message):
+    with pytest.raises(InputError, match=message):
+        expert_profile(pairs)
+
+
+@pytest.mark.parametrize("limits", [{"max_running": 0}, {"max_waiting": -1}])
+def test_limits_below_one_are_refused(limits):
+    with pytest.raises(InputError, match=f"{next(iter(limits))} is .*; it must be 1 or more"):
+        expert_profile([("alpaca-native", "A40")], **limits)

@@ -1,0 +1,41 @@
+"""Trains on the instant environment with some layouts in a process of eight devices; says by how much they differ."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import numpy as np
+
+from qos_jax.training.held_out import HeldOut
+from qos_jax.training.loop import train
+from qos_jax.training.progress import TrainResult
+from tests.helpers.instant_env import small_learner
+from tests.helpers.small_env import small_params
+
+LAYOUTS = ((1, 8, 4), (2, 4, 8))  # seeds, shards, devices to be compared with one
+UPDATES = 100
+
+
+def trained(seeds: int, shards: int, devices: int) -> TrainResult:
+    learner, params = small_learner(shards=shards, num_envs=8, capacity=128), small_params()
+    return train(
+        learner, params, learner.config.hyper, HeldOut(params, num_envs=2, steps=20),
+        steps=UPDATES // learner.config.updates * learner.steps_per_chunk, seeds=range(seeds),
+        devices=jax.devices()[:devices] if devices > 1 else (), checkpoint_every_s=math.inf,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Prints the largest difference of a weight for each layout."""
+    found = {}
+    for seeds, shards, devices in LAYOUTS:
+        alone, other = trained(seeds, shards, 1), trained(seeds, shards, devices)
+        differences = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), alone.weights, other.weights)
+        found[f"{seeds} seeds, {shards} shards, {devices} devices"] = max(jax.tree.leaves(differences))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

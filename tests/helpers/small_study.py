@@ -1,0 +1,34 @@
+"""``qos-jax reproduce`` with one small study only, of two routers and a learned one."""
+
+from __future__ import annotations
+
+import sys
+
+from qos_jax.programs import common, reproduce, studies
+from qos_jax.programs.studies import Budget, Study, Trained, World
+
+SIZES = ("chunk=8", "updates=2", "batch_size=16", "capacity=128", "warm_up=4", "hidden=8x8")
+FLAGS = (
+    f"--set={','.join(SIZES)}",
+    "--num_envs=4",
+    "--evaluation_envs=2",
+    "--evaluation_steps=20",
+    "--checkpoint_minutes=0",
+)
+
+
+def define_flags() -> None:
+    """Puts the study in the place of all others."""
+    studies.TRAINED["tiny"] = Trained(agent="baseline_rl", randomise="load", flags=FLAGS)
+    worlds = (World("Poisson", trained=("tiny",)), World("bursts", trained=("tiny",), fields={"arrivals": "gamma:3"}))
+    small = Study("Small", "Who?", worlds, loads=(0.9,), routers=("shortest_queue", "round_robin"))
+    for name in list(studies.STUDIES):
+        del studies.STUDIES[name]
+    studies.STUDIES["small"] = small
+    studies.BUDGETS["quick"] = Budget(requests=40, seeds=2, steps=512, training_seeds=2, ends_only=False)
+    reproduce.define_flags()
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "small_study"
+    common.start(define_flags, reproduce.main)

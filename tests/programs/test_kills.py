@@ -1,0 +1,77 @@
+"""Sweeps and studies that are killed at random moments, with all that they have started, go on where they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.helpers.quick_compilation import quick_compilation
+
+ROOT = pathlib.Path(__file__).parents[2]
+KILLS = 13  # of each; with those of the training program more than 50
+SIZES = (
+    "--agent=baseline_rl --set=chunk=8,updates=2,batch_size=16,capacity=128,prefill=4,hidden=8x8 --num_envs=4 "
+    "--evaluation_envs=2 --evaluation_steps=20 --steps=512 --evaluate_every=64 --checkpoint_minutes=0"
+)
+SWEEP = ("qos_jax.programs.sweep", "--grid=seed=0,1", f"--each={SIZES}")
+STUDY = ("tests.helpers.small_study",)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
+        yield os.environ | variables
+
+
+def start(command: Sequence[str], folder: pathlib.Path, variables: dict[str, str]) -> subprocess.Popen:
+    """Starts a program as the leader of a group of processes, to which all that it starts belong."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *command, f"--out={folder}"], cwd=ROOT, env=variables, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> None:
+    printed = process.communicate(timeout=600)[0].decode()
+    assert process.returncode == 0, printed
+
+
+def whole_files(folder: pathlib.Path) -> None:
+    """Reads every file that a reader would take for whole."""
+    for path in folder.rglob("*.json"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(("command", "part"), [(SWEEP, "seed=1"), (STUDY, "runs")], ids=["sweep", "reproduce"])
+def test_killed_again_and_again(
+    command: Sequence[str], part: str, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    finish(start(command, tmp_path / "whole", variables))
+    kills = 0
+    while kills < KILLS:
+        process = start(command, tmp_path / "killed", variables)
+        try:
+            process.communicate(timeout=random.uniform(1, 15))
+            shutil.rmtree(tmp_path / "killed" / part)  # all was done: there must be something to do
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        whole_files(tmp_path / "killed")
+    finish(start(command, tmp_path / "killed", variables))
+    results = [json.loads(next((tmp_path / name).glob("s*.json")).read_text())["rows"] for name in ("whole", "killed")]
+    for row in (*results[0], *results[1]):
+        row.pop("seconds", None)
+    assert results[0] == results[1]

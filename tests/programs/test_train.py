@@ -1,0 +1,263 @@
+"""The training program from end to end: what it writes, that killing it changes nothing, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from qos_jax import InputError, load_router
+from qos_jax.agent import AGENTS
+from qos_jax.programs import evaluate, train
+from qos_jax.training.run_folder import RunFolder
+from tests.helpers.instant_env import assert_equal
+from tests.helpers.programs import Program, assert_refused, program_of, start_training
+from tests.helpers.quick_compilation import quick_compilation
+
+CHUNKS = 8
+TINY = (
+    "--preset=paper-3",
+    "--agent=baseline_rl",
+    "--set=chunk=8,updates=2,batch_size=16,capacity=64,prefill=4,hidden=8x8",
+    "--num_envs=4",
+    "--evaluation_envs=2",
+    "--evaluation_steps=20",
+    f"--steps={CHUNKS * 32}",
+    "--evaluate_every=64",
+    "--checkpoint_minutes=0",
+)
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment variables by which other processes compile as this one does."""
+    with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
+        yield os.environ | variables
+
+
+@pytest.fixture
+def program() -> Iterator[Program]:
+    yield from program_of(train)
+
+
+@pytest.fixture
+def evaluation() -> Iterator[Program]:
+    yield from program_of(evaluate)
+
+
+@pytest.fixture(scope="module")
+def whole(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Folder of a run that nobody has disturbed."""
+    folder = tmp_path_factory.mktemp("train") / "new" / "whole"
+    programs = program_of(train)
+    assert next(programs)(*TINY, f"--out={folder}") == 0
+    next(programs, None)
+    return folder
+
+
+def wait_for_lines(folder: pathlib.Path, number: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes().count(b"\n") >= number:
+            return
+        time.sleep(0.002)
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Compares all that two runs have come to, but for the time that it took."""
+    records = [RunFolder.reopen(path).records() for path in (one, other)]
+    for each in [*records[0], *records[1]]:
+        del each["seconds"]
+    assert records[0] == records[1]
+    assert_equal(load_router(one).params, load_router(other).params)
+
+
+def test_the_folder_is_complete(whole: pathlib.Path) -> None:
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", "tensorboard", "learning_curve.png", ".lock",
+    }  # fmt: skip
+    assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(whole / "checkpoints")) == ["224", "256"]
+    assert any(path.stat().st_size > 1000 for path in (whole / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_run_can_be_repeated_from_what_is_written(whole: pathlib.Path) -> None:
+    config = json.loads((whole / "config.json").read_text())
+    assert config["command"].startswith("qos-jax train --preset=paper-3 --agent=baseline_rl")
+    assert (config["world"], config["loads"], config["seeds"], config["steps"]) == (
+        {"preset": "paper-3"},
+        [0.9],
+        [0],
+        256,
+    )
+    agent = config["agent"]
+    assert (agent["num_envs"], agent["chunk"], agent["network"]["hidden"]) == (4, 8, [8, 8])
+    assert agent["network"]["rate_clip_per_s"] == 10.7  # load 1.4 is 32 requests/s
+    assert agent["hyper"]["learning_rate"] == AGENTS["baseline_rl"].hyper.learning_rate
+
+
+def test_metrics_cover_the_run(whole: pathlib.Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines if line["kind"] == "train"] == list(range(32, 257, 32))
+    assert [line["steps"] for line in lines if line["kind"] == "evaluation"] == [0, 64, 128, 192, 256]
+
+
+def test_another_run_is_not_overwritten(
+    program: Program, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert program(*TINY, f"--out={whole}") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_flag_that_differs_is_refused_when_a_run_goes_on(
+    program: Program, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, began in (("--num_envs=8", "--num_envs=4"), ("--load=0.5", "the default")):
+        assert program(flag, "--resume", f"--out={whole}") == 2
+        assert capsys.readouterr().err == f"error: {flag}: the run in {whole} began with {began}\n"
+
+
+def test_what_was_killed_goes_on_bit_for_bit(
+    whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "killed"
+    process = start_training(folder, variables, *TINY)
+    wait_for_lines(folder, random.randint(2, 8), process)
+    time.sleep(random.uniform(0, 0.3))  # into a chunk, or into the writing of a checkpoint
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    process = start_training(folder, variables, "--resume")
+    wait_for_lines(folder, 9, process)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate()[0].decode()
+    if process.returncode:  # it may have been done by then
+        assert process.returncode == 128 + signal.SIGTERM, printed
+        assert "go on with --resume" in printed
+        process = start_training(folder, variables, "--resume")
+        printed = process.communicate()[0].decode()
+    assert process.returncode == 0, printed
+    assert "compilation: " in printed
+    assert "after 256 steps" in printed
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_what_is_killed_again_and_again_goes_on_bit_for_bit(
+    whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    folder, arguments = tmp_path / "killed", TINY
+    for kill in range(25):
+        process = start_training(folder, variables, *arguments)
+        lines = (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
+        wait_for_lines(folder, lines + 1 if kill % 2 else lines, process)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        arguments = ("--resume",) if (folder / "config.json").exists() else TINY
+    process = start_training(folder, variables, *arguments)
+    process.wait()
+    assert process.returncode == 0
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_seed_repeats_bit_for_bit_and_another_one_differs(
+    whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    for name, flag in (("again", "--deterministic"), ("other", "--seed=1")):
+        process = start_training(tmp_path / name, variables, *TINY, flag)
+        printed = process.communicate()[0].decode()
+        assert process.returncode == 0, printed
+    assert_same_run(whole, tmp_path / "again")
+    with pytest.raises(AssertionError):
+        assert_same_run(whole, tmp_path / "other")
+
+
+def test_it_is_compared_with_other_routers(
+    evaluation: Program, variables: dict[str, str], whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    routers = f"--routers=round_robin,{whole}"
+    assert evaluation(routers, "--load=0.5", "--requests=20", "--seeds=1", f"--out={tmp_path}/out") == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["router"], row["kind"]) for row in rows] == [("round_robin", "heuristic"), ("whole", "learned")]
+
+
+BAD_ROUTERS = {
+    "{here}/absent": "/absent/config.json: cannot be read",
+    "{whole}@7": "config.json: seed is 7, must be one of 0",
+    "{whole}/checkpoints": "/checkpoints/config.json: cannot be read",
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROUTERS)
+def test_a_folder_that_holds_no_run_is_refused(
+    evaluation: Program, whole: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert evaluation(f"--routers={name.format(here=tmp_path, whole=whole)}", f"--out={tmp_path}/out") == 2
+    printed = capsys.readouterr().err
+    assert BAD_ROUTERS[name] in printed
+    assert printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+BAD_ARGUMENTS = {
+    "agent": ("--agent=psychic", "agent 'psychic' is unknown"),
+    "preset": ("--preset=paper-9", "'paper-9'"),
+    "seeds": ("--seed=990 --seeds=20", "seeds must be below 1000"),
+    "load": ("--load=high", "--load=high"),
+    "setting without a value": ("--set=num_envs", "--set=num_envs: give FIELD=VALUE"),
+    "setting unknown": ("--set=depth=3", "--set=depth=3: field 'depth' is unknown; choose from"),
+    "setting of another kind": ("--set=chunk=long", "--set=chunk=long: give a value of the kind of"),
+    "what does not vary": ("--vary=hidden=8,16", "--vary=hidden=8,16: choose load, or one of learning_rate"),
+    "numbers to vary": ("--vary=alpha=low", "--vary=alpha=low: give FIELD=NUMBER,NUMBER"),
+    "load that is given": ("--load=1 --vary=load=1,2", "--vary=load=1,2: the load is given or drawn already"),
+    "size": ("--num_envs=0", "num_envs is 0, must be at least 1"),
+    "nothing to resume": ("--resume", "/out/config.json: cannot be read"),
+    "file where the folder should be": ("--out={here}/file", "/file cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_input_ends_with_one_line_and_leaves_nothing(
+    program: Program, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").touch()
+    arguments, message = BAD_ARGUMENTS[name]
+    assert_refused(program, capsys, message, f"--out={tmp_path}/out", *arguments.format(here=tmp_path).split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class TestOverridden:
+    def test_fields_are_found_by_the_end_of_their_path(self) -> None:
+        settings = {"num_envs": "64", "han.layers": "3", "energy": "0.5", "hidden": "32x16", "residual": "false"}
+        settings |= {"slots": "20", "rate_clip_per_s": "2.5"}
+        config = train.overridden(AGENTS["mvr"], settings)
+        assert (config.num_envs, config.network.han.layers) == (64, 3)
+        assert (config.network.hidden, config.network.residual) == ((32, 16), False)
+        assert (config.network.slots, config.network.rate_clip_per_s) == (20, 2.5)
+        assert config.hyper.weights.energy == 0.5
+        assert config.hyper.learning_rate == AGENTS["mvr"].hyper.learning_rate
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("envs", "3", "field 'envs' is unknown; choose from network.encoder, "),
+            ("weights", "3", "field 'weights' is unknown"),
+            ("residual", "maybe", "give a value of the kind of True"),
+            ("slots", "2.5", "give a value of the kind of 32"),
+            ("rate_clip_per_s", "high", "give a number"),
+            ("hidden", "wide", r"give a value of the kind of \(64,\)"),
+        ],
+    )
+    def test_others_are_refused(self, name: str, text: str, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            train.overridden(AGENTS["mvr"], {name: text})

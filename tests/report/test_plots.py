@@ -1,0 +1,257 @@
+"""Figures show the data that they are given."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import FillBetweenPolyCollection, PolyCollection
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from qos_jax import InputError
+from qos_jax.evaluation.metrics import latency_per_token_s
+from qos_jax.report import plots, study_plots, style
+from qos_jax.report.results import results_of
+from qos_jax.sim.iterations import Activity, iterations_of
+from tests.helpers.reference import replay_reference
+from tests.helpers.small_runs import EXPERT_NAMES, EXPERTS, KINDS, LIMIT_S, LOADS, WARM_UP, runs, runs_at
+
+
+def line(figure: Figure, label: str):
+    (found,) = [each for axes in figure.axes for each in axes.get_lines() if each.get_label() == label]
+    return found
+
+
+def summary() -> list[dict]:
+    return results_of(runs(), {}, "")["summary"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def global_style_is_left_alone():
+    before = dict(matplotlib.rcParams)
+    yield
+    assert dict(matplotlib.rcParams) == before
+
+
+class TestQosAgainstLoad:
+    def test_has_a_curve_for_each_router(self) -> None:
+        figure = plots.qos_against_load(summary())
+        for router in KINDS:
+            rows = [row for row in summary() if row["metric"] == "qos" and row["router"] == router]
+            np.testing.assert_array_equal(line(figure, router).get_xdata(), LOADS)
+            np.testing.assert_array_equal(line(figure, router).get_ydata(), [row["mean"] for row in rows])
+        assert line(figure, "oracle").get_linestyle() == "--"
+        assert line(figure, "round_robin").get_color() == style.HIGHLIGHTED["round_robin"]
+
+    def test_bands_are_the_intervals(self) -> None:
+        figure = plots.qos_against_load(summary())
+        bands = [each for each in figure.axes[0].collections if isinstance(each, FillBetweenPolyCollection)]
+        rows = [row for row in summary() if row["metric"] == "qos" and row["router"] == "round_robin"]
+        corners = {(row["load"], row[end]) for row in rows for end in ("low", "high")}
+        drawn = [{tuple(point) for path in band.get_paths() for point in path.vertices.tolist()} for band in bands]
+        assert corners in drawn
+
+    def test_one_load_and_one_seed_can_be_drawn(self) -> None:
+        one = [run for run in runs_at(LOADS[0]) if run.scenario.seed == 0]
+        figure = plots.qos_against_load(results_of(one, {}, "")["summary"])
+        assert set(line(figure, "round_robin").get_ydata()) == {one[0].metrics["qos"]}
+
+    def test_names_do_not_overlap(self) -> None:
+        rows = [
+            {"router": f"router_{i}", "kind": "heuristic", "load": load, "rate_per_s": load, "metric": "qos"}
+            | dict.fromkeys(("mean", "low", "high"), 0.7 * math.exp(-i * load))
+            for i in range(20)
+            for load in (0.5, 1.0)
+        ]
+        figure = plots.qos_against_load(rows)
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        boxes = sorted(
+            (text.get_window_extent(renderer).bounds for text in figure.axes[0].texts), key=lambda box: box[1]
+        )
+        assert len(boxes) == 20
+        assert all(low[1] + low[3] <= high[1] + 1 for low, high in itertools.pairwise(boxes))
+        assert boxes[0][1] >= 0
+        assert boxes[-1][1] + boxes[-1][3] <= figure.bbox.height
+
+
+class TestLatencyCdf:
+    def test_curves_end_at_the_answered_share_and_cross_the_limit_at_the_share_in_time(self) -> None:
+        figure = plots.latency_cdf(runs_at(1.5), EXPERTS, LIMIT_S)
+        in_time = {
+            text.get_text().split("%  ")[1]: text.get_text().split()[0] for text in figure.axes[0].get_legend().texts
+        }
+        for router in ("round_robin", "only_gamma", "oracle"):
+            mine = [run for run in runs_at(1.5) if run.router.name == router]
+            label = f"{in_time[router.replace('_', ' ')]} %  {router.replace('_', ' ')}"
+            latency_ms, share = line(figure, label).get_data()
+            assert share[-1] == pytest.approx(1 - np.mean([run.metrics["drop_rate"] for run in mine]))
+            within = 1 - np.mean([run.metrics["violation_rate"] for run in mine])
+            assert np.append(0, share)[(latency_ms <= 1e3 * LIMIT_S).sum()] == pytest.approx(within)
+            assert int(in_time[router.replace("_", " ")]) == round(100 * within)
+        assert share[-1] <= 1
+
+    def test_latencies_are_those_of_the_counted_requests_of_all_seeds(self) -> None:
+        mine = [run for run in runs_at(0.5) if run.router.name == "round_robin"]
+        figure = plots.latency_cdf(mine, EXPERTS, LIMIT_S)
+        (curve,) = [each for each in figure.axes[0].get_lines() if each.get_label().endswith("round robin")]
+        each = [latency_per_token_s(EXPERTS, run.trace, run.assignment, run.replayed)[WARM_UP:] for run in mine]
+        expected = np.sort(np.concatenate(each))
+        np.testing.assert_allclose(curve.get_xdata(), 1e3 * expected[np.isfinite(expected)])
+
+
+class TestRoutingShares:
+    def test_bars_are_the_shares(self) -> None:
+        figure = plots.routing_shares(runs_at(1.5), EXPERT_NAMES)
+        (axes,) = figure.axes
+        widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+        assert list(widths) == [*EXPERT_NAMES, "dropped"]
+        np.testing.assert_allclose(np.sum(list(widths.values()), 0), 1.0)
+        names = [text.get_text() for text in axes.get_yticklabels()]
+        for router in KINDS:
+            mine = [run for run in runs_at(1.5) if run.router.name == router]
+            row = names.index(router.replace("_", " "))
+            assert widths["dropped"][row] == pytest.approx(np.mean([run.metrics["drop_rate"] for run in mine]))
+            for expert, name in enumerate(EXPERT_NAMES):
+                answered = [(run.assignment == expert) & ~run.replayed.log.dropped for run in mine]
+                assert widths[name][row] == pytest.approx(np.mean([each[WARM_UP:].mean() for each in answered]))
+
+    def test_experts_of_one_name_are_one(self) -> None:
+        figure = plots.routing_shares(
+            [run for run in runs_at(0.5) if run.router.name == "round_robin"], ["a", "b", "a"]
+        )
+        widths = {bars.get_label(): bars[0].get_width() for bars in figure.axes[0].containers}
+        assert widths["a"] + widths["b"] + widths["dropped"] == pytest.approx(1.0)
+        assert widths["a"] > 1.5 * widths["b"]
+
+
+class TestExpertTimeline:
+    def test_counts_and_memory_are_those_of_the_requests_on_the_expert(self) -> None:
+        (run, *_) = [run for run in runs_at(1.5) if run.router.name == "round_robin"]
+        times_s = np.random.default_rng(0).uniform(0, 1.1 * run.trace.arrival_s[-1], 40)
+        waiting, running, kv_share = plots.expert_timeline(run, EXPERTS, times_s)
+        log = run.replayed.log
+        for t, time_s in enumerate(times_s):
+            blocks = np.zeros(3)
+            for expert in range(3):
+                mine = (run.assignment == expert) & ~log.dropped
+                assert waiting[t, expert] == np.sum(
+                    mine & (run.trace.arrival_s <= time_s) & (log.first_token_s > time_s)
+                )
+                on_gpu = np.flatnonzero(mine & (log.first_token_s <= time_s) & (log.finish_s > time_s))
+                assert running[t, expert] == len(on_gpu)
+                for j in on_gpu:
+                    done = (time_s - log.first_token_s[j]) / (log.finish_s[j] - log.first_token_s[j])
+                    generated = 1 + done * (run.trace.output_tokens[j, expert] - 1)
+                    blocks[expert] += (run.trace.prompt_tokens[j] + generated + 7.5) / 16
+            np.testing.assert_allclose(kv_share[t], blocks / EXPERTS.kv_blocks, atol=1e-9)
+
+    def test_memory_is_close_to_what_the_reference_holds(self) -> None:
+        (run, *_) = [run for run in runs_at(0.5) if run.router.name == "round_robin"]
+        assert not run.replayed.log.preemptions.any()
+        iterations = replay_reference(EXPERTS, run.trace, run.assignment).experts[0].iterations
+        middle_s = np.array([each.start_s + each.duration_s / 2 for each in iterations])
+        held = np.array([each.blocks_held for each in iterations])
+        _, running, kv_share = plots.expert_timeline(run, EXPERTS, middle_s)
+        after_prefill = np.array([each.prefill_tokens == 0 for each in iterations])
+        error = np.abs(EXPERTS.kv_blocks[0] * kv_share[:, 0] - held)
+        assert (error <= running[:, 0] + 1e-6)[after_prefill].all()
+
+    def test_panels_show_every_expert(self) -> None:
+        (run, *_) = [run for run in runs_at(1.5) if run.router.name == "round_robin"]
+        figure = plots.expert_timelines(run, EXPERTS, EXPERT_NAMES)
+        for axes in figure.axes:
+            assert [each.get_label() for each in axes.get_lines()] == list(EXPERT_NAMES)
+        most = max(each.get_ydata().max() for each in figure.axes[1].get_lines())
+        assert 1 <= most <= EXPERTS.max_running[0]
+
+
+def test_gantt_has_a_cell_for_each_request_in_each_iteration() -> None:
+    (run, *_) = [run for run in runs_at(1.5) if run.router.name == "only_gamma"]
+    log = iterations_of(EXPERTS, run.trace, run.assignment, 2, 1.0, 3.0)
+    figure = plots.iteration_gantt(log, "gamma")
+    cells = {each.get_label(): each for each in figure.axes[0].collections if isinstance(each, PolyCollection)}
+    for activity, label in ((Activity.PREFILL, "prefill"), (Activity.DECODE, "decode"), (Activity.WAITING, "waiting")):
+        iteration, row = np.nonzero(log.activity == activity)
+        assert len(iteration) > 0
+        corners = np.array([path.vertices[:4] for path in cells[label].get_paths()])
+        np.testing.assert_allclose(corners[:, :, 0].min(1), log.start_s[iteration])
+        np.testing.assert_allclose(corners[:, :, 0].max(1), (log.start_s + log.duration_s)[iteration])
+        np.testing.assert_allclose(corners[:, :, 1].mean(1), row)
+    bars = figure.axes[1].patches
+    np.testing.assert_allclose([bar.get_height() for bar in bars], 1e3 * log.duration_s)
+    assert to_rgba(bars[0].get_facecolor()) in {tuple(each.get_facecolor()[0]) for each in cells.values()}
+
+
+def test_gantt_refuses_an_idle_expert() -> None:
+    (run, *_) = [run for run in runs_at(1.5) if run.router.name == "only_gamma"]
+    with pytest.raises(InputError, match="alpha runs no iteration"):
+        plots.iteration_gantt(iterations_of(EXPERTS, run.trace, run.assignment, 0, 1.0, 3.0), "alpha")
+
+
+def test_every_figure_has_a_caption_and_can_be_saved(tmp_path) -> None:
+    run = runs_at(1.5)[0]
+    figures = {
+        "qos": plots.qos_against_load(summary()),
+        "cdf": plots.latency_cdf(runs_at(1.5), EXPERTS, LIMIT_S),
+        "shares": plots.routing_shares(runs_at(1.5), EXPERT_NAMES),
+        "timelines": plots.expert_timelines(run, EXPERTS, EXPERT_NAMES),
+        "gantt": plots.iteration_gantt(iterations_of(EXPERTS, run.trace, run.assignment, 0, 0.0, 1.0), "alpha"),
+    }
+    for name, figure in figures.items():
+        assert figure.get_label().endswith(".")
+        figure.savefig(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+class TestLearningCurve:
+    def records(self, num_seeds: int) -> list[dict]:
+        rows = [
+            {"kind": "evaluation", "steps": 1000 * i, "seconds": 30.0 * i, "impact_greedy": 0.6}
+            | {"qos": [0.1 * i + seed for seed in range(num_seeds)]}
+            for i in range(4)
+        ]
+        return [{"kind": "train", "steps": 10, "seconds": 1.0}, *rows]
+
+    def test_shows_every_seed_and_their_mean_against_steps_and_minutes(self) -> None:
+        figure = plots.learning_curve(self.records(num_seeds=3))
+        for axes, done in zip(figure.axes, ([0, 1000, 2000, 3000], [0, 0.5, 1.0, 1.5]), strict=True):
+            reference, *seeds, mean = axes.get_lines()
+            assert set(reference.get_ydata()) == {0.6}
+            np.testing.assert_allclose([line.get_ydata()[-1] for line in seeds], [0.3, 1.3, 2.3])
+            np.testing.assert_allclose(mean.get_ydata(), [1.0, 1.1, 1.2, 1.3])
+            np.testing.assert_allclose(mean.get_xdata(), done)
+            assert mean.get_linewidth() > max(line.get_linewidth() for line in [reference, *seeds])
+
+    def test_one_seed_is_one_line(self) -> None:
+        figure = plots.learning_curve(self.records(num_seeds=1))
+        assert [line.get_label() for line in figure.axes[0].get_lines()] == ["impact greedy", "learned"]
+
+    def test_needs_an_evaluation(self) -> None:
+        with pytest.raises(InputError, match="no evaluation"):
+            plots.learning_curve(self.records(1)[:1])
+
+
+def test_learned_routers_stand_out() -> None:
+    rows = [row for row in summary() if row["router"] in ("round_robin", "only_gamma")]
+    rows = [row | ({"kind": "learned"} if row["router"] == "only_gamma" else {}) for row in rows]
+    figure = plots.qos_against_load(rows)
+    assert line(figure, "only_gamma").get_linewidth() > line(figure, "round_robin").get_linewidth()
+    assert line(figure, "only_gamma").get_color() not in style.HIGHLIGHTED.values()
+
+
+def test_learned_routers_share_a_colour_only_if_they_never_meet_in_a_panel():
+    def rows(*names):
+        at = {"kind": "learned", "x": 0.9, "mean": 0.5, "low": 0.4, "high": 0.6}
+        return [at | {"router": name} for name in names]
+
+    figure = study_plots.qos_panels(
+        {"a": rows("any", "of_a"), "b": rows("of_b"), "c": rows("of_b", "any")}, "load", "QoS"
+    )
+    colour = {line.get_label(): line.get_color() for axes in figure.axes for line in axes.get_lines()}
+    assert colour["any"] == style.LEARNED_COLOUR
+    assert colour["of a"] == colour["of b"] != colour["any"]

@@ -1,0 +1,179 @@
+"""Imagined worlds against true ones, and the planner that tries its actions in them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+
+from qos_jax import InputError, Observation, Scenario, evaluate, make, make_router, router_names
+from qos_jax.impact.imagined_world import sample_belief, sample_request, tokens_left
+from qos_jax.routers.impact_greedy import impact_greedy
+from qos_jax.routers.planner import rollout_planner
+from qos_jax.sim import engine
+from qos_jax.sim.engine import Slots
+from qos_jax.sim.env import EnvState
+from tests.helpers.observations import SLOTS, equal_experts, observation, observations, running, waiting
+
+NUM_EXPERTS, RATE_PER_S = 4, 12.0
+EXPERTS = tuple((llm, "A40") for llm in ("alpaca-native", "chatglm-6b", "mpt-7b-instruct", "koala-7B-HF"))
+ENV, PARAMS = make(
+    "paper-3", experts=EXPERTS, rate_per_s=RATE_PER_S, prediction="perfect", max_running=6, max_waiting=2
+)
+SHORT = rollout_planner(PARAMS.workload, horizon=3, futures=3)  # what is tested does not take long plans
+short_act = jax.jit(SHORT.act)
+
+
+@pytest.fixture(scope="module")
+def played() -> tuple[EnvState, Observation, Any]:
+    """What the short planner meets in 120 decisions: states, observations and its memory, leaves [120, ...]."""
+    step, met = jax.jit(ENV.step), []
+    obs, state = jax.jit(ENV.reset)(jax.random.key(3), PARAMS)
+    memory = SHORT.init()
+    for key in jax.random.split(jax.random.key(3), 120):
+        met.append((state, obs, memory))
+        action, memory = short_act(key, obs, memory)
+        obs, state, *_ = step(key, state, action, PARAMS)
+    return jax.tree.map(lambda *x: jnp.stack(x), *met)
+
+
+class TestImagine:
+    def test_with_known_lengths_it_ends_like_the_true_world(self, played: tuple[EnvState, Observation, Any]) -> None:
+        """Nobody arrives any more, and each expert may start an iteration at once."""
+        states, seen, _ = played
+
+        @jax.jit
+        @jax.vmap
+        def ends(state: EnvState, obs: Observation) -> tuple[Slots, Slots, jax.Array]:
+            experts = state.world.experts
+            now = experts.replace(clock_s=jnp.zeros_like(experts.clock_s))
+            true, guessed = (
+                engine.drain(ENV.spec.engine, PARAMS.experts, each).slots
+                for each in (now, sample_belief(obs, 0.0).experts)
+            )
+            return true, guessed, experts.slots.live
+
+        true, guessed, there = jax.tree.map(np.asarray, ends(states, seen))
+        assert there.sum() > 500
+        assert (there.sum(-1) > 6).any()  # some wait
+        assert np.array_equal(guessed.output_tokens > 0, there)
+        assert np.array_equal(guessed.output_tokens[there], true.output_tokens[there])
+        np.testing.assert_allclose(guessed.finish_s[there], true.finish_s[there], rtol=2e-5)
+
+    def test_without_a_key_lengths_are_the_expected_ones(self) -> None:
+        obs = observation([running(generated_tokens=30, predicted_tokens=50.0), waiting(predicted_tokens=20.0)])
+        slots = sample_belief(obs, 0.5).experts.slots
+        expected = 30 + float(tokens_left(obs.requests, 0.5)[0, 0])
+        assert slots.output_tokens[0].tolist() == [round(expected), 20] + [0] * (SLOTS - 2)
+        assert slots.payload.score[0, :2].tolist() == [0.5, 0.5]
+        assert not slots.live[0, 2:].any()
+
+    def test_drawn_lengths_follow_the_law_given_that_they_go_on(self) -> None:
+        """Lognormals with the prediction as mean, cut off at what was emitted."""
+        emitted, predicted, length_cv = (1, 60, 200), (80.0, 80.0, 201.0), 1.1
+        obs = observation(
+            [running(generated_tokens=e, predicted_tokens=p) for e, p in zip(emitted, predicted, strict=True)],
+            profile=equal_experts(1, kv_blocks=100_000),
+        )
+        keys = jax.random.split(jax.random.key(0), 4000)
+        drawn = jax.jit(jax.vmap(lambda key: sample_belief(obs, length_cv, key).experts.slots.output_tokens[0, :3]))(
+            keys
+        )
+        log_sd = math.sqrt(math.log1p(length_cv**2))
+        for tokens, e, p in zip(np.asarray(drawn).T, emitted, predicted, strict=True):
+            assert tokens.min() > e
+            law = scipy.stats.lognorm(log_sd, scale=p * math.exp(-(log_sd**2) / 2))
+            quantiles = 1 - law.sf(tokens - 0.5 + np.random.default_rng(0).uniform(size=len(tokens))) / law.sf(e + 0.5)
+            assert scipy.stats.kstest(quantiles, "uniform").pvalue > 1e-3
+        arrived = jax.vmap(lambda key: sample_request(obs, length_cv, key).output_tokens[0])(keys)
+        assert np.mean(arrived) == pytest.approx(40.0, rel=0.08)  # the prediction
+
+    def test_what_has_been_taken_fits(self) -> None:
+        """However long a request is predicted to be, the expert would not have it if its memory could not hold it."""
+        obs = observation([running(generated_tokens=9, predicted_tokens=1e6)], profile=equal_experts(1, kv_blocks=10))
+        for key in (None, jax.random.key(0)):
+            slots = sample_belief(obs, 1.1, key).experts.slots
+            assert 10 <= int(slots.output_tokens[0, 0]) <= 160 - 32
+
+
+class TestPlanner:
+    @settings(max_examples=30)
+    @given(observations(NUM_EXPERTS))
+    def test_its_actions_are_legal(self, obs: Observation) -> None:
+        mask = np.asarray(obs.action_mask)
+        action = int(short_act(jax.random.key(0), obs, SHORT.init())[0])
+        assert mask[action] if mask.any() else action == NUM_EXPERTS
+
+    def test_it_sees_no_truth(self, played: tuple[EnvState, Observation, Any]) -> None:
+        """Other scores, and other numbers of tokens still to come, than there are."""
+        states, seen, memories = played
+
+        @jax.vmap
+        def other(state: EnvState) -> EnvState:
+            slots, request = state.world.experts.slots, state.request
+            slots = slots.replace(
+                output_tokens=jnp.where(slots.live, slots.output_tokens + 77, slots.output_tokens),
+                payload=slots.payload.replace(score=1.0 - slots.payload.score),
+            )
+            world = state.world.replace(experts=state.world.experts.replace(slots=slots))
+            request = request.replace(score=1.0 - request.score, output_tokens=request.output_tokens + 77)
+            return state.replace(world=world, request=request)
+
+        observe = jax.jit(jax.vmap(lambda state: ENV.observe(state, PARAMS)))
+        seen_of_others, chosen = observe(other(states)), []
+        for i in range(20, 120, 3):
+            both = [jax.tree.map(lambda x, i=i: x[i], (obs, memories)) for obs in (seen, seen_of_others)]
+            action, other_action = (int(short_act(jax.random.key(i), *each)[0]) for each in both)
+            assert other_action == action
+            chosen.append(action)
+        assert len(set(chosen)) > 2
+
+    def test_it_learns_the_rate_from_ages(self, played: tuple[EnvState, Observation, Any]) -> None:
+        gaps = played[2]
+        assert not gaps.weight[0]
+        assert float(gaps.weight[-1] / gaps.sum_s[-1]) == pytest.approx(RATE_PER_S, rel=0.3)
+
+    def test_a_fleet_on_the_brink_is_not_given_more(self) -> None:
+        """Each request there just keeps its limit, and a long prompt would stall them all."""
+        brink = [running(predicted_score=0.9, latency_limit_s=0.033)] * 4
+        arrived: dict[str, Any] = {"predicted_score": 0.6, "prompt_tokens": 2000, "predicted_tokens": 150.0}
+        arrived["profile"] = equal_experts(NUM_EXPERTS, kv_blocks=400)
+
+        def action(obs: Observation) -> int:
+            return int(short_act(jax.random.key(0), obs, SHORT.init())[0])
+
+        assert action(observation(*[brink] * 4, **arrived)) == NUM_EXPERTS
+        assert action(observation(*[brink] * 4, legal=[True] * 4 + [False], **arrived)) < NUM_EXPERTS
+        assert action(observation(brink, brink, [], brink, **arrived)) == 2
+
+    def test_the_same_key_decides_the_same(self, played: tuple[EnvState, Observation, Any]) -> None:
+        obs, memory = jax.tree.map(lambda x: x[-1], played[1:])
+        one, other = (short_act(jax.random.key(5), obs, memory)[0] for _ in range(2))
+        assert one == other
+
+
+class TestName:
+    def test_it_is_made_by_name_and_never_among_all(self) -> None:
+        assert make_router("rollout", NUM_EXPERTS, PARAMS.workload).name == "rollout"
+        assert "rollout" not in router_names(NUM_EXPERTS)
+
+    def test_it_needs_the_law_of_requests(self) -> None:
+        with pytest.raises(InputError, match="router 'rollout' plans ahead, but workload is None"):
+            make_router("rollout", NUM_EXPERTS)
+
+
+@pytest.mark.slow
+def test_planning_costs_no_qos() -> None:
+    """Near saturation, against the router that it imagines to follow; it gained .010 +- .014 on these requests."""
+    env, params = make("paper-3", load=0.9)
+    routers = [impact_greedy(), rollout_planner(params.workload)]
+    scenarios = [Scenario(0.9, 0.9 * float(params.saturation_per_s), seed) for seed in range(1000, 1008)]
+    runs = evaluate(env, params, routers, scenarios, 300, warmup=100)
+    greedy, planned = np.array([run.metrics["qos"] for run in runs]).reshape(2, -1)
+    assert np.mean(planned - greedy) > -0.005

@@ -1,0 +1,200 @@
+"""The host's side of training: what it reports, and that stopping, resuming and vmapping change nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from qos_jax import InputError, make
+from qos_jax.training.held_out import FIRST_HELD_OUT_SEED, HeldOut
+from qos_jax.training.loop import train
+from qos_jax.training.progress import Progress, TrainResult
+from qos_jax.training.run_folder import RunFolder, make_config
+from tests.helpers.instant_env import assert_equal, small_learner
+from tests.helpers.quick_compilation import quick_compilation
+from tests.helpers.small_env import small_params
+
+CHUNKS, STEPS_PER_CHUNK = 6, 32
+LEARNER = small_learner()
+HYPER = LEARNER.config.hyper.replace(learning_rate=0.01)
+PARAMS = small_params()
+
+
+def run(folder: RunFolder | None = None, **arguments: Any) -> TrainResult:
+    """Trains for six chunks, with an evaluation after every second one."""
+    arguments = {
+        "hyper": HYPER,
+        "held_out": HeldOut(PARAMS, num_envs=4, steps=40),
+        "steps": CHUNKS * STEPS_PER_CHUNK - 1,
+        "evaluate_every": 2 * STEPS_PER_CHUNK,
+        "checkpoint_every_s": math.inf,
+    } | arguments
+    return train(LEARNER, PARAMS, folder=folder, **arguments)
+
+
+def new_folder(path: pathlib.Path, seeds: Sequence[int] = (0,), **asked: Any) -> RunFolder:
+    return RunFolder.start(path, make_config(LEARNER, HYPER, seeds, **asked))
+
+
+def stop_after(chunks: int) -> Any:
+    """Returns a function that asks to stop when it has been asked so many times."""
+    answers = iter([False] * chunks)
+    return lambda: next(answers, True)
+
+
+def untimed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, RunFolder]:
+    """A run from its beginning to its end."""
+    folder = new_folder(tmp_path_factory.mktemp("whole"))
+    return run(folder), folder
+
+
+def state_of(folder: RunFolder) -> Any:
+    like = jax.eval_shape(LEARNER.init, jax.random.key(0), PARAMS, HYPER)
+    assert folder.latest is not None
+    return folder.restore_state(folder.latest, like)
+
+
+def test_every_chunk_is_reported_and_some_are_evaluated(valid: tuple[TrainResult, RunFolder]) -> None:
+    result, folder = whole
+    trained = [record["steps"] for record in result.records if record["kind"] == "train"]
+    evaluated = [record["steps"] for record in result.records if record["kind"] == "evaluation"]
+    assert trained == [STEPS_PER_CHUNK * chunk for chunk in range(1, CHUNKS + 1)]
+    assert evaluated == [0, 64, 128, 192]
+    assert (result.finished, result.steps) == (True, 192)
+    assert folder.records() == result.records
+    seconds = [record["seconds"] for record in result.records]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[-1] <= result.train_s
+
+
+def test_progress_says_how_far_it_is() -> None:
+    seen: list[Progress] = []
+    result = run(progress_fn=seen.append, seeds=(1,))
+    assert [progress.record for progress in seen] == result.records
+    assert {progress.total_steps for progress in seen} == {192}
+    assert math.isnan(seen[0].left_s)
+    assert seen[-1].left_s == 0.0
+    assert all(progress.left_s > 0 and progress.steps_per_s > 0 for progress in seen[1:-2])
+    assert [progress.evaluation["steps"] for progress in seen if progress.evaluation] == [
+        0, 0, 0, 64, 64, 64, 128, 128, 128, 192,
+    ]  # fmt: skip
+
+
+def test_the_gain_is_the_paired_difference_to_impact_greedy(valid: tuple[TrainResult, RunFolder]) -> None:
+    evaluations = [record for record in whole[0].records if record["kind"] == "evaluation"]
+    assert len({record["impact_greedy"] for record in evaluations}) == 1
+    for record in evaluations:
+        assert record["gain"] == pytest.approx(record["qos"][0] - record["impact_greedy"])
+        assert record["low"] <= record["gain"] <= record["high"]
+
+
+def test_the_policy_that_is_judged_is_the_one_that_is_returned(valid: tuple[TrainResult, RunFolder]) -> None:
+    held_out, weights = HeldOut(PARAMS, num_envs=4, steps=40), whole[0].weights
+    qos = jax.jit(lambda *x: held_out.qos(LEARNER.env, lambda key, obs: LEARNER.act(weights, key, obs), *x))
+    last = whole[0].records[-1]
+    assert last["kind"] == "evaluation"
+    assert float(qos(*held_out.arguments()).mean()) == pytest.approx(last["qos"][0], rel=1e-6)
+
+
+def test_held_out_loads_go_round_and_seeds_are_not_those_of_training() -> None:
+    _, params = make("paper-3")
+    seeds, many = HeldOut(params, (0.5, 1.0), num_envs=5).arguments()
+    np.testing.assert_allclose(many.workload.arrivals.rate_per_s, 22.9 * np.array([0.5, 1.0, 0.5, 1.0, 0.5]), rtol=1e-6)
+    assert many.workload.arrivals.gap_quantiles.shape == params.workload.arrivals.gap_quantiles.shape
+    assert seeds.tolist() == list(range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 5))
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_envs", 1), ("steps", 0)])
+def test_an_evaluation_has_a_size(field: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"{field} of the evaluation is {value}"):
+        HeldOut(PARAMS, **{field: value})
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, valid: tuple[TrainResult, RunFolder]) -> None:
+    folder = new_folder(tmp_path)
+    stopped = run(folder, should_stop=stop_after(3))
+    assert (stopped.finished, stopped.steps, folder.latest) == (False, 96, 96)
+    # As if it had been killed later: lines beyond the checkpoint, the last of them not whole.
+    folder.append({"kind": "train", "steps": 128, "seconds": 9.0, "metrics": {}})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "ste')
+    resumed = run(RunFolder.reopen(tmp_path))
+    assert resumed.finished
+    assert_equal(resumed.weights, whole[0].weights)
+    assert_equal(state_of(folder), state_of(whole[1]))
+    assert untimed(resumed.records) == untimed(whole[0].records)
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == resumed.records
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    tmp_path: pathlib.Path, valid: tuple[TrainResult, RunFolder]
+) -> None:
+    folder = new_folder(tmp_path)
+    folder.append({"kind": "train", "steps": 32, "seconds": 9.0, "metrics": {}})
+    assert untimed(run(folder).records) == untimed(whole[0].records)
+
+
+def test_a_finished_run_is_left_as_it_is(valid: tuple[TrainResult, RunFolder]) -> None:
+    again = run(RunFolder.reopen(whole[1].path))
+    assert again.finished
+    assert again.records == whole[0].records
+    assert_equal(again.weights, whole[0].weights)
+
+
+def test_without_its_replay_a_run_goes_on_with_an_empty_one(tmp_path: pathlib.Path) -> None:
+    folder = new_folder(tmp_path, with_replay=False)
+    run(folder, should_stop=stop_after(3))
+    state = state_of(folder)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.replay))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(state.learner.optimizer))
+    assert run(folder).finished
+
+
+def test_seeds_side_by_side_are_the_seeds_alone(tmp_path: pathlib.Path, valid: tuple[TrainResult, RunFolder]) -> None:
+    together = run(new_folder(tmp_path, (0, 7)), seeds=(0, 7))
+    last = together.records[-1]
+    assert len(last["qos"]) == 2
+    assert last["gain"] == pytest.approx(np.mean(last["qos"]) - last["impact_greedy"])
+    assert last["impact_greedy"] == pytest.approx(whole[0].records[-1]["impact_greedy"])
+    for many, one in zip(jax.tree.leaves(together.weights), jax.tree.leaves(whole[0].weights), strict=True):
+        np.testing.assert_allclose(many[0], one, rtol=1e-3, atol=1e-5)
+    assert any(not np.array_equal(leaf[0], leaf[1]) for leaf in jax.tree.leaves(together.weights))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
+    hyper = HYPER.replace(learning_rate=math.nan)
+    with pytest.raises(InputError, match=r"diverged: .*_loss is \[nan\] after 32 steps; there is no checkpoint"):
+        run(hyper=hyper)
+    folder = new_folder(tmp_path)
+    run(folder, should_stop=stop_after(2))
+    with pytest.raises(InputError, match=rf"after 96 steps; the last good checkpoint is {folder.path}/checkpoints/64"):
+        run(folder, hyper=hyper)
+    assert folder.latest == 64
+
+
+def test_it_learns_which_expert_answers_best() -> None:
+    """Scores are predicted and answers come at once, so that the best expert is plain to see."""
+    result = run(hyper=HYPER.replace(learning_rate=0.02), steps=6400, evaluate_every=6400)
+    first, last = (result.records[i]["qos"][0] for i in (0, -1))
+    assert last > first + 0.1

@@ -1,0 +1,279 @@
+"""The folder of a run: what is read back is what was written, and what cannot be used is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qos_jax import InputError, load_router
+from qos_jax.agent import Learner
+from qos_jax.agent.networks import NetworkConfig
+from qos_jax.encoder.han import HANConfig
+from qos_jax.sim.types import Observation
+from qos_jax.training.run_folder import RunFolder, make_config, read_config
+from tests.helpers.instant_env import assert_equal, instant_env, small_learner
+from tests.helpers.quick_compilation import quick_compilation
+from tests.helpers.small_env import small_params
+
+ROOT = pathlib.Path(__file__).parents[2]
+POINTER = NetworkConfig(encoder="pooled", hidden=(8,), han=HANConfig(8, 2, 1))
+
+
+def state_of(learner: Learner, seed: int = 0) -> Any:
+    params = small_params(learner.env.spec.num_experts)
+    return jax.jit(learner.init)(jax.random.key(seed), params, learner.config.hyper)
+
+
+def saved(path: pathlib.Path, learner: Learner, seeds: tuple[int, ...] = (0,)) -> RunFolder:
+    """A run with a checkpoint after 64 steps, of states that were not trained."""
+    folder = RunFolder.start(path, make_config(learner, learner.config.hyper, seeds))
+    states = [state_of(learner, seed) for seed in seeds]
+    state = states[0] if len(seeds) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *states)
+    folder.save(64, state, learner.weights(state))
+    return folder
+
+
+def observations(num_experts: int = 3, number: int = 5) -> list[Observation]:
+    params = small_params(num_experts)
+    reset = jax.jit(instant_env(num_experts).reset)
+    return [reset(jax.random.key(seed), params)[0] for seed in range(number)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return saved(tmp_path_factory.mktemp("flat") / "tiny", small_learner())
+
+
+@pytest.fixture
+def copy(flat: RunFolder, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder of a run that a test may spoil."""
+    return pathlib.Path(shutil.copytree(flat.path, tmp_path / "copy"))
+
+
+class TestRunFolder:
+    def test_a_state_comes_back_bit_for_bit(self, flat: RunFolder) -> None:
+        state = state_of(small_learner())
+        assert_equal(flat.restore_state(64, jax.eval_shape(lambda: state)), state)
+
+    def test_only_the_newest_two_checkpoints_are_kept(self, copy: pathlib.Path) -> None:
+        folder, state = RunFolder.reopen(copy), {"a": jnp.zeros(2)}
+        for steps in (128, 1024):
+            folder.save(steps, state, state)
+        assert sorted(os.listdir(copy / "checkpoints")) == ["1024", "128"]
+        assert folder.latest == 1024
+
+    def test_one_that_was_not_written_to_its_end_does_not_count(self, copy: pathlib.Path) -> None:
+        folder, state = RunFolder.reopen(copy), {"a": jnp.zeros(2)}
+        shutil.copytree(copy / "checkpoints" / "64" / "weights", copy / "checkpoints" / ".96" / "weights")
+        assert folder.latest == 64
+        folder.save(96, state, state)
+        assert_equal(folder.restore_weights(96, state), state)
+
+    def test_a_full_disk_leaves_the_checkpoints_that_are_there(self, copy: pathlib.Path) -> None:
+        folder, state = RunFolder.reopen(copy), {"a": jnp.arange(300_000.0)}
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(InputError, match=r"cannot be written .*; the last one is .*/checkpoints/64$"):
+                folder.save(128, state, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert folder.latest == 64
+        before = state_of(small_learner())
+        assert_equal(folder.restore_state(64, jax.eval_shape(lambda: before)), before)
+        folder.save(128, state, state)
+        assert folder.latest == 128
+
+    def test_a_folder_that_nobody_may_write_to_is_named(self) -> None:
+        with pytest.raises(InputError, match=r"/proc/run cannot be written"):
+            RunFolder.start("/proc/run", {})
+
+    def test_two_programs_do_not_train_in_one_folder(self, copy: pathlib.Path) -> None:
+        first, second = RunFolder.reopen(copy), RunFolder.reopen(copy)
+        with first.locked(), pytest.raises(InputError, match="another program trains in this folder"), second.locked():
+            pass
+        with second.locked():
+            pass
+
+    def test_another_run_is_not_overwritten(self, flat: RunFolder) -> None:
+        before = (flat.path / "config.json").read_bytes()
+        with pytest.raises(InputError, match=f"{flat.path} holds a run already"):
+            RunFolder.start(flat.path, {})
+        assert (flat.path / "config.json").read_bytes() == before
+
+    def test_a_run_goes_on_as_it_began(self, flat: RunFolder) -> None:
+        learner = small_learner()
+        flat.check_same(make_config(learner, learner.config.hyper, (0,), command="another"))
+        with pytest.raises(InputError, match=r"config.json: agent.hyper.alpha is 0.1, but 0.5 is asked for"):
+            flat.check_same(make_config(learner, learner.config.hyper.replace(alpha=0.5), (0,)))
+        with pytest.raises(InputError, match=r"config.json: seeds is \[0\], but \[0, 1\] is asked for"):
+            flat.check_same(make_config(learner, learner.config.hyper, (0, 1)))
+
+    def test_what_is_known_of_the_run_is_written_down(self, flat: RunFolder) -> None:
+        config = read_config(flat.path)
+        assert config["experts"] == ["expert 0", "expert 1", "expert 2"]
+        assert {"jax", "flax", "orbax-checkpoint", "python"} <= set(config["versions"])
+        assert config["git"] is None or len(config["git"].removesuffix("-dirty")) == 40
+
+    def test_a_last_line_that_is_not_whole_is_left_out(self, copy: pathlib.Path) -> None:
+        folder = RunFolder.reopen(copy)
+        records = [{"steps": steps, "value": 1 / 3} for steps in (32, 64, 64, 96)]
+        for record in records:
+            folder.append(record)
+        with (copy / "metrics.jsonl").open("a") as file:
+            file.write('{"steps": 1')
+        assert folder.records() == records
+        assert folder.rewind(64) == records[:3]
+        assert folder.records() == records[:3]
+        assert folder.rewind(None) == folder.records() == []
+
+    @pytest.mark.parametrize("line", ['{"steps": 1', "[]", '{"steps": "1"}', ""])
+    def test_a_broken_line_is_named(self, copy: pathlib.Path, line: str) -> None:
+        (copy / "metrics.jsonl").write_text(f'{{"steps": 1}}\n{line}\n')
+        with pytest.raises(InputError, match=r"metrics.jsonl, line 2: .* is not a JSON object with steps"):
+            RunFolder.reopen(copy).records()
+
+
+class TestLoadRouter:
+    def test_it_decides_as_the_learner_does(self, flat: RunFolder) -> None:
+        learner, router = small_learner(), load_router(flat.path)
+        weights = learner.weights(state_of(learner))
+        assert (router.name, router.kind, router.information) == ("tiny", "learned", "predictions")
+        assert_equal(router.params, weights)
+        actions = [int(router.act(jax.random.key(0), obs, router.init())[0]) for obs in observations()]
+        assert actions == [int(learner.act(weights, jax.random.key(0), obs)) for obs in observations()]
+
+    def test_one_seed_of_several_is_picked(self, tmp_path: pathlib.Path) -> None:
+        learner = small_learner()
+        saved(tmp_path, learner, (3, 5))
+        for seed in (3, 5):
+            assert_equal(load_router(tmp_path, seed=seed).params, learner.weights(state_of(learner, seed)))
+        assert_equal(load_router(tmp_path).params, load_router(tmp_path, seed=3).params)
+        with pytest.raises(InputError, match=r"config.json: seed is 0, must be one of 3, 5"):
+            load_router(tmp_path, seed=0)
+
+    def test_a_network_that_shares_its_weights_serves_any_fleet(self, tmp_path: pathlib.Path) -> None:
+        saved(tmp_path, small_learner(network=POINTER))
+        router = load_router(tmp_path)
+        for num_experts in (1, 3, 5):
+            (obs,) = observations(num_experts, 1)
+            assert 0 <= int(jax.jit(router.act)(jax.random.key(0), obs, ())[0]) <= num_experts
+
+    def test_a_network_of_fixed_size_says_so(self, flat: RunFolder) -> None:
+        (obs,) = observations(5, 1)
+        with pytest.raises(InputError, match=r"router 'x' has a network for 3 experts only, but the fleet has 5"):
+            load_router(flat.path, name="x").act(jax.random.key(0), obs, ())
+
+    def test_it_needs_no_replay_and_no_state(self, copy: pathlib.Path) -> None:
+        shutil.rmtree(copy / "checkpoints" / "64" / "state")
+        load_router(copy)
+
+    def test_it_may_have_been_made_on_a_device_that_is_not_here(self, tmp_path: pathlib.Path) -> None:
+        program = (
+            "import jax, pathlib, sys\n"
+            "from tests.training.test_run_folder import saved, small_learner\n"
+            "with jax.default_device(jax.devices()[3]):\n"
+            "    folder = saved(pathlib.Path(sys.argv[1]), small_learner())\n"
+        )
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=os.environ | flags, check=True)
+        learner = small_learner()
+        weights = learner.weights(state_of(learner))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), load_router(tmp_path).params, weights)
+
+
+def changed(**fields: Any) -> Callable[[pathlib.Path], None]:
+    """Sets fields of config.json; a name may have dots."""
+
+    def spoil(folder: pathlib.Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for path, value in fields.items():
+            table = config
+            *tables, name = path.split("__")
+            for each in tables:
+                table = table[each]
+            if value is None:
+                del table[name]
+            else:
+                table[name] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+    """The file that holds most of the weights."""
+    files = [file for file in (folder / "checkpoints" / "64" / "weights").rglob("*") if file.parent.name == "d"]
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def truncated(folder: pathlib.Path) -> None:
+    file = largest_file(folder)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flipped(folder: pathlib.Path) -> None:
+    content = bytearray(largest_file(folder).read_bytes())
+    content[len(content) // 2] ^= 4
+    largest_file(folder).write_bytes(content)
+
+
+SPOILED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+    "no folder": (shutil.rmtree, "config.json: cannot be read: No such file"),
+    "no config": (lambda folder: os.remove(folder / "config.json"), "give the folder of a training run"),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
+    "not an object": (
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        "config.json: format is None, must be",
+    ),
+    "another version": (changed(format=2), "config.json: format is 2, must be 1"),
+    "no agent": (changed(agent=None), "config.json: agent is None, must be a dict"),
+    "field missing": (changed(agent__capacity=None), "config.json: agent: agent.capacity is missing"),
+    "field unknown": (changed(agent__depth=3), "config.json: agent: agent.depth is unknown"),
+    "field of another kind": (changed(agent__num_envs="many"), "agent.num_envs is 'many'"),
+    "no world": (changed(spec__slots=3), "config.json: spec is"),
+    "no seeds": (changed(seeds=[]), "config.json: seeds is [], must be"),
+    "other network": (changed(agent__network__hidden=[16]), "/checkpoints/64/weights: params/"),
+    "other fleet": (changed(spec__num_experts=4), "/checkpoints/64/weights: params/"),
+    "other seeds": (changed(seeds=[0, 1]), "/checkpoints/64/weights: params/"),
+    "no checkpoint": (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds no checkpoint yet"),
+    "no weights": (lambda folder: shutil.rmtree(folder / "checkpoints" / "64" / "weights"), "is not what was written"),
+    "no checksums": (lambda folder: os.remove(folder / "checkpoints/64/checksums.json"), "sums.json: cannot be read"),
+    "truncated weights": (truncated, "is not what was written"),
+    "a bit that flipped": (flipped, "is not what was written"),
+    "foreign folder": (
+        lambda folder: [os.remove(file) for file in (folder / "checkpoints/64/weights").rglob("*") if file.is_file()],
+        "is not what was written",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore leaves reads behind
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_cannot_be_used_is_refused_in_one_line(copy: pathlib.Path, name: str) -> None:
+    spoil, message = SPOILED[name]
+    spoil(copy)
+    with pytest.raises(InputError) as raised:
+        load_router(copy)
+    assert message in str(raised.value)
+    assert str(copy) in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,201 @@
+"""Every preset is a world that runs at the rate it says, variations cost no compilation, and nonsense is refused."""
+
+from __future__ import annotations
+
+import functools
+import math
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qos_jax import (
+    PRESETS,
+    Environment,
+    EnvParams,
+    InputError,
+    RequestTrace,
+    make,
+    replay,
+    sample_requests,
+    saturation_rate,
+)
+from qos_jax.workload.arrivals import gamma
+from qos_jax.workload.prediction import PredictionModel
+
+SATURATION_SEEDS = 5
+TRACED: list[Environment] = []  # an entry whenever `first_step` is traced
+
+
+@partial(jax.jit, static_argnums=0)
+def first_step(env: Environment, params: EnvParams, key: jax.Array) -> tuple[Any, Any]:
+    """Resets and sends the first request to expert 0; returns what comes before and after."""
+    TRACED.append(env)
+    reset_key, step_key = jax.random.split(key)
+    before = env.reset(reset_key, params)
+    return before, env.step(step_key, before[1], jnp.int32(0), params)
+
+
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", ["paper-3", *slow("golden-rtx4090", "paper-6", "edge-8", "edge-64")])
+def test_the_first_request_is_served(name: str) -> None:
+    env, params = make(name)
+    (obs, before), (next_obs, _, reward, _, _, info) = first_step(env, params, jax.random.key(0))
+    assert obs.action_mask.all()
+    assert not (obs.requests.running | obs.requests.waiting).any()
+    assert not info["dropped"]
+    here = next_obs.experts.running + next_obs.experts.waiting
+    assert here.tolist() == [1 - int(info["completions"].finished), *[0] * (env.spec.num_experts - 1)]
+    assert 0 <= reward <= before.request.score[0]
+    assert float(next_obs.requests.age_s[0, 0]) == pytest.approx(float(info["gap_s"]))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((obs, next_obs)))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_step_keeps_the_shapes(name: str) -> None:
+    env, params = make(name)
+    (obs, before), (next_obs, after, *_) = jax.eval_shape(partial(first_step, env), params, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes((obs, before), (next_obs, after))
+    assert obs.action_mask.shape == (len(PRESETS[name].experts) + 1,)
+
+
+@pytest.mark.parametrize("name", ["paper-3", *slow("golden-rtx4090", "paper-6", "edge-8")])
+def test_the_saturation_rate_is_the_one_written_down(name: str) -> None:
+    env, params = make(name, rate_per_s=1.0)
+    measured_per_s = np.mean([saturation_rate(env, params, seed=seed) for seed in range(SATURATION_SEEDS)])
+    assert measured_per_s == pytest.approx(PRESETS[name].saturation_per_s, rel=0.01)
+
+
+def test_eight_times_the_fleet_serves_eight_times_as_much() -> None:
+    one, eight = PRESETS["edge-8"], PRESETS["edge-64"]
+    assert eight.experts == 8 * one.experts
+    assert eight.saturation_per_s == pytest.approx(8 * one.saturation_per_s, rel=0.01)
+
+
+def test_every_idle_expert_of_edge_8_meets_the_limit_with_room_to_spare() -> None:
+    env, params = make("edge-8")
+    keys = jax.random.split(jax.random.key(0), 4000)
+    prompt_tokens, output_tokens, *_ = jax.jit(jax.vmap(params.workload.content.sample))(keys)
+    num_experts = env.spec.num_experts
+    trace = RequestTrace(
+        arrival_s=1000.0 * np.arange(num_experts),
+        prompt_tokens=np.full(num_experts, round(float(prompt_tokens.mean()))),
+        output_tokens=np.tile(np.round(output_tokens.mean(0)), (num_experts, 1)),
+    )
+    log = replay(params.experts, trace, np.arange(num_experts))
+    latency_per_token_s = (log.finish_s - trace.arrival_s) / np.diag(trace.output_tokens)
+    assert (latency_per_token_s <= 0.8 * PRESETS["edge-8"].latency_limit_s).all()
+
+
+@pytest.mark.parametrize(("load", "rate_per_s"), [(0.5, None), (1.1, None), (None, 7.0), (None, None)])
+def test_requests_arrive_at_the_rate_that_is_asked_for(load: float | None, rate_per_s: float | None) -> None:
+    _, params = make("paper-3", load=load, rate_per_s=rate_per_s)
+    gaps_s, _ = sample_requests(params.workload, jax.random.key(1), 12_000)
+    expected_per_s = rate_per_s or (load or 0.8) * PRESETS["paper-3"].saturation_per_s
+    assert 1 / float(gaps_s.mean()) == pytest.approx(expected_per_s, rel=0.03)
+
+
+@functools.cache
+def variations() -> dict[str, tuple[Environment, EnvParams]]:
+    """Worlds of equal shapes, first the preset as it stands."""
+    overrides: dict[str, dict[str, Any]] = {
+        "none": {},
+        "load": {"load": 1.2},
+        "rate": {"rate_per_s": 3.0},
+        "limit": {"latency_limit_s": 0.05},
+        "experts": {"experts": (("koala-7B-HF", "A100"), ("mpt-7b", "A40"), ("chatglm-6b", "A30")), "rate_per_s": 9.0},
+        "queues": {"max_running": 16, "max_waiting": 48, "rate_per_s": 9.0},
+        "poisson": {"arrivals": "poisson"},
+        "gamma": {"arrivals": "gamma:3"},
+        "a process": {"arrivals": gamma(1.0, 2.0)},
+        "mmpp": {"arrivals": "mmpp"},
+        "sinusoidal": {"arrivals": "sinusoidal:0.8:60"},
+        "perfect": {"prediction": "perfect"},
+        "nothing": {"prediction": "none"},
+        "a model": {"prediction": PredictionModel(0.3, 0.4)},
+        "requests": {"requests": 17},
+    }
+    return {name: make("paper-3", **fields) for name, fields in overrides.items()}
+
+
+def test_variations_do_not_recompile() -> None:
+    for env, params in variations().values():
+        first_step(env, params, jax.random.key(0))
+    assert TRACED.count(variations()["none"][0]) == 1
+    env, params = make("paper-3", max_waiting=33, rate_per_s=9.0)  # another slot is another shape
+    jax.eval_shape(partial(first_step, env), params, jax.random.key(0))
+    assert TRACED[-1] == env
+
+
+def test_variations_are_what_they_say() -> None:
+    key = jax.random.key(0)
+    firsts = {name: first_step(env, params, key) for name, (env, params) in variations().items()}
+    requests = {name: before[1].request for name, (before, _) in firsts.items()}
+    gap_s = {name: float(after[-1]["gap_s"]) for name, (_, after) in firsts.items()}
+    saturation_per_s = PRESETS["paper-3"].saturation_per_s
+
+    assert gap_s["none"] / gap_s["load"] == pytest.approx(1.2 / 0.8, rel=1e-5)
+    assert gap_s["rate"] / gap_s["none"] == pytest.approx(0.8 * saturation_per_s / 3.0, rel=1e-5)
+    assert gap_s["poisson"] == gap_s["none"]
+    others = [gap_s[name] for name in ("none", "gamma", "a process", "mmpp", "sinusoidal")]
+    assert len(set(others)) == len(others)
+
+    assert float(requests["limit"].latency_limit_s) == pytest.approx(0.05)
+    perfect, nothing = requests["perfect"], requests["nothing"]
+    np.testing.assert_array_equal(perfect.predicted_score, perfect.score)
+    np.testing.assert_array_equal(perfect.predicted_tokens, perfect.output_tokens)
+    np.testing.assert_array_equal(perfect.output_tokens, nothing.output_tokens)
+    np.testing.assert_allclose(nothing.predicted_score, [0.7146, 0.7038, 0.6321], rtol=1e-4)  # the experts' means
+    assert firsts["queues"][0][0].experts.profile.max_running.tolist() == [16] * 3
+    assert variations()["experts"][0].expert_names == ("koala-7B-HF @ A100", "mpt-7b @ A40", "chatglm-6b @ A30")
+
+
+BIG = (("vicuna-13b-1.1", "RTX 4090"),)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"slots": 3}, "field 'slots' is unknown.*max_running"),
+        ({"saturation_per_s": 3.0}, "field 'saturation_per_s' is unknown"),
+        ({"load": 0.5, "rate_per_s": 1.0}, "load 0.5 and rate_per_s 1.0 are both given"),
+        ({"rate_per_s": -1.0}, "rate_per_s is -1.0"),
+        ({"rate_per_s": 0.0}, "rate_per_s is 0.0"),
+        ({"rate_per_s": math.nan}, "rate_per_s is nan"),
+        ({"rate_per_s": 1e9}, "rate_per_s .* 1000000000.0"),
+        ({"load": 0.0}, "load is 0.0"),
+        ({"load": math.inf}, "load is inf"),
+        ({"arrivals": "weekly"}, "arrivals 'weekly'.*poisson"),
+        ({"arrivals": "gamma:0"}, "cv .*0.0"),
+        ({"prediction": "psychic"}, "prediction 'psychic' is unknown.*realistic"),
+        ({"experts": BIG}, "vicuna-13b-1.1 with 26 GB of weights does not fit RTX 4090"),
+        ({"experts": (("gpt", "A40"),)}, "LLM 'gpt' is unknown"),
+        ({"experts": (("mpt-7b", "abacus"),)}, "GPU 'abacus' is unknown"),
+        ({"experts": ()}, "no experts"),
+        ({"max_running": 0}, "max_running is 0"),
+        ({"max_running": 2.5}, "max_running is .*2.5.* whole"),
+        ({"max_running": math.nan}, "max_running is nan"),
+        ({"max_waiting": 0}, "max_waiting is 0"),
+        ({"requests": 0}, "requests is 0"),
+        ({"staleness_s": -1.0}, "staleness_s is -1.0"),
+        ({"latency_limit_s": 0.0}, "latency limits are .*0.0"),
+        ({"latency_limit_s": (0.03, math.nan)}, "latency limits are .*nan"),
+        ({"latency_limit_weights": (1.0, 2.0)}, "weights .* 1 latency limits"),
+        ({"content": "essays"}, "content 'essays' is unknown"),
+    ],
+)
+def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make("paper-3", **fields)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=f"'paper-9' is unknown.*{', '.join(PRESETS)}"):
+        make("paper-9")
