@@ -1,4 +1,4 @@
-"""Named agents: ours, the paper's, its baseline, and what ours is without one of its parts."""
+"""Agents by name: marginal-value regression (``mvr``) and its ablations, the paper's agent, and soft actor-critics."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from qos_jax.agent.sac import Hyperparameters
 from qos_jax.agent.targets import targets_named
 from qos_jax.encoder.han import HANConfig
 from qos_jax.errors import InputError
+from qos_jax.io import dataclass_json
 
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """What fixes the compiled program of an agent; a change recompiles. Its ``hyper`` are only where it starts from."""
+    """What fixes the compiled program of an agent, so a change recompiles; only ``hyper`` is traced."""
 
     network: NetworkConfig = NetworkConfig()
     targets: str = "counterfactual"
     num_envs: int = 128
     chunk: int = 7
-    """Requests of each environment per chunk; with the counterfactual targets requests per expert, as how long requests
-    stay is a number of arrivals per expert, and one decision of each environment is measured in a chunk."""
-    probes: int = 4  # sets under way at a time: a decision is followed for ``probes * chunk`` requests per expert
+    """Requests of each environment per chunk; with counterfactual targets requests per expert."""
+    probes: int = 4  # probes at a time: each runs for ``probes * chunk`` requests per expert
     updates: int = 10  # gradient steps per chunk
     batch_size: int = 512
-    capacity: int = 65_536  # rows of the replay: lessons, or steps
-    warm_up: int = 200  # requests of each environment routed by lot at first
-    shards: int = 1  # parts of the environments, replay and batch, so that devices may share them; see ``parallel``
+    capacity: int = 65_536  # rows of the replay buffer
+    warm_up: int = 200  # requests of each environment routed at random before training
+    shards: int = 1  # parts of environments, replay buffer and batch that devices may share; see ``training.parallel``
     hyper: Hyperparameters = Hyperparameters()
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class AgentConfig:
 
     @property
     def rows_per_chunk(self) -> int:
-        """Rows that a chunk adds to the replay."""
+        """Rows that a chunk adds to the replay buffer."""
         return targets_named(self.targets).rows_per_chunk(self)
 
 
@@ -90,6 +90,24 @@ _PAPER_HYPER = Hyperparameters(
     weights=RewardWeights(predicted_loss=1.0),
 )
 
+OLD_NAMES = {
+    "ours": "mvr",
+    **{f"ours_{part}": f"mvr_{part}" for part in ("no_impact", "no_rates", "no_residual", "1_layer", "3_layers")},
+    "ours_no_han": "mvr_no_graph",
+}
+"""Names of agents in earlier releases, accepted in flags and configurations."""
+
+OLD_FIELDS = {
+    "most_harm": "max_externality",
+    "most_rate": "rate_clip_per_s",
+    "least_weight": "min_q_weight",
+    "teacher": "targets",
+    "twins": "probes",
+    "prefill": "warm_up",
+    "restart": "reset_prob",
+}
+"""Names of fields in earlier releases, likewise."""
+
 AGENTS: dict[str, AgentConfig] = {
     "mvr": AgentConfig(_MVR),
     "mvr_no_graph": AgentConfig(replace(_MVR, encoder="pooled")),
@@ -108,11 +126,12 @@ AGENTS: dict[str, AgentConfig] = {
 
 
 def named(name: str) -> AgentConfig:
-    """Returns the agent of this name.
+    """Returns the agent of this name, which may be one of ``OLD_NAMES``.
 
     Raises:
       InputError: there is none.
     """
+    name = OLD_NAMES.get(name, name)
     if name not in AGENTS:
         raise InputError(f"agent {name!r} is unknown; choose from {', '.join(AGENTS)}")
     return AGENTS[name]
@@ -120,7 +139,7 @@ def named(name: str) -> AgentConfig:
 
 def to_dict(config: AgentConfig) -> dict[str, Any]:
     """Returns the configuration as plain values that JSON can hold."""
-    return dataclasses.asdict(config)
+    return dataclass_json.to_dict(config)
 
 
 def from_dict(values: Mapping[str, Any]) -> AgentConfig:
@@ -129,26 +148,4 @@ def from_dict(values: Mapping[str, Any]) -> AgentConfig:
     Raises:
       InputError: a field is unknown, missing or of the wrong kind.
     """
-    return _rebuilt(AgentConfig(), values, "agent")
-
-
-def _rebuilt(default: Any, values: Any, path: str) -> Any:
-    """Returns an instance like ``default`` with ``values``, which must name all of its fields and no other."""
-    if not isinstance(values, Mapping):
-        raise InputError(f"{path} is {values!r}, must be a table of fields")
-    fields = {field.name for field in dataclasses.fields(default)}
-    for name in fields.symmetric_difference(values):
-        raise InputError(f"{path}.{name} is {'unknown' if name in values else 'missing'}")
-    return type(default)(**{name: _value(getattr(default, name), values[name], f"{path}.{name}") for name in fields})
-
-
-def _value(default: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(default):
-        return _rebuilt(default, value, path)
-    if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return tuple(value)
-    number = (int, float)
-    may_be = (*number, type(None)) if default is None else number if isinstance(default, float) else type(default)
-    if not isinstance(value, may_be) or (isinstance(value, bool) and not isinstance(default, bool)):
-        raise InputError(f"{path} is {value!r}, must be of the kind of {default!r}")
-    return value
+    return dataclass_json.from_dict(AgentConfig(), values, "agent")

@@ -23,11 +23,12 @@ def overridden(config: AgentConfig, settings: Mapping[str, str]) -> AgentConfig:
     """
     values = configs.to_dict(config)
     known = dict(leaves(values))
-    for name, text in settings.items():
+    for given, text in settings.items():
+        name = ".".join(configs.OLD_FIELDS.get(part, part) for part in given.split("."))
         found = [path for path in known if f".{path}".endswith(f".{name}")]
         if len(found) != 1:
             reason = "could be any of" if found else "is unknown; choose from"
-            raise InputError(f"--set={name}={text}: field {name!r} {reason} {', '.join(found or known)}")
+            raise InputError(f"--set={given}={text}: field {given!r} {reason} {', '.join(found or known)}")
         *tables, field = found[0].split(".")
         table = values
         for each in tables:

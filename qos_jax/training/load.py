@@ -1,4 +1,4 @@
-"""The router that a training run has come to, rebuilt from its folder without any code of the user's."""
+"""The router of a training run, rebuilt from its folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import flax.errors
 import jax
 from jax import Array
 
-from qos_jax.agent import configs
 from qos_jax.agent.learner import Learner, make_learner
 from qos_jax.errors import InputError
 from qos_jax.routers.base import Memory, Router
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment
 from qos_jax.sim.types import Observation
-from qos_jax.sim.world import WorldSpec
+from qos_jax.sim.world import WorldSpec, example_observation
 from qos_jax.training.run_folder import CONFIG, RunFolder
-from qos_jax.worlds import presets
 
 
 def load_router(
@@ -32,7 +30,7 @@ def load_router(
     Args:
       path: folder of the run.
       seed: of a run of several seeds, which one; the first by default.
-      run: instead of the seed, which of ``config["runs"]``, where a seed was trained more than once with other numbers.
+      run: instead of the seed, which of ``training.runs`` in config.json, where a seed was trained more than once.
       name: of the router; that of the folder by default.
 
     Returns:
@@ -42,14 +40,14 @@ def load_router(
       InputError: the folder holds no run that this version can read, or none of this seed or number.
     """
     folder = RunFolder.reopen(path)
-    seeds = folder.config["seeds"]
+    seeds = folder.training.seeds
     if run is not None and run not in range(len(seeds)):
         raise InputError(f"{folder.path / CONFIG}: run is {run}, must be from 0 to {len(seeds) - 1}")
     if seed is not None and seed not in seeds:
         raise InputError(f"{folder.path / CONFIG}: seed is {seed}, must be one of {', '.join(map(str, seeds))}")
     if folder.latest is None:
         raise InputError(f"{folder.path}: holds no checkpoint yet")
-    learner = _learner(folder)
+    learner = learner_of(folder)
     like = _weights_like(learner)
     if len(seeds) > 1:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(seeds), *x.shape), x.dtype), like)
@@ -60,26 +58,28 @@ def load_router(
     return _for_its_fleets(learner.router(weights, name or folder.path.name), learner.env.spec.num_experts)
 
 
-def _learner(folder: RunFolder) -> Learner:
-    file, spec = folder.path / CONFIG, folder.config["spec"]
+def learner_of(folder: RunFolder) -> Learner:
+    """Returns the learner of a run, without its weights.
+
+    Raises:
+      InputError: config.json does not describe one.
+    """
+    spec = folder.config["spec"]
     try:
         env = Environment(WorldSpec(**spec | {"engine": EngineSpec(**spec["engine"])}))
     except (TypeError, KeyError) as error:
-        raise InputError(f"{file}: spec is {spec!r}, which is no world: {error}") from error
-    try:
-        return make_learner(env, configs.from_dict(folder.config["agent"]))
-    except InputError as error:
-        raise InputError(f"{file}: agent: {error}") from error
+        raise InputError(f"{folder.path / CONFIG}: spec is {spec!r}, which is no world: {error}") from error
+    return make_learner(env, folder.training.agent)
 
 
 def _weights_like(learner: Learner) -> Any:
-    """Returns the shapes of the weights; they depend on the number of experts at most, so any such world will do."""
-    _, params = presets.make("paper-3", experts=presets.PAPER_3[:1] * learner.env.spec.num_experts, rate_per_s=1.0)
+    """Returns the shapes of the weights, from the shapes of an observation."""
+    obs = jax.eval_shape(lambda: example_observation(learner.env.spec))
 
-    def weights(key: Array) -> Any:
-        return learner.weights(learner.init(key, params, learner.config.hyper))
+    def weights(key: Array, obs: Observation) -> Any:
+        return learner.network.init(key, learner.features(obs))
 
-    return jax.eval_shape(weights, jax.random.key(0))
+    return jax.eval_shape(weights, jax.random.key(0), obs)
 
 
 def _for_its_fleets(router: Router, trained_on: int) -> Router:

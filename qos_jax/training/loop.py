@@ -27,10 +27,10 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from qos_jax.agent.learner import Learner, TrainState, axis_of_environments
+from qos_jax.agent.learner import Learner, TrainState
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.routers.impact_greedy import impact_greedy
-from qos_jax.sim.env import EnvParams
+from qos_jax.sim.env import EnvParams, axis_of_environments
 from qos_jax.sim.types import Observation
 from qos_jax.training.held_out import HeldOut
 from qos_jax.training.parallel import Layout, any_says
@@ -88,7 +88,7 @@ def train(
     if first == 0:
         run.evaluated(0, phases.qos(phases.weights(state), True), reference)
     # A replay that is not saved is empty again, and its rows are counted from there.
-    rows_from = 0 if folder is None or folder.config["with_replay"] else first
+    rows_from = 0 if folder is None or folder.training.save_replay else first
     chunk, saved_at = run.start(first), time.perf_counter()
     while chunk < chunks:
         due = time.perf_counter() - saved_at >= checkpoint_every_s

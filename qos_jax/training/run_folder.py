@@ -2,9 +2,9 @@
 
 The folder of a run holds
 
-* ``config.json``: what was asked for: the world's shape, the agent with its hyperparameters, the seeds, and with which
-  versions; the network is rebuilt from it without any code of the user's;
-* ``metrics.jsonl``: one object per line: what has happened, see ``training``;
+* ``config.json``: the world, what is trained in it, and with which versions, see ``run_format``; the network is rebuilt
+  from it;
+* ``metrics.jsonl``: one record per line, see ``qos_jax.training.loop``;
 * ``checkpoints/STEPS/``: two Orbax items, ``state``, which training goes on from bit for bit, and ``weights``, which
   is all that a router needs; and ``checksums.json`` of all their files, as a bit that has flipped would be read.
 
@@ -31,20 +31,19 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from qos_jax.agent import configs
 from qos_jax.agent.learner import Learner, TrainState
-from qos_jax.agent.sac import Hyperparameters
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, writable_folder, write_whole
 from qos_jax.io.provenance import git_hash, versions
+from qos_jax.training.config import TrainingConfig
 from qos_jax.training.parallel import leads, wait_for_all
+from qos_jax.training.run_format import FORMAT, upgraded
+from qos_jax.worlds.config import WorldConfig
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
-_FORMAT = 1
 _KEPT = 2  # checkpoints
 _ITEMS, _CHECKSUMS = ("state", "weights"), "checksums.json"
-_FIELDS = {"spec": dict, "agent": dict, "seeds": list, "with_replay": bool}  # what every config.json has
 
 
 class RunFolder:
@@ -103,14 +102,63 @@ class RunFolder:
                 ) from error
             yield
 
-    def check_same(self, config: Mapping[str, Any]) -> None:
-        """Compares what fixes a run with another configuration.
+    @property
+    def training(self) -> TrainingConfig:
+        """What is trained.
 
         Raises:
-          InputError: they differ.
+          InputError: config.json does not say so in terms that this version knows.
         """
-        for field in (*_FIELDS, "format"):
+        try:
+            return TrainingConfig.from_dict(self.config["training"])
+        except InputError as error:
+            raise InputError(f"{self.path / CONFIG}: {error}") from error
+
+    @property
+    def world(self) -> WorldConfig | None:
+        """The world of the run; None for an environment of the user's own.
+
+        Raises:
+          InputError: as ``training``.
+        """
+        try:
+            return None if self.config["world"] is None else WorldConfig.from_dict(self.config["world"])
+        except InputError as error:
+            raise InputError(f"{self.path / CONFIG}: {error}") from error
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done."""
+        return self.latest is not None and self.latest >= self.training.steps
+
+    def check_same(self, config: Mapping[str, Any]) -> None:
+        """Compares what fixes a run with the configuration that it shall go on with; only ``steps`` may be larger.
+
+        Raises:
+          InputError: they differ, or the run was written in an earlier format.
+        """
+        if self.config.get("began_as"):
+            raise InputError(
+                f"{self.path / CONFIG}: was written in format {self.config['began_as']}: "
+                "its router can be loaded, but training cannot go on"
+            )
+        for field in ("spec", "world"):
             _check_same(f"{self.path / CONFIG}: {field}", self.config[field], config[field])
+        before, after = (dict(each["training"]) for each in (self.config, config))
+        if after.pop("steps") < before["steps"]:
+            raise InputError(
+                f"{self.path / CONFIG}: training.steps is {before['steps']}, but fewer are asked for: "
+                "a run can only be prolonged"
+            )
+        del before["steps"]
+        _check_same(f"{self.path / CONFIG}: training", before, after)
+
+    def prolong(self, steps: int) -> None:
+        """Writes down that the run has so many steps, if these are more than before."""
+        if steps > self.training.steps:
+            self.config = {**self.config, "training": {**self.config["training"], "steps": steps}}
+            if leads():
+                write_whole(self.path / CONFIG, json.dumps(self.config, indent=1, allow_nan=False))
 
     @property
     def latest(self) -> int | None:
@@ -134,7 +182,7 @@ class RunFolder:
         """
         if steps in self._saved():
             return
-        if not self.config["with_replay"]:
+        if not self.training.save_replay:
             state = state.replace(replay=None)
         hidden = self._hidden(steps)
         if leads():
@@ -165,7 +213,7 @@ class RunFolder:
         Raises:
           InputError: the checkpoint cannot be read, or is not like that.
         """
-        if self.config["with_replay"]:
+        if self.training.save_replay:
             return self._restore(steps, "state", like)
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like.replay)
         return self._restore(steps, "state", like.replace(replay=None)).replace(replay=empty)
@@ -241,52 +289,49 @@ class RunFolder:
 
 
 def make_config(
-    learner: Learner, hyper: Hyperparameters, seeds: Sequence[int], *, with_replay: bool = True, **asked: Any
+    learner: Learner,
+    training: TrainingConfig,
+    world: WorldConfig | None = None,
+    *,
+    command: str | None = None,
+    flags: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Returns what config.json holds, as plain values.
 
     Args:
-      learner: its environment and its configuration.
-      hyper: its hyperparameters.
-      seeds: of the run.
-      with_replay: checkpoints hold the replay. A run that is resumed without it does not go on bit for bit.
-      **asked: whatever else describes the run, such as its command and its world.
+      learner: its environment and its configuration, which takes the place of ``training.agent``.
+      training: what is trained.
+      world: where; None for an environment of the user's own, which then has to be given again to resume.
+      command: that began the run.
+      flags: of that command that fix the run; None where it was begun from Python.
     """
-    numbers = jax.tree.map(float, hyper)
+    resolved = dataclasses.replace(training, agent=learner.config)
     config = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "spec": dataclasses.asdict(learner.env.spec),
         "experts": learner.env.expert_names,
-        "agent": configs.to_dict(dataclasses.replace(learner.config, hyper=numbers)),
-        "seeds": list(seeds),
-        "with_replay": with_replay,
-        **asked,
+        "world": None if world is None else world.to_dict(),
+        "training": resolved.to_dict(),
+        "command": command,
+        "flags": None if flags is None else list(flags),
         "versions": versions() | {"orbax-checkpoint": ocp.__version__},
         "git": git_hash(),
     }
-    return json.loads(json.dumps(config))
+    return dict(json.loads(json.dumps(config)))
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the config.json of a run.
+    """Reads the config.json of a run, of any format; see ``run_format``.
 
     Raises:
-      InputError: it is not there, or not one that this version has written.
+      InputError: it is not there, or not usable.
     """
     file = pathlib.Path(path) / CONFIG
     try:
         config = parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}; give the folder of a training run") from error
-    version = config.get("format") if isinstance(config, dict) else None
-    if version != _FORMAT:
-        raise InputError(f"{file}: format is {version!r}, must be {_FORMAT}")
-    for field, kind in _FIELDS.items():
-        if not isinstance(config.get(field), kind):
-            raise InputError(f"{file}: {field} is {config.get(field)!r}, must be a {kind.__name__}")
-    if not config["seeds"] or not all(isinstance(seed, int) for seed in config["seeds"]):
-        raise InputError(f"{file}: seeds is {config['seeds']!r}, must be a list of whole numbers")
-    return config
+    return upgraded(config, str(file))
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, str]:

@@ -141,20 +141,32 @@ def make(
     if rate_per_s is not None:
         if load is not None:
             raise InputError(f"load {load} and rate_per_s {rate_per_s} are both given: give one")
-        return env, params.replace(workload=workload.with_rate(_positive("rate_per_s", rate_per_s)))
-    varied = quality_table is not None or not _FLEET_FIELDS.isdisjoint(overrides)
-    params = params.replace(saturation_per_s=saturation_rate(env, params) if varied else preset.saturation_per_s)
-    return env, params.at_load(_positive("load", _DEFAULT_LOAD if load is None else load))
+        params = params.replace(workload=workload.with_rate(_positive("rate_per_s", rate_per_s)))
+    else:
+        varied = quality_table is not None or not _FLEET_FIELDS.isdisjoint(overrides)
+        params = params.replace(saturation_per_s=saturation_rate(env, params) if varied else preset.saturation_per_s)
+        params = params.at_load(_positive("load", _DEFAULT_LOAD if load is None else load))
+    return env.with_default_params(params), params
+
+
+def preset_named(name: str) -> Preset:
+    """Returns the preset of this name.
+
+    Raises:
+      InputError: there is none.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def _preset(name: str, overrides: dict[str, Any]) -> Preset:
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
+    base = preset_named(name)
     known = {field.name for field in dataclasses.fields(Preset)} - {"saturation_per_s"}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise InputError(f"preset field {unknown[0]!r} is unknown; choose from {', '.join(sorted(known))}")
-    preset = dataclasses.replace(PRESETS[name], **overrides)
+    preset = dataclasses.replace(base, **overrides)
     for field, lowest in (("max_running", 1), ("max_waiting", 1), ("requests", 1), ("history", 0)):
         value = getattr(preset, field)
         whole = isinstance(value, int | np.integer) and lowest <= value <= _LARGEST

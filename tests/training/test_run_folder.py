@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from qos_jax.agent import Learner
 from qos_jax.agent.networks import NetworkConfig
 from qos_jax.encoder.han import HANConfig
 from qos_jax.sim.types import Observation
+from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.run_folder import RunFolder, make_config, read_config
 from tests.helpers.instant_env import assert_equal, instant_env, small_learner
 from tests.helpers.quick_compilation import quick_compilation
@@ -37,9 +39,13 @@ def state_of(learner: Learner, seed: int = 0) -> Any:
     return jax.jit(learner.init)(jax.random.key(seed), params, learner.config.hyper)
 
 
+def training_of(learner: Learner, seeds: tuple[int, ...] = (0,), **fields: Any) -> TrainingConfig:
+    return TrainingConfig(learner.config, 64, runs_of(learner.config, seeds), **fields)
+
+
 def saved(path: pathlib.Path, learner: Learner, seeds: tuple[int, ...] = (0,)) -> RunFolder:
     """A run with a checkpoint after 64 steps, of states that were not trained."""
-    folder = RunFolder.start(path, make_config(learner, learner.config.hyper, seeds))
+    folder = RunFolder.start(path, make_config(learner, training_of(learner, seeds)))
     states = [state_of(learner, seed) for seed in seeds]
     state = states[0] if len(seeds) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *states)
     folder.save(64, state, learner.weights(state))
@@ -122,11 +128,23 @@ class TestRunFolder:
 
     def test_a_run_goes_on_as_it_began(self, flat: RunFolder) -> None:
         learner = small_learner()
-        flat.check_same(make_config(learner, learner.config.hyper, (0,), command="another"))
-        with pytest.raises(InputError, match=r"config.json: agent.hyper.alpha is 0.1, but 0.5 is asked for"):
-            flat.check_same(make_config(learner, learner.config.hyper.replace(alpha=0.5), (0,)))
-        with pytest.raises(InputError, match=r"config.json: seeds is \[0\], but \[0, 1\] is asked for"):
-            flat.check_same(make_config(learner, learner.config.hyper, (0, 1)))
+        flat.check_same(make_config(learner, training_of(learner), command="another"))
+        hotter = small_learner(hyper=learner.config.hyper.replace(alpha=0.5))
+        with pytest.raises(InputError, match=r"training.agent.hyper.alpha is 0.1, but 0.5 is asked for"):
+            flat.check_same(make_config(hotter, training_of(hotter)))
+        with pytest.raises(InputError, match=r"training.runs is .*, but .* is asked for"):
+            flat.check_same(make_config(learner, training_of(learner, (0, 1))))
+
+    def test_a_run_can_be_prolonged_and_not_shortened(self, copy: pathlib.Path) -> None:
+        learner, folder = small_learner(), RunFolder.reopen(copy)
+        assert folder.finished
+        longer = dataclasses.replace(training_of(learner), steps=128)
+        folder.check_same(make_config(learner, longer))
+        folder.prolong(128)
+        assert RunFolder.reopen(copy).training == dataclasses.replace(longer, agent=learner.config)
+        assert not RunFolder.reopen(copy).finished
+        with pytest.raises(InputError, match=r"training.steps is 128, but fewer are asked for"):
+            RunFolder.reopen(copy).check_same(make_config(learner, training_of(learner)))
 
     def test_what_is_known_of_the_run_is_written_down(self, flat: RunFolder) -> None:
         config = read_config(flat.path)
@@ -243,18 +261,19 @@ SPOILED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
     "not an object": (
         lambda folder: (folder / "config.json").write_text("[1]"),
-        "config.json: format is None, must be",
+        "config.json: format is None, must be one of",
     ),
-    "another version": (changed(format=2), "config.json: format is 2, must be 1"),
-    "no agent": (changed(agent=None), "config.json: agent is None, must be a dict"),
-    "field missing": (changed(agent__capacity=None), "config.json: agent: agent.capacity is missing"),
-    "field unknown": (changed(agent__depth=3), "config.json: agent: agent.depth is unknown"),
-    "field of another kind": (changed(agent__num_envs="many"), "agent.num_envs is 'many'"),
+    "another version": (changed(format=99), "config.json: format is 99, must be one of 1, 2"),
+    "no training": (changed(training=None), "config.json: training is None, must be a table"),
+    "field missing": (changed(training__agent__capacity=None), "config.json: training.agent.capacity is missing"),
+    "field unknown": (changed(training__agent__depth=3), "config.json: training.agent.depth is unknown"),
+    "field of another kind": (changed(training__agent__num_envs="many"), "training.agent.num_envs is 'many'"),
     "no world": (changed(spec__slots=3), "config.json: spec is"),
-    "no seeds": (changed(seeds=[]), "config.json: seeds is [], must be"),
-    "other network": (changed(agent__network__hidden=[16]), "/checkpoints/64/weights: params/"),
+    "no seeds": (changed(training__runs=[]), "config.json: runs is empty"),
+    "a seed that is none": (changed(training__runs=[{"seed": "first"}]), "config.json: seed is 'first'"),
+    "other network": (changed(training__agent__network__hidden=[16]), "/checkpoints/64/weights: params/"),
     "other fleet": (changed(spec__num_experts=4), "/checkpoints/64/weights: params/"),
-    "other seeds": (changed(seeds=[0, 1]), "/checkpoints/64/weights: params/"),
+    "other seeds": (changed(training__runs=[{"seed": 0}, {"seed": 1}]), "/checkpoints/64/weights: params/"),
     "no checkpoint": (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds no checkpoint yet"),
     "no weights": (lambda folder: shutil.rmtree(folder / "checkpoints" / "64" / "weights"), "is not what was written"),
     "no checksums": (lambda folder: os.remove(folder / "checkpoints/64/checksums.json"), "sums.json: cannot be read"),

@@ -1,0 +1,58 @@
+"""Recipes: what is trained in which world, so that programs, studies, notebooks and README train the same agents."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qos_jax.agent import configs
+from qos_jax.agent.configs import AgentConfig
+from qos_jax.worlds import presets
+from qos_jax.worlds.config import WorldConfig, llm_and_gpu
+from qos_jax.worlds.randomization import rate_clip_per_s
+
+EQUAL_GPUS_MAX_EXTERNALITY = 0.35  # reward units; see docs/decisions
+"""On equal GPUs the cost of a placement to later requests is overestimated: a reactive router would drop one of them.
+On unequal ones it is real, since one request too many on a slow expert delays many others."""
+
+_STEPS = {"paper-3": 300_000, "paper-6": 1_000_000, "edge-8": 400_000}
+_DEFAULT_STEPS = 500_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """An agent, and how it is trained."""
+
+    agent: AgentConfig
+    steps: int  # requests routed in training, of each seed
+    randomise: tuple[str, ...] = ("load", "arrivals")  # what differs between environments, see ``training.config``
+
+
+def recipe(world: str | WorldConfig = "paper-3", agent: str = "mvr") -> Recipe:
+    """Returns the tuned recipe of a world.
+
+    Args:
+      world: name of a preset, or a world.
+      agent: one of ``AGENTS``.
+
+    Raises:
+      InputError: the world or the agent is unknown.
+    """
+    if isinstance(world, str):
+        world = WorldConfig(world)
+    config = configs.named(agent)
+    if _has_equal_gpus(world):
+        config = dataclasses.replace(config, hyper=config.hyper.replace(max_externality=EQUAL_GPUS_MAX_EXTERNALITY))
+    clip_per_s = rate_clip_per_s(*world.build())
+    config = dataclasses.replace(config, network=dataclasses.replace(config.network, rate_clip_per_s=clip_per_s))
+    return Recipe(
+        agent=config,
+        steps=_STEPS.get(world.preset, _DEFAULT_STEPS),
+        randomise=("load",) if world.trace is not None else ("load", "arrivals"),
+    )
+
+
+def _has_equal_gpus(world: WorldConfig) -> bool:
+    pairs = presets.preset_named(world.preset).experts
+    if world.experts is not None:
+        pairs = tuple(llm_and_gpu(pair) for pair in world.experts)
+    return len({gpu for _, gpu in pairs}) == 1

@@ -1,0 +1,84 @@
+"""Training in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qos_jax.agent import recipes
+from qos_jax.agent.recipes import Recipe
+from qos_jax.errors import InputError
+from qos_jax.routers.base import Router
+from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.training.config import TrainingConfig, runs_of
+from qos_jax.training.progress import Progress
+from qos_jax.training.run import training_run
+from qos_jax.training.run_folder import CONFIG
+from qos_jax.worlds.config import WorldConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What ``train`` returns."""
+
+    routers: list[Router]  # one for each seed
+    metrics: dict[str, Any]  # the last evaluation, ``steps``, ``compile_s`` and ``train_s``
+    records: list[dict[str, Any]]  # of the whole run, see ``qos_jax.training.loop``
+    finished: bool  # False: it was stopped, and the same call goes on with it
+
+    @property
+    def router(self) -> Router:
+        """The router of the first seed."""
+        return self.routers[0]
+
+
+def train(
+    world: str | WorldConfig | tuple[Environment, EnvParams],
+    recipe: Recipe | None = None,
+    *,
+    steps: int | None = None,
+    seeds: Sequence[int] = (0,),
+    out: str | os.PathLike[str] | None = None,
+    progress_fn: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    **settings: Any,
+) -> Trained:
+    """Trains a router, as ``qos-jax train`` does with the same recipe.
+
+    Args:
+      world: name of a preset, a world, or an environment and its parameters.
+      recipe: what is trained; that of the world by default. An environment of one's own needs one.
+      steps: requests routed in training, of each seed; the recipe's by default.
+      seeds: of the runs, which train side by side; below 1000.
+      out: folder of the run. A run that is in it goes on, and is prolonged if ``steps`` is larger than before. Without
+        it nothing is written.
+      progress_fn: called with each record.
+      should_stop: asked before each chunk; the run then ends, with a checkpoint if it has a folder.
+      **settings: other fields of ``TrainingConfig``, such as ``loads`` or ``evaluation_envs``.
+
+    Raises:
+      InputError: a value is not legal, or the folder holds another run.
+    """
+    if isinstance(world, str):
+        world = WorldConfig(world)
+    if recipe is None:
+        if not isinstance(world, WorldConfig):
+            raise InputError("recipe is None, must be given for an environment of one's own")
+        recipe = recipes.recipe(world)
+    fields: dict[str, Any] = {"randomise": recipe.randomise} | settings
+    training = TrainingConfig(
+        agent=recipe.agent, steps=recipe.steps if steps is None else steps, runs=runs_of(recipe.agent, seeds), **fields
+    )
+    if isinstance(world, WorldConfig):
+        world = world.for_training()
+    run = training_run(world, training)
+    folder = None
+    if out is not None:
+        folder = run.open_folder(out, resume=os.path.exists(os.path.join(out, CONFIG)))
+    result = run.train(folder, progress_fn=progress_fn, should_stop=should_stop)
+    last = next(record for record in reversed(result.records) if record["kind"] == "evaluation")
+    metrics = last | {"steps": result.steps, "compile_s": result.compile_s, "train_s": result.train_s}
+    name = "learned" if folder is None else folder.path.name
+    return Trained(run.routers(result.weights, name), metrics, result.records, result.finished)

@@ -1,0 +1,49 @@
+"""Frozen dataclasses as plain values that JSON can hold, and back, with one error for whatever does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from qos_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a dataclass, nested ones included, as values that JSON can hold."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def from_dict(default: Config, values: Any, path: str) -> Config:
+    """Rebuilds a dataclass from what ``to_dict`` returned.
+
+    Args:
+      default: an instance; the kinds of its values are what is legal.
+      values: must name all of its fields and no other.
+      path: of the values within their file, for messages.
+
+    Raises:
+      InputError: a field is unknown, missing or of another kind; the message names it by its path.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} is {values!r}, must be a table of fields")
+    fields = {field.name for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    for name in sorted(fields.symmetric_difference(values)):
+        raise InputError(f"{path}.{name} is {'unknown' if name in values else 'missing'}")
+    rebuilt = {name: _value(getattr(default, name), values[name], f"{path}.{name}") for name in fields}
+    return type(default)(**rebuilt)
+
+
+def _value(default: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(default):
+        return from_dict(default, value, path)
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    number = (int, float)
+    may_be = (*number, type(None)) if default is None else number if isinstance(default, float) else type(default)
+    if not isinstance(value, may_be) or (isinstance(value, bool) and not isinstance(default, bool)):
+        raise InputError(f"{path} is {value!r}, must be of the kind of {default!r}")
+    return value

@@ -1,0 +1,109 @@
+"""A training run as plain values; together with a ``WorldConfig`` it fixes what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qos_jax.agent import configs
+from qos_jax.agent.configs import AgentConfig
+from qos_jax.agent.overrides import leaves, overridden
+from qos_jax.errors import InputError
+from qos_jax.io import dataclass_json
+from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
+
+RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
+"""What may differ between the environments of a run."""
+
+DEFAULT_LOAD = 0.9
+HELD_OUT_LOADS = (0.6, 0.9, 1.1, 1.3)  # of the evaluation, where loads are randomised
+
+Run = Mapping[str, float]  # ``seed``, and the values of varied numbers by name
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """What is trained, and for how long."""
+
+    agent: AgentConfig = AgentConfig()
+    steps: int = 1  # requests routed in training, of each run
+    runs: tuple[Run, ...] = ({"seed": 0},)  # side by side in one program
+    randomise: tuple[str, ...] = ()  # of RANDOMISED
+    loads: tuple[float, ...] = ()  # one, or the ends of a range; empty: DEFAULT_LOAD, or the standard range
+    evaluate_every: int | None = None  # steps; None: a tenth of all
+    evaluation_envs: int = 32
+    evaluation_steps: int = 800  # requests of each of them
+    save_replay: bool = True  # else a resumed run does not go on bit for bit
+
+    def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+          InputError: a field is out of range.
+        """
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}, must be at least 1")
+        for name in self.randomise:
+            if name not in RANDOMISED:
+                raise InputError(f"--randomise={name}: choose all, or some of {', '.join(RANDOMISED)}")
+        if not self.runs:
+            raise InputError("runs is empty: give at least one seed")
+        for run in self.runs:
+            seed = run.get("seed") if isinstance(run, Mapping) else run
+            if not isinstance(seed, int) or not 0 <= seed < FIRST_HELD_OUT_SEED:
+                raise InputError(
+                    f"seed is {seed!r}: seeds must be below {FIRST_HELD_OUT_SEED} and not below 0, "
+                    "since evaluation uses the others"
+                )
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each run."""
+        return [int(run["seed"]) for run in self.runs]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold; ``from_dict`` rebuilds it."""
+        return dataclass_json.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> TrainingConfig:
+        """Rebuilds what ``to_dict`` returned.
+
+        Raises:
+          InputError: a field is unknown, missing or of another kind.
+        """
+        return dataclass_json.from_dict(cls(), values, "training")
+
+
+def runs_of(agent: AgentConfig, seeds: Sequence[int], vary: Sequence[str] = ()) -> tuple[Run, ...]:
+    """Returns the runs of every combination of varied numbers with every seed.
+
+    Args:
+      agent: whose numbers may vary.
+      seeds: of the runs.
+      vary: texts ``FIELD=VALUE,VALUE``; FIELD is a number of the algorithm, or ``load``.
+
+    Raises:
+      InputError: a field cannot vary, or a value is no number.
+    """
+    varied: dict[str, list[float]] = {}
+    for text in vary:
+        name, _, values = text.partition("=")
+        name = configs.OLD_FIELDS.get(name, name)
+        can_vary = [path for path, _ in leaves(configs.to_dict(agent)["hyper"])]
+        if name != "load" and not any(f".{path}".endswith(f".{name}") for path in can_vary):
+            raise InputError(f"--vary={text}: choose load, or one of {', '.join(can_vary)}")
+        try:
+            varied[name] = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise InputError(f"--vary={text}: give FIELD=NUMBER,NUMBER") from None
+        if not all(abs(value) < float("inf") for value in varied[name]):
+            raise InputError(f"--vary={text}: give FIELD=NUMBER,NUMBER")
+        if name != "load":
+            overridden(agent, {name: repr(varied[name][0])})
+        elif min(varied[name]) <= 0:
+            raise InputError(f"--vary={text}: give loads above 0")
+    combinations = itertools.product(*varied.values())
+    return tuple(dict(zip(varied, values, strict=True)) | {"seed": seed} for values in combinations for seed in seeds)

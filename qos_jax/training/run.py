@@ -1,0 +1,175 @@
+"""A training run from its configuration: the worlds, the learner, what it is judged by, and the routers in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qos_jax.agent.configs import AgentConfig
+from qos_jax.agent.learner import Learner, make_learner
+from qos_jax.agent.overrides import overridden
+from qos_jax.agent.sac import Hyperparameters
+from qos_jax.routers.base import Router
+from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.training.config import DEFAULT_LOAD, HELD_OUT_LOADS, TrainingConfig
+from qos_jax.training.held_out import HeldOut
+from qos_jax.training.loop import train
+from qos_jax.training.memory import available_bytes, check_fits, needed_bytes
+from qos_jax.training.progress import Progress, TrainResult
+from qos_jax.training.run_folder import RunFolder, make_config
+from qos_jax.worlds import randomization
+from qos_jax.worlds.config import WorldConfig
+from qos_jax.worlds.randomization import Domain, rate_clip_per_s, sample_worlds
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What a run needs; ``training_run`` makes it."""
+
+    learner: Learner
+    params: EnvParams  # of the environments to train in
+    held_out: HeldOut
+    training: TrainingConfig
+    world: WorldConfig | None  # None: an environment of the user's own
+
+    def open_folder(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        command: str | None = None,
+        flags: Sequence[str] | None = None,
+    ) -> RunFolder:
+        """Makes the folder of this run, or opens the one to go on with.
+
+        Raises:
+          InputError: the folder holds a run and ``resume`` is False, or the run in it is another one.
+        """
+        config = make_config(self.learner, self.training, self.world, command=command, flags=flags)
+        if not resume:
+            return RunFolder.start(out, config)
+        folder = RunFolder.reopen(out)
+        folder.check_same(config)
+        folder.prolong(self.training.steps)
+        return folder
+
+    def train(
+        self,
+        folder: RunFolder | None = None,
+        *,
+        devices: Sequence[jax.Device] = (),
+        checkpoint_every_s: float = 120.0,
+        progress_fn: Callable[[Progress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> TrainResult:
+        """Trains to the end, or until asked to stop; see ``qos_jax.training.loop.train``."""
+        runs = self.training.runs
+        with contextlib.nullcontext() if folder is None else folder.locked():
+            return train(
+                self.learner,
+                self.params,
+                _hyperparameters(self.learner.config, self.training),
+                self.held_out,
+                steps=self.training.steps,
+                seeds=self.training.seeds,
+                loads=[run["load"] for run in runs] if "load" in runs[0] else None,
+                devices=devices,
+                evaluate_every=self.training.evaluate_every,
+                folder=folder,
+                checkpoint_every_s=checkpoint_every_s,
+                progress_fn=progress_fn or (lambda progress: None),
+                should_stop=should_stop or (lambda: False),
+            )
+
+    def routers(self, weights: Any, name: str) -> list[Router]:
+        """Returns the router of each run, from the weights of a ``TrainResult``."""
+        if len(self.training.runs) == 1:
+            return [self.learner.router(weights, name)]
+        each = [jax.tree.map(lambda x, i=i: x[i], weights) for i in range(len(self.training.runs))]
+        return [self.learner.router(one, f"{name}@{seed}") for one, seed in zip(each, self.training.seeds, strict=True)]
+
+    def sizes(self, devices: Sequence[jax.Device] = ()) -> str:
+        """Returns a line on the number of weights, and one on the memory needed.
+
+        Raises:
+          InputError: the run does not fit into memory.
+        """
+        state = jax.eval_shape(self.learner.init, jax.random.key(0), self.params, self.learner.config.hyper)
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.learner.weights(state)))
+        available = available_bytes(jax.local_devices()[0])
+        on_cpu = jax.default_backend() == "cpu"  # whose devices share the machine's memory
+        runs = len(self.training.runs)
+        fits = check_fits(needed_bytes(state), runs, 1 if on_cpu else max(len(devices), 1), available)
+        return f"{weights:,} weights, {self.learner.steps_per_chunk:,} steps in a chunk, {runs} side by side\n{fits}"
+
+
+def training_run(world: WorldConfig | tuple[Environment, EnvParams], training: TrainingConfig) -> TrainingRun:
+    """Builds everything that a run needs.
+
+    Args:
+      world: a world, or an environment and its parameters.
+      training: what is trained.
+
+    Raises:
+      InputError: a file cannot be used, or the configurations do not go together.
+    """
+    if isinstance(world, WorldConfig):
+        env, params = world.build()
+        measured = world.trace is not None or world.quality_table is not None
+        held_out_params = world.held_out().build()[1] if measured else params
+    else:
+        (env, params), held_out_params = world, world[1]
+    params = _worlds(env, params, training)
+    held_out = _held_out(held_out_params, training)
+    varied = [run["load"] for run in training.runs if "load" in run]
+    agent = _with_rate_clip(training.agent, env, params, max([*held_out.loads, *varied]))
+    return TrainingRun(
+        make_learner(env, agent), params, held_out, training, world if isinstance(world, WorldConfig) else None
+    )
+
+
+def _worlds(env: Environment, params: EnvParams, training: TrainingConfig) -> EnvParams:
+    """Returns the parameters of the environments to train in, with an axis [num_envs] where they differ."""
+    loads, randomise = training.loads, set(training.randomise) | ({"load"} if len(training.loads) > 1 else set())
+    params = params.at_load((loads or (DEFAULT_LOAD,))[0])
+    if not randomise:
+        return params
+    domain = Domain(
+        loads=(loads or randomization.LOADS) if "load" in randomise else (),
+        arrivals=randomization.ARRIVALS if "arrivals" in randomise else (),
+        predictions=randomization.PREDICTIONS if "prediction" in randomise else (),
+        staleness_s=(0.0, float(params.staleness_s)) if "staleness" in randomise else (),
+        latency_limits_s=randomization.LATENCY_LIMITS_S if "limit" in randomise else (),
+        pairs=randomization.PAIRS if "fleet" in randomise else (),
+    )
+    key = jax.random.fold_in(jax.random.key(training.seeds[0]), 1)
+    return sample_worlds(env, params, domain, key, training.agent.num_envs)
+
+
+def _held_out(params: EnvParams, training: TrainingConfig) -> HeldOut:
+    loads_differ = "load" in training.randomise or len(training.loads) > 1
+    loads = training.loads or (HELD_OUT_LOADS if loads_differ else (DEFAULT_LOAD,))
+    return HeldOut(params, loads, training.evaluation_envs, training.evaluation_steps)
+
+
+def _with_rate_clip(agent: AgentConfig, env: Environment, params: EnvParams, load: float) -> AgentConfig:
+    """Returns the agent with ``rate_clip_per_s`` of its worlds at the greatest ``load``, unless it has one."""
+    if agent.network.rate_clip_per_s is not None:
+        return agent
+    network = dataclasses.replace(agent.network, rate_clip_per_s=rate_clip_per_s(env, params, load))
+    return dataclasses.replace(agent, network=network)
+
+
+def _hyperparameters(agent: AgentConfig, training: TrainingConfig) -> Hyperparameters:
+    """Returns the numbers of all runs, leaves [runs]."""
+    each = [
+        overridden(agent, {name: repr(value) for name, value in run.items() if name not in ("seed", "load")}).hyper
+        for run in training.runs
+    ]
+    return jax.tree.map(lambda *values: np.array(values, np.float32), *each)

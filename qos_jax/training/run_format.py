@@ -1,0 +1,87 @@
+"""The format of a run's config.json, and how configurations of earlier formats are read.
+
+A field that did not exist yet gets the value that was in effect then. A renamed field is translated. An unknown field
+is an error, as everywhere. Each new format adds a step to ``_UPGRADES`` and a small run to ``tests/data/formats``.
+
+* 1: flags and a loose description of the world; ``agent`` at the top level, under the names of that time.
+* 2: ``world`` is a ``WorldConfig`` and ``training`` a ``TrainingConfig``, which holds the agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qos_jax.agent import configs
+from qos_jax.errors import InputError
+from qos_jax.training.config import TrainingConfig
+from qos_jax.worlds.config import WorldConfig
+
+FORMAT = 2
+FIELDS: dict[str, Any] = {"spec": dict, "world": (dict, type(None)), "training": dict}
+"""What every config.json has; ``world`` is null for a run in an environment of the user's own."""
+
+_BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
+    "agent": {"shards": 1},
+    "network": {"most_rate": None, "with_rates": False},
+    "hyper": {"most_harm": 10.0},
+}
+"""Of format 1: values in effect before a field existed."""
+
+
+def upgraded(config: Any, file: str) -> dict[str, Any]:
+    """Returns a configuration in the current format.
+
+    Args:
+      config: what a config.json of any format holds.
+      file: its path, for messages.
+
+    Raises:
+      InputError: the format is unknown, or a field is missing or of another kind.
+    """
+    version = config.get("format") if isinstance(config, dict) else None
+    if version != FORMAT and version not in _UPGRADES:
+        known = ", ".join(map(str, [*_UPGRADES, FORMAT]))
+        raise InputError(f"{file}: format is {version!r}, must be one of {known}")
+    while config["format"] != FORMAT:
+        try:
+            config = _UPGRADES[config["format"]](config)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file}: format {config['format']}: field {error} is missing or of another kind"
+            ) from error
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+    for field, kind in FIELDS.items():
+        if not isinstance(config.get(field), kind):
+            raise InputError(f"{file}: {field} is {config.get(field)!r}, must be a table of fields")
+    return dict(config)
+
+
+def _from_1(config: dict[str, Any]) -> dict[str, Any]:
+    world = config.get("world", {})
+    known = {name: world[name] for name in ("preset", "arrivals", "staleness_s", "allow_drop") if name in world}
+    training = {
+        "agent": _agent_from_1(config["agent"]),
+        "steps": config.get("steps", 1),
+        "runs": config.get("runs", [{"seed": seed} for seed in config["seeds"]]),
+        "loads": config.get("loads", []),
+        "save_replay": config["with_replay"],
+    }
+    described = TrainingConfig().to_dict() | training
+    kept = {name: config[name] for name in ("spec", "experts", "command", "versions", "git") if name in config}
+    return kept | {"format": 2, "began_as": 1, "world": WorldConfig(**known).to_dict(), "training": described}
+
+
+def _agent_from_1(agent: dict[str, Any]) -> dict[str, Any]:
+    agent = _BEFORE_THE_FIELD["agent"] | agent
+    agent["network"] = _BEFORE_THE_FIELD["network"] | agent["network"]
+    agent["hyper"] = _BEFORE_THE_FIELD["hyper"] | agent["hyper"]
+    for table in (agent, agent["network"], agent["hyper"]):
+        for old, new in configs.OLD_FIELDS.items():
+            if old in table:
+                table[new] = table.pop(old)
+    return agent
+
+
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

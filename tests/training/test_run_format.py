@@ -1,0 +1,99 @@
+"""Runs of earlier formats load for ever: each format has left a small run in tests/data/formats."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import qos_jax
+from qos_jax import InputError
+from qos_jax.agent.networks import heads_of
+from qos_jax.training.load import learner_of, load_router
+from qos_jax.training.run_folder import RunFolder, read_config
+from qos_jax.training.run_format import FORMAT, upgraded
+
+FORMATS = pathlib.Path(__file__).parents[1] / "data" / "formats"
+RUNS = sorted(FORMATS.glob("run-*"))
+
+
+def test_every_format_has_left_a_run() -> None:
+    assert {path.name for path in RUNS} == {f"run-{number}" for number in range(1, FORMAT + 1)}
+    assert all(sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) < 200_000 for run in RUNS)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_its_router_decides_as_it_did(path: pathlib.Path) -> None:
+    """On the observations that it met then; where two actions are worth the same, rounding may choose the other."""
+    then = json.loads((path / "decisions.json").read_text())
+    router, learner = load_router(path), learner_of(RunFolder.reopen(path))
+    env, params = qos_jax.make(then["preset"], load=then["load"])
+    step, act = jax.jit(env.step), jax.jit(router.act)
+    values = jax.jit(lambda obs: heads_of(learner.network, router.params, learner.features(obs)).q)
+    obs, state = jax.jit(env.reset)(jax.random.key(then["reset_key"]), params)
+    for t, action in enumerate(then["actions"]):
+        q = np.asarray(values(obs))
+        if t % 20 == 19:
+            np.testing.assert_allclose(q, then["q_every_20"][t // 20], atol=2e-3)
+        best = np.where(obs.action_mask, q.mean(0), -np.inf)
+        if np.diff(np.sort(best))[-1] > 2e-3:
+            assert int(act(jax.random.key(t), obs, ())[0]) == action
+        obs, state, *_ = step(jax.random.key(then["first_step_key"] + t), state, action, params)
+
+
+def config_of(number: int) -> dict[str, Any]:
+    return json.loads((FORMATS / f"run-{number}" / "config.json").read_text())
+
+
+def edited(config: dict[str, Any], path: str, value: Any = None, *, remove: bool = False) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    *tables, name = path.split(".")
+    table = config
+    for each in tables:
+        table = table[each]
+    if remove:
+        del table[name]
+    else:
+        table[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("field", "now", "value"),
+    [
+        ("agent.network.most_rate", "network.rate_clip_per_s", None),
+        ("agent.network.with_rates", "network.with_rates", False),
+        ("agent.hyper.most_harm", "hyper.max_externality", 10.0),
+        ("agent.shards", "shards", 1),
+    ],
+)
+def test_a_field_that_did_not_exist_yet_has_the_value_of_that_time(field: str, now: str, value: Any) -> None:
+    agent = upgraded(edited(config_of(1), field, remove=True), "config.json")["training"]["agent"]
+    *tables, name = now.split(".")
+    for each in tables:
+        agent = agent[each]
+    assert agent[name] == value
+
+
+def test_a_field_is_translated_and_an_unknown_one_refused() -> None:
+    agent = upgraded(config_of(1), "config.json")["training"]["agent"]
+    assert (agent["hyper"]["max_externality"], agent["targets"], agent["probes"]) == (0.35, "counterfactual", 1)
+    with pytest.raises(InputError, match=r"config.json: .*agent.depth is unknown"):
+        folder = RunFolder(FORMATS / "run-1", upgraded(edited(config_of(1), "agent.depth", 3), "config.json"))
+        _ = folder.training
+    with pytest.raises(InputError, match=r"config.json: format 1: field 'capacity' is missing|capacity is missing"):
+        folder = RunFolder(FORMATS / "run-1", upgraded(edited(config_of(1), "agent.capacity", remove=True), "c.json"))
+        _ = folder.training
+
+
+def test_a_run_of_an_earlier_format_does_not_go_on() -> None:
+    folder = RunFolder.reopen(FORMATS / "run-1")
+    with pytest.raises(
+        InputError, match="was written in format 1: its router can be loaded, but training cannot go on"
+    ):
+        folder.check_same(read_config(FORMATS / "run-2"))
