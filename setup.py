@@ -9,7 +9,7 @@ NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbconvert>=7.16", "nbformat>=
 
 setup(
     name="qos_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Simulates LLM serving at the edge in JAX, and learns to route requests for quality of service",
     long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["qos_jax", "qos_jax.*"]),
     package_data={"qos_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["qos-jax = qos_jax.programs.main:main"]},
     install_requires=[
         "absl-py>=2.3.1",
         "chex>=0.1.91",

@@ -1,1 +1,1 @@
-"""Programs, run as modules."""
+"""Programs run as modules: launchers of the installed programs, studies and measurements."""

@@ -1,7 +1,7 @@
-"""Damaged, odd and hostile files: every reader returns something usable or says in an InputError what is wrong.
+"""Damaged, odd and hostile files: every reader returns something usable or raises a clear InputError.
 
-No other exception may come out, whatever the bytes; nothing in a file is executed, and none of them makes a reader ask
-for much more memory than the file is large.
+No bytes may cause another exception. Nothing in a file is executed. No file makes a reader allocate much more memory
+than the file is large.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,19 +24,23 @@ from hypothesis import strategies as st
 
 from qos_jax import InputError
 from qos_jax.agent import AGENTS, configs
+from qos_jax.agent.overrides import overridden
 from qos_jax.fleet.profile_fitting import TIMING_UNITS, load_profile
 from qos_jax.predictor.data import read_prediction_table
-from qos_jax.predictor.predictor import load_predictor
+from qos_jax.predictor.heads import Head, HeadConfig, Network, fit_scale
+from qos_jax.predictor.predictor import Predictor, load_predictor
 from qos_jax.predictor.pretrained import load_pretrained
-from qos_jax.programs import common, train
+from qos_jax.programs.world_flags import numbers
+from qos_jax.training.config import TrainingConfig
 from qos_jax.training.load import load_router
 from qos_jax.training.run_folder import CONFIG, METRICS, RunFolder, make_config
 from qos_jax.workload.arrivals import parse_arrivals
 from qos_jax.workload.prediction import parse_prediction
 from qos_jax.workload.tables import read_mix_instruct, read_npz
 from qos_jax.workload.traces import read_trace
-from tests.helpers.instant_env import small_learner
-from tests.helpers.prediction_tables import made_up_table, write_mix_instruct, write_npz
+from tests.helpers.instant_env import instant_env, small_learner
+from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_instruct, write_npz
+from tests.helpers.small_env import small_params
 from tests.helpers.tiny_encoder import write_tiny_encoder
 
 EXAMPLES = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -50,7 +56,7 @@ edits = st.lists(
 
 
 def edited(content: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
-    """Returns a file with some stretches replaced, each given by where it begins, its length and what comes there."""
+    """Returns a file with some stretches replaced, each given by its begin, its length and the new bytes."""
     for begin, length, new in changes:
         at = int(begin * len(content))
         content = content[:at] + new + content[at + length :]
@@ -67,7 +73,7 @@ TRACES = {
 
 
 def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]:
-    """Yields for each kind of file its name, a file that is as it should be, and what reads it."""
+    """Yields the name of each kind of file, an undamaged file, and its reader."""
     for name, text in TRACES.items():
         (folder / f"{name}.trace").write_text(text)
         yield name, folder / f"{name}.trace", read_trace
@@ -79,21 +85,39 @@ def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]
     profile = folder / "profile.json"
     profile.write_text(json.dumps({"timing": {field: 0.5 for field in TIMING_UNITS}}))
     yield "profile", profile, lambda path: load_profile(str(path))
-    run = folder / "run"
-    learner = small_learner()
-    RunFolder.start(run, make_config(learner, learner.config.hyper, [0, 1]))
-    (run / METRICS).write_text('{"kind": "train", "steps": 32, "metrics": {"qos": [0.5]}}\n' * 3)
+    run = _write_run(folder / "run")
     yield "run", run / CONFIG, lambda path: load_router(path.parent)
+    yield "checksums", run / "checkpoints" / "32" / "checksums.json", lambda path: load_router(path.parents[2])
     yield "metrics", run / METRICS, lambda path: RunFolder(path.parent, {}).records()
     encoder = write_tiny_encoder(folder / "encoder")
     for name in ("config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json", "model.safetensors"):
         yield f"encoder {name}", encoder / name, lambda path: load_pretrained(path.parent)
-    predictor = folder / "predictor"
-    predictor.mkdir()
-    head = {"form": "buckets", "hidden": [8], "num_buckets": 3, "dropout": 0.0}
-    sizes = {"embedding_size": 8, "members": 1, "with_length": False, "with_encoder": False}
-    (predictor / "config.json").write_text(json.dumps({"format": 1, "experts": ["a", "b"], "head": head} | sizes))
-    yield "predictor", predictor / "config.json", lambda path: load_predictor(path.parent)
+    _predictor().save(folder / "predictor")
+    for name in ("config.json", "heads.safetensors"):
+        yield f"predictor {name}", folder / "predictor" / name, lambda path: load_predictor(path.parent)
+
+
+def _write_run(folder: pathlib.Path) -> pathlib.Path:
+    """Writes a run with a checkpoint of untrained weights."""
+    learner = small_learner()
+    run = RunFolder.start(folder, make_config(learner, TrainingConfig(agent=learner.config, steps=64)))
+    obs, _ = instant_env().reset(jax.random.key(0), small_params())
+    weights = learner.network.init(jax.random.key(0), learner.features(obs))
+    run.save(32, {"state": jnp.zeros(2)}, weights)
+    (folder / METRICS).write_text('{"kind": "train", "steps": 32, "metrics": {"qos": [0.5]}}\n' * 3)
+    return folder
+
+
+def _predictor() -> Predictor:
+    """Returns a predictor of untrained heads on embeddings."""
+    config, table = HeadConfig("buckets", (4,), 3), made_up_table(num_prompts=8)
+    size = table.embeddings.shape[1]
+    weights = jax.vmap(lambda key: Network(config, len(EXPERTS)).init(key, jnp.zeros(size)))(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    score = Head(config, fit_scale(config, table.score), weights)
+    length = Head(config, fit_scale(config, np.log(table.output_tokens), table.output_tokens), weights)
+    return Predictor(EXPERTS, jnp.zeros(size), jnp.ones(()), score, length, encoder=None)
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +126,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[pathlib.P
 
 
 KINDS = (
-    *TRACES, "npz", "predictions", "mix_instruct", "profile", "run", "metrics", "predictor",
+    *TRACES, "npz", "predictions", "mix_instruct", "profile", "run", "checksums", "metrics",
+    "predictor config.json", "predictor heads.safetensors",
     *(f"encoder {name}" for name in ("config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json")),
     "encoder model.safetensors",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_undamaged_file_is_read(kind: str, files: dict) -> None:
+    """If it were refused, the tests of damaged files would show nothing."""
+    path, read = files[kind]
+    read(path)
 
 
 @pytest.mark.slow
@@ -124,7 +156,9 @@ def test_a_damaged_file_is_read_or_refused(kind: str, files: dict, data: st.Data
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("kind", ["azure", "npz", "mix_instruct", "profile", "run", "metrics"])
+@pytest.mark.parametrize(
+    "kind", ["azure", "npz", "mix_instruct", "profile", "run", "checksums", "metrics", "predictor heads.safetensors"]
+)
 @EXAMPLES
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(kind: str, files: dict, content: bytes) -> None:
@@ -146,7 +180,9 @@ VALUES = st.recursive(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mooncake", "profile", "run", "metrics", "predictor", "encoder config.json"])
+@pytest.mark.parametrize(
+    "kind", ["mooncake", "profile", "run", "checksums", "metrics", "predictor config.json", "encoder config.json"]
+)
 @EXAMPLES
 @given(data=st.data())
 def test_json_with_another_value_somewhere_is_read_or_refused(kind: str, files: dict, data: st.DataObject) -> None:
@@ -207,7 +243,7 @@ def test_nothing_in_a_table_is_executed(tmp_path: pathlib.Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("read", [read_npz, read_prediction_table])
-def test_a_table_cannot_ask_for_memory_that_it_does_not_fill(tmp_path: pathlib.Path, read: Any) -> None:
+def test_a_table_cannot_claim_more_memory_than_it_fills(tmp_path: pathlib.Path, read: Any) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 8)})
     path = write_npz(tmp_path / "table.npz", made_up_table(num_prompts=4), **LENGTHS, quality=None)
@@ -223,11 +259,11 @@ def test_a_table_cannot_ask_for_memory_that_it_does_not_fill(tmp_path: pathlib.P
         st.text(max_size=20), st.from_regex(r"(gamma|mmpp|sinusoidal|r2)(:[0-9.e+-]{0,6}){0,3}", fullmatch=True)
     )
 )
-def test_any_text_of_a_law_is_parsed_or_refused(text: str) -> None:
+def test_any_text_of_arrivals_and_predictions_is_parsed_or_refused(text: str) -> None:
     for parse in (
         lambda: parse_arrivals(text, 1.0),
         lambda: parse_prediction(text),
-        lambda: common.numbers("load", [text]),
+        lambda: numbers("load", [text]),
     ):
         try:
             parse()
@@ -238,13 +274,89 @@ def test_any_text_of_a_law_is_parsed_or_refused(text: str) -> None:
 @EXAMPLES
 @given(
     name=st.sampled_from(
-        ["num_envs", "han.layers", "hidden", "alpha", "encoder", "residual", "teacher", "capacity", "slots"]
+        ["num_envs", "han.layers", "hidden", "alpha", "encoder", "residual", "targets", "capacity", "slots"]
     ),
     text=st.one_of(st.text(max_size=8), st.from_regex(r"-?[0-9]{1,9}(x[0-9]{0,4})?", fullmatch=True)),
 )
 def test_any_setting_of_an_agent_is_taken_or_refused(name: str, text: str) -> None:
     try:
-        config = train.overridden(AGENTS["mvr"], {name: text})
+        config = overridden(AGENTS["mvr"], {name: text})
         assert configs.from_dict(configs.to_dict(config)) == config
     except InputError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E8M0", "BF16"])
+@pytest.mark.parametrize("kind", ["predictor heads.safetensors", "encoder model.safetensors"])
+def test_tensors_of_odd_types_are_read_or_refused(kind: str, dtype: str, files: dict) -> None:
+    """NumPy has no type for the first two."""
+    path, read = files[kind]
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    tensor = next(each for name, each in header.items() if name != "__metadata__" and each["dtype"] == "F32")
+    begin, end = tensor["data_offsets"]
+    tensor |= {"dtype": dtype, "shape": [(end - begin) // (2 if dtype == "BF16" else 1)]}
+    text = json.dumps(header).encode()
+    try:
+        path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+        with pytest.raises(InputError, match=str(path)):
+            read(path)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "kind, field, value",
+    [
+        ("predictor config.json", "members", 10**20),
+        ("predictor config.json", "head.hidden", [8] * 20_000),
+        ("encoder config.json", "num_hidden_layers", 20_000),
+        ("run", "spec.num_experts", 10**7),
+        ("run", "training.agent.network.hidden", [8] * 20_000),
+        ("checksums", "weights", []),
+        ("checksums", "weights", "sums"),
+        ("checksums", "weights", None),
+    ],
+)
+def test_sizes_and_kinds_are_checked_before_the_work(kind: str, field: str, value: Any, files: dict) -> None:
+    path, read = files[kind]
+    whole = path.read_bytes()
+    *tables, name = field.split(".")
+    record = table = json.loads(whole)
+    for each in tables:
+        table = table[each]
+    table[name] = value
+    try:
+        path.write_text(json.dumps(record))
+        with pytest.raises(InputError, match=str(path.parent)):
+            read(path)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [99_999], "tokens": ["[CLS]"]}},
+            },
+        ),
+    ],
+    ids=["panic of the library", "token beyond the vocabulary"],
+)
+def test_a_hostile_tokenizer_is_refused(part: str, value: dict, files: dict) -> None:
+    path, read = files["encoder tokenizer.json"]
+    whole = path.read_bytes()
+    try:
+        path.write_text(json.dumps(json.loads(whole) | {part: value}))
+        with pytest.raises(InputError, match=str(path)):
+            read(path)
+    finally:
+        path.write_bytes(whole)

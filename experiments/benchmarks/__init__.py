@@ -1,1 +1,1 @@
-"""Measurements of speed and numerical endurance."""
+"""Measurements of speed and of numerical drift."""

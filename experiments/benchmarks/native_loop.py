@@ -1,13 +1,14 @@
-"""The simulator's rules as one scalar compiled loop: what a CPU core does with them, for comparison in benchmarks.
+"""The simulator's rules as one compiled scalar loop: the speed of one CPU core, for comparison in benchmarks.
 
-It is meant as a fair baseline and not a straw man: numba machine code, queues in flat arrays, and the same closed-form
-jump over stretches in which the batch only decodes. An arrival elsewhere interrupts such a stretch at a cost that does
-not grow with the batch: the requests' counters are settled when the stretch ends. The shortest-queue router is compiled
-in, so that no Python runs between requests. It was written from the rules, apart from the simulator, and is held to the
-plain-Python reference of the tests. numba is needed only here: it comes with the extra ``dev``.
+The baseline is a fair one: numba machine code, queues in flat arrays, and the same closed-form jump over stretches in
+which the batch only decodes. An arrival interrupts such a stretch on another expert at a cost independent of the batch:
+the counters of the requests are settled when the stretch ends. The shortest-queue router is compiled in, so no Python
+runs between requests. The loop was written from the rules, not from the simulator's code, and tests compare it with the
+plain-Python reference. It alone needs numba, which comes with the extra ``dev``.
 
-On one expert requests start in arrival order and are preempted from the tail. So ``queue`` lists the accepted requests
-in that order, waiting are ``queue[head:tail]``, to admit is to step ``head`` forward and to preempt is to step it back.
+The requests of an expert start in arrival order and are preempted from the tail. So ``queue`` lists the accepted
+requests in that order, ``queue[head:tail]`` are the waiting ones, admission increments ``head`` and preemption
+decrements it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ FINISH_S, FIRST_TOKEN_S = range(2)
 FOREVER = 1 << 60  # iterations
 
 
-class World(NamedTuple):
-    """Everything the loop reads and writes; the columns of the tables are named above."""
+class LoopState(NamedTuple):
+    """Everything that the loop reads and writes; the constants above name the columns."""
 
     cost: np.ndarray  # [N, 5] s
-    state: np.ndarray  # [N, 10] limits, queue ends, batch size, free blocks, and the stretch of pure decoding under way
+    state: np.ndarray  # [N, 10] limits, queue ends, batch size, free blocks, and the current stretch of pure decoding
     clock_s: np.ndarray  # [N] the next iteration boundary
     queue: np.ndarray  # [N, J] accepted requests in arrival order
     batch: np.ndarray  # [N, max_running] running requests in arrival order
@@ -51,12 +52,18 @@ def simulate(
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
 ) -> tuple[np.ndarray, RequestLog]:
-    """Serves a trace; without an ``assignment`` [J], each request joins the shortest queue (running + waiting).
+    """Serves a trace; a request that its expert cannot take is dropped. Input is not checked.
 
-    Ties go to the lowest index; a request that its expert cannot take is dropped. Input is not checked.
+    Args:
+      experts: profile of the N experts.
+      trace: J requests.
+      assignment: [J] expert of each request, -1 for a drop. Without it each request joins the shortest queue (running +
+        waiting); ties go to the lowest index.
+      token_budget: of an iteration.
+      block_size: tokens of a KV block.
 
     Returns:
-        The expert [J] of each request (-1 where the router dropped it), and what happened to it.
+      The expert [J] of each request, -1 for a drop, and the log of the requests.
     """
     output = np.asarray(trace.output_tokens).astype(np.int64)
     n_requests, n_experts = output.shape
@@ -71,7 +78,7 @@ def simulate(
     state = np.zeros((n_experts, 10), np.int64)
     state[:, : limits.shape[1]] = limits
     state[:, FREE] = state[:, KV_BLOCKS]
-    world = World(
+    w = LoopState(
         cost=cost,
         state=state,
         clock_s=np.full(n_experts, -np.inf),
@@ -84,14 +91,14 @@ def simulate(
         token_budget=token_budget,
         block_size=block_size,
     )
-    world.jobs[:, PROMPT] = np.asarray(trace.prompt_tokens)
+    w.jobs[:, PROMPT] = np.asarray(trace.prompt_tokens)
     expert = np.full(n_requests, -1) if assignment is None else np.array(assignment, np.int64)
-    _run(world, np.asarray(trace.arrival_s, np.float64), output, expert, assignment is None)
+    _run(w, np.asarray(trace.arrival_s, np.float64), output, expert, assignment is None)
     log = RequestLog(
-        finish_s=world.times[:, FINISH_S],
-        first_token_s=world.times[:, FIRST_TOKEN_S],
-        preemptions=world.jobs[:, PREEMPTIONS].astype(np.int32),
-        dropped=world.dropped,
+        finish_s=w.times[:, FINISH_S],
+        first_token_s=w.times[:, FIRST_TOKEN_S],
+        preemptions=w.jobs[:, PREEMPTIONS].astype(np.int32),
+        dropped=w.dropped,
     )
     return expert, log
 
@@ -101,14 +108,14 @@ def _columns(*fields: ArrayLike) -> np.ndarray:
 
 
 def _compiled(function: Any) -> Any:
-    # Nothing is allocated in the loop, so arrays need no reference counts: to count them took two thirds of the time.
+    # The loop allocates nothing, so arrays need no reference counts, which took two thirds of the time.
     options: dict[str, Any] = {"cache": True, "_nrt": False}
     return numba.njit(**options)(function)
 
 
 @_compiled
-def _run(w: World, arrival_s: np.ndarray, output: np.ndarray, expert: np.ndarray, shortest_queue: bool) -> None:
-    """Serves every request; fills ``expert`` where the router is the shortest queue."""
+def _run(w: LoopState, arrival_s: np.ndarray, output: np.ndarray, expert: np.ndarray, shortest_queue: bool) -> None:
+    """Serves every request and, with the shortest-queue router, fills ``expert``."""
     n_experts = len(w.clock_s)
     for j in range(len(arrival_s)):
         first, last = (0, n_experts) if shortest_queue else (max(expert[j], 0), expert[j] + 1)
@@ -122,7 +129,7 @@ def _run(w: World, arrival_s: np.ndarray, output: np.ndarray, expert: np.ndarray
 
 
 @_compiled
-def _shortest_queue(w: World) -> int:
+def _shortest_queue(w: LoopState) -> int:
     """Returns the expert with the fewest requests."""
     best, fewest = 0, np.iinfo(np.int64).max
     for n in range(len(w.clock_s)):
@@ -133,8 +140,8 @@ def _shortest_queue(w: World) -> int:
 
 
 @_compiled
-def _offer(w: World, n: int, j: int, time_s: float, output_tokens: int) -> bool:
-    """Queues request ``j`` on expert ``n``; says whether it could."""
+def _offer(w: LoopState, n: int, j: int, time_s: float, output_tokens: int) -> bool:
+    """Queues request ``j`` on expert ``n``; False if the expert cannot take it."""
     waiting = w.state[n, TAIL] - w.state[n, HEAD]
     blocks = _blocks_for(w, w.jobs[j, PROMPT] + output_tokens)
     if waiting >= w.state[n, MAX_WAITING] or blocks > w.state[n, KV_BLOCKS]:
@@ -150,7 +157,7 @@ def _offer(w: World, n: int, j: int, time_s: float, output_tokens: int) -> bool:
 
 
 @_compiled
-def _run_until(w: World, n: int, until_s: float) -> None:
+def _run_until(w: LoopState, n: int, until_s: float) -> None:
     """Runs every iteration of one expert that starts before ``until_s``."""
     while w.clock_s[n] < until_s and (w.state[n, RUNNING] > 0 or w.state[n, HEAD] < w.state[n, TAIL]):
         if w.state[n, STEPS_LEFT] == 0:
@@ -164,16 +171,16 @@ def _run_until(w: World, n: int, until_s: float) -> None:
 
 
 @_compiled
-def _find_stretch(w: World, n: int) -> None:
-    """Counts the iterations in which exactly the running requests decode, nothing is admitted and nothing preempted.
+def _find_stretch(w: LoopState, n: int) -> None:
+    """Counts the next iterations in which the running requests decode and none is admitted or preempted.
 
-    They end with the next completion or before the next lack of memory.
+    The stretch ends with the next completion, or before memory runs out.
     """
     running = w.state[n, RUNNING]
     if running == 0 or running > w.token_budget or _may_admit(w, n, w.token_budget - running):
         return
     steps, kv_tokens = FOREVER, 0
-    w.new_blocks[:] = 0  # by iteration: the requests whose last block is then full
+    w.new_blocks[:] = 0  # [iteration] number of requests whose last block is full then
     for i in range(running):
         j = w.batch[n, i]
         if w.jobs[j, GENERATED] == 0 or _missing(w, j) != 1:
@@ -181,7 +188,7 @@ def _find_stretch(w: World, n: int) -> None:
         steps = min(steps, w.jobs[j, OUTPUT] - w.jobs[j, GENERATED])
         kv_tokens += w.jobs[j, COMPUTED]
         w.new_blocks[w.jobs[j, BLOCKS] * w.block_size - w.jobs[j, COMPUTED]] += 1
-    fitting = w.state[n, FREE] // running * w.block_size  # each request takes one block in so many iterations
+    fitting = w.state[n, FREE] // running * w.block_size  # a request takes one block every block_size iterations
     left = w.state[n, FREE] % running
     for blocks in w.new_blocks:
         left -= blocks
@@ -192,7 +199,7 @@ def _find_stretch(w: World, n: int) -> None:
 
 
 @_compiled
-def _decode(w: World, n: int, until_s: float) -> None:
+def _decode(w: LoopState, n: int, until_s: float) -> None:
     """Jumps over the iterations of the stretch that start before ``until_s``."""
     growth_s = w.cost[n, PER_KV_TOKEN_S] * w.state[n, RUNNING]
     first_s = w.cost[n, STEP_BASE_S] + w.cost[n, PER_SEQUENCE_S] * w.state[n, RUNNING]
@@ -203,7 +210,7 @@ def _decode(w: World, n: int, until_s: float) -> None:
         slope_s = first_s - growth_s / 2  # growth_s / 2 steps^2 + slope_s steps = gap_s
         root = 2 * gap_s / (slope_s + np.sqrt(slope_s * slope_s + 2 * growth_s * gap_s))
         steps = min(max(int(root), 1), steps - 1)
-        while steps > 1 and _stretch_s(steps - 1, first_s, growth_s) >= gap_s:  # the root was rounded
+        while steps > 1 and _stretch_s(steps - 1, first_s, growth_s) >= gap_s:  # corrects rounding of the root
             steps -= 1
         while _stretch_s(steps, first_s, growth_s) < gap_s:
             steps += 1
@@ -215,13 +222,13 @@ def _decode(w: World, n: int, until_s: float) -> None:
 
 @_compiled
 def _stretch_s(steps: int, first_s: float, growth_s: float) -> float:
-    """Seconds of so many iterations that each take ``growth_s`` longer than the one before."""
+    """Returns the seconds of ``steps`` iterations, each ``growth_s`` longer than the one before."""
     return steps * first_s + growth_s * (steps * (steps - 1) // 2)
 
 
 @_compiled
-def _settle(w: World, n: int) -> None:
-    """Ends a stretch: gives its tokens and blocks to the requests, and lets go of those that are complete."""
+def _settle(w: LoopState, n: int) -> None:
+    """Ends a stretch: its tokens and blocks go to the requests, and complete requests leave."""
     steps = w.state[n, STEPS_DONE]
     w.state[n, STEPS_LEFT] = w.state[n, STEPS_DONE] = 0
     if steps == 0:
@@ -241,7 +248,7 @@ def _settle(w: World, n: int) -> None:
 
 
 @_compiled
-def _iterate(w: World, n: int) -> None:
+def _iterate(w: LoopState, n: int) -> None:
     """Runs one iteration of any kind."""
     scheduled = _schedule(w, n)
     prefill_tokens = kv_tokens = 0
@@ -259,8 +266,8 @@ def _iterate(w: World, n: int) -> None:
 
 
 @_compiled
-def _emit(w: World, n: int, scheduled: int) -> None:
-    """Ends an iteration at the clock: counts its tokens, and lets go of the requests that are complete."""
+def _emit(w: LoopState, n: int, scheduled: int) -> None:
+    """Ends an iteration at the clock: counts its tokens; complete requests leave."""
     kept = 0
     for i in range(w.state[n, RUNNING]):
         j = w.batch[n, i]
@@ -278,7 +285,7 @@ def _emit(w: World, n: int, scheduled: int) -> None:
 
 
 @_compiled
-def _schedule(w: World, n: int) -> int:
+def _schedule(w: LoopState, n: int) -> int:
     """Gives tokens and memory to a prefix of the batch, preempts from its tail, admits; returns the prefix's length."""
     scheduled, budget, preempted = 0, w.token_budget, False
     while scheduled < w.state[n, RUNNING] and budget > 0:
@@ -288,7 +295,7 @@ def _schedule(w: World, n: int) -> int:
         while new_blocks > w.state[n, FREE] and w.state[n, RUNNING] > scheduled:
             _preempt_last(w, n)
             preempted = True
-        if w.state[n, RUNNING] == scheduled:  # it preempted itself
+        if w.state[n, RUNNING] == scheduled:  # request j has preempted itself
             break
         _take(w, n, j, take)
         budget -= take
@@ -306,16 +313,16 @@ def _schedule(w: World, n: int) -> int:
 
 
 @_compiled
-def _may_admit(w: World, n: int, budget_left: int) -> bool:
-    """Says whether the head of the queue could start."""
+def _may_admit(w: LoopState, n: int, budget_left: int) -> bool:
+    """Returns whether the head of the queue could start."""
     if w.state[n, HEAD] == w.state[n, TAIL] or w.state[n, RUNNING] >= w.state[n, MAX_RUNNING] or budget_left <= 0:
         return False
     return _blocks_for(w, _missing(w, w.queue[n, w.state[n, HEAD]])) <= w.state[n, FREE]
 
 
 @_compiled
-def _preempt_last(w: World, n: int) -> None:
-    """Takes the last admitted request off the GPU: back to its old place in the queue, which is still its own."""
+def _preempt_last(w: LoopState, n: int) -> None:
+    """Moves the last admitted request from the GPU back to its old place in the queue, which is still free."""
     w.state[n, RUNNING] -= 1
     w.state[n, HEAD] -= 1
     j = w.batch[n, w.state[n, RUNNING]]
@@ -326,34 +333,34 @@ def _preempt_last(w: World, n: int) -> None:
 
 
 @_compiled
-def _take(w: World, n: int, j: int, tokens: int) -> None:
-    """Schedules a request for so many tokens."""
+def _take(w: LoopState, n: int, j: int, tokens: int) -> None:
+    """Schedules ``tokens`` of a request in this iteration."""
     w.jobs[j, TAKE] = tokens
     _hold(w, n, j, w.jobs[j, COMPUTED] + tokens)
 
 
 @_compiled
-def _finish(w: World, n: int, j: int) -> None:
+def _finish(w: LoopState, n: int, j: int) -> None:
     """Ends a request at the clock."""
     w.times[j, FINISH_S] = w.clock_s[n]
     _hold(w, n, j, 0)
 
 
 @_compiled
-def _hold(w: World, n: int, j: int, tokens: int) -> None:
-    """Changes the memory of a request to what so many tokens need."""
+def _hold(w: LoopState, n: int, j: int, tokens: int) -> None:
+    """Resizes the memory of a request to the blocks of ``tokens``."""
     blocks = _blocks_for(w, tokens)
     w.state[n, FREE] += w.jobs[j, BLOCKS] - blocks
     w.jobs[j, BLOCKS] = blocks
 
 
 @_compiled
-def _missing(w: World, j: int) -> int:
-    """Tokens of a request that exist and are not computed."""
+def _missing(w: LoopState, j: int) -> int:
+    """Returns the tokens of a request that exist but are not computed."""
     return w.jobs[j, PROMPT] + w.jobs[j, GENERATED] - w.jobs[j, COMPUTED]
 
 
 @_compiled
-def _blocks_for(w: World, tokens: int) -> int:
-    """Blocks that hold so many tokens."""
+def _blocks_for(w: LoopState, tokens: int) -> int:
+    """Returns the blocks that hold ``tokens``."""
     return (tokens + w.block_size - 1) // w.block_size

@@ -1,8 +1,8 @@
-"""The measurements of ``experiments.benchmarks.simulator --suite=peers``: the agent ``sac``, here and in PyTorch.
+"""The suite ``pytorch``: the agent ``sac`` of this package against the same agent in PyTorch.
 
-Both learn on the same simulator from the same graph, with networks of the same shape and as many gradient steps. The
-PyTorch one gets its observations from the gymnasium adapter, as any other library would, and its graph attention is
-batched over environments and samples; it is no per-sample loop. It needs the extra ``sb3``.
+Both learn in the same simulator from the same graph, with networks of one shape and the same number of gradient steps.
+The PyTorch agent gets its observations from the gymnasium adapter, as any other library would. Its graph attention is
+batched over environments and samples. It needs the extra ``sb3``.
 """
 
 from __future__ import annotations
@@ -23,30 +23,32 @@ try:
     import torch
     from torch import Tensor, nn
 except ImportError as error:
-    raise InputError("--suite=peers: needs torch: pip install 'qos_jax[sb3]'") from error
+    raise InputError("--suite=pytorch needs torch: pip install 'qos_jax[sb3]'") from error
 
 _PRESETS = ("paper-3", "edge-8")
-_CHUNKS = 4  # as many requests of each environment and gradient steps as in a chunk of ``sac``, after one to warm up
+_LOAD = 0.9
+_CHUNKS = 4  # that are timed; each has the requests and gradient steps of a chunk of ``sac``
+_MASKED = -1e9
 
 Batch = dict[str, Tensor]
 
 
-def rows(load: float = 0.9) -> Iterator[dict[str, Any]]:
+def rows() -> Iterator[dict[str, Any]]:
     """Measures both on each preset; ``times_torch`` is the ratio of their steps per second."""
+    config = AGENTS["sac"]
     for preset in _PRESETS:
-        ours = training.learner_row(preset, "sac", load)
-        theirs = _torch_row(preset, AGENTS["sac"], load)
-        updates_per_step = AGENTS["sac"].updates / (AGENTS["sac"].num_envs * AGENTS["sac"].chunk)
-        ours["updates_per_s"] = ours["steps_per_s"] * updates_per_step
-        ours["times_torch"] = ours["steps_per_s"] / theirs["steps_per_s"]
-        yield ours
-        yield theirs
+        jax_row = training.learner_row(preset, "sac")
+        torch_row = _torch_row(preset, config)
+        jax_row["updates_per_s"] = jax_row["steps_per_s"] * config.updates / (config.num_envs * config.chunk)
+        jax_row["times_torch"] = jax_row["steps_per_s"] / torch_row["steps_per_s"]
+        yield jax_row
+        yield torch_row
 
 
-def _torch_row(preset: str, config: AgentConfig, load: float) -> dict[str, Any]:
-    env, params = make(preset, load=load)
+def _torch_row(preset: str, config: AgentConfig) -> dict[str, Any]:
+    env, params = make(preset, load=_LOAD)
     trainer = _Trainer(RouterVectorEnv(env, params, config.num_envs, graph=True), config)
-    trainer.chunk()
+    trainer.chunk()  # warms up
     start = time.perf_counter()
     acting_s = sum(trainer.chunk() for _ in range(_CHUNKS))
     spent_s = time.perf_counter() - start
@@ -60,29 +62,29 @@ def _torch_row(preset: str, config: AgentConfig, load: float) -> dict[str, Any]:
 
 
 class _Trainer:
-    """Discrete SAC by temporal differences: a policy, two critics on one encoder, and their running average."""
+    """Discrete SAC by temporal differences: a policy and two critics on one encoder, and their running average."""
 
     def __init__(self, envs: RouterVectorEnv, config: AgentConfig) -> None:
         torch.manual_seed(0)
         self.envs, self.config, self.hyper = envs, config, config.hyper
         obs, info = envs.reset(seed=0)
-        self.seen = self._tensors(obs, info["action_mask"])
-        self.network, self.average = (_Network(self.seen, config) for _ in range(2))
+        self.observed = self._tensors(obs, info["action_mask"])
+        self.network, self.average = (_Network(self.observed, config) for _ in range(2))
         self.average.load_state_dict(self.network.state_dict())
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=float(config.hyper.learning_rate))
         self.replay: list[tuple[Batch, Tensor, Tensor, Batch]] = []
 
     def chunk(self) -> float:
-        """Steps every environment ``chunk`` times and takes the updates; returns how long the stepping took."""
+        """Steps every environment ``chunk`` times, then takes the updates; returns the seconds of stepping."""
         start = time.perf_counter()
         for _ in range(self.config.chunk):
             with torch.no_grad():
-                logits, _ = self.network(self.seen)
+                logits, _ = self.network(self.observed)
                 action = torch.distributions.Categorical(logits=logits).sample()
             obs, reward, *_, info = self.envs.step(action.numpy())
             after = self._tensors(obs, info["action_mask"])
-            self.replay.append((self.seen, action, torch.as_tensor(reward), after))
-            self.seen = after
+            self.replay.append((self.observed, action, torch.as_tensor(reward), after))
+            self.observed = after
         acting_s = time.perf_counter() - start
         for _ in range(self.config.updates):
             self._update(*self._batch())
@@ -93,7 +95,7 @@ class _Trainer:
         row = torch.randint(self.config.num_envs, (self.config.batch_size,))
         picked = [(self.replay[i], j) for i, j in zip(step.tolist(), row.tolist(), strict=True)]
         now, after = (
-            {name: torch.stack([one[part][name][j] for one, j in picked]) for name in self.seen} for part in (0, 3)
+            {name: torch.stack([one[part][name][j] for one, j in picked]) for name in self.observed} for part in (0, 3)
         )
         return now, torch.stack([one[1][j] for one, j in picked]), torch.stack([one[2][j] for one, j in picked]), after
 
@@ -118,10 +120,10 @@ class _Trainer:
                 mean.lerp_(new, 1.0 - float(self.hyper.polyak))
 
     def _tensors(self, obs: dict[str, np.ndarray], legal: np.ndarray) -> Batch:
-        slots = self.config.network.slots  # the first of them, which are the first to arrive but for gaps
+        slots = self.config.network.slots  # the first slots hold the first to arrive, but for gaps
         cut = {name: obs[name][:, :, :slots] for name in ("requests", "running", "waiting")}
-        whole = {name: obs[name] for name in ("arrived", "experts")}
-        return {name: torch.as_tensor(x) for name, x in (whole | cut | {"legal": legal}).items()}
+        uncut = {name: obs[name] for name in ("arrived", "experts")}
+        return {name: torch.as_tensor(x) for name, x in (uncut | cut | {"legal": legal}).items()}
 
 
 class _Network(nn.Module):
@@ -148,11 +150,15 @@ class _Network(nn.Module):
         fleet = torch.cat([arrived, experts.mean(1), experts.amax(1)], -1)
         around = torch.cat([experts, fleet[:, None].expand(-1, experts.shape[1], -1)], -1)
         each = [torch.cat([self.place[name](around)[..., 0], self.drop[name](fleet)], -1) for name in self.place]
-        return each[0].masked_fill(nodes["legal"] == 0, -1e9), torch.stack(each[1:], 1)
+        return each[0].masked_fill(nodes["legal"] == 0, _MASKED), torch.stack(each[1:], 1)
 
 
 class _Layer(nn.Module):
-    """An expert reads its running and waiting requests and the arrived one, a request its expert, the arrived all."""
+    """One layer of graph attention.
+
+    An expert attends to its running and waiting requests and to the arrived one, a request to its expert, and the
+    arrived request to all experts.
+    """
 
     def __init__(self, arrived: int, expert: int, request: int, *, width: int, heads: int) -> None:
         super().__init__()
@@ -165,15 +171,15 @@ class _Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, arrived: Tensor, experts: Tensor, requests: Tensor, queues: Tensor) -> tuple[Tensor, ...]:
-        """Returns the new embeddings; ``queues`` [B, N, 2, S] says which requests run and wait."""
+        """Returns the new embeddings; ``queues`` [B, N, 2, S] marks the running and the waiting requests."""
         of_arrived = self.arrived_to_expert(arrived).relu()[:, None, None].expand(-1, experts.shape[1], -1, -1)
         read = torch.cat([self.from_requests(experts, requests, queues), of_arrived], -2)
-        there = torch.cat([queues.any(-1), torch.ones_like(queues[..., :1, 0])], -1)
-        score = self.query(self.key(read).tanh())[..., 0].masked_fill(~there, -1e9)
+        present = torch.cat([queues.any(-1), torch.ones_like(queues[..., :1, 0])], -1)
+        score = self.query(self.key(read).tanh())[..., 0].masked_fill(~present, _MASKED)
         read = (score.softmax(-1)[..., None] * read).sum(-2)
         new_experts = self.norms[1]((self.own[1](experts) + read).relu())
-        everyone = torch.ones(1, experts.shape[1], dtype=torch.bool)
-        read = self.from_experts(arrived[:, None], experts[:, None], everyone)[:, 0, 0]
+        all_experts = torch.ones(1, experts.shape[1], dtype=torch.bool)
+        read = self.from_experts(arrived[:, None], experts[:, None], all_experts)[:, 0, 0]
         new_arrived = self.norms[0]((self.own[0](arrived) + read).relu())
         running, waiting = (to(experts).relu()[:, :, None] for to in self.expert_to)
         read = torch.where(queues[..., 0, :, None], running, waiting)
@@ -181,7 +187,7 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention as in GAT of T targets to the K sources of each, in R relations."""
+    """Graph attention (GAT) of T targets, each to K sources, in R relations."""
 
     def __init__(self, target: int, source: int, relations: int, width: int, heads: int) -> None:
         super().__init__()
@@ -194,11 +200,17 @@ class _Attention(nn.Module):
         self.bias = nn.Parameter(torch.zeros(relations, width))
 
     def forward(self, targets: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
-        """Returns [B, T, R, D] of targets [B, T, F], sources [B, T, K, F] and a mask [B, T, R, K] or less."""
+        """Returns embeddings [B, T, R, D].
+
+        Args:
+          targets: [B, T, F].
+          sources: [B, T, K, F'].
+          mask: bool, broadcast to [B, T, R, K].
+        """
         of_source = self.source(sources).unflatten(-1, self.shape).movedim(-3, -1)
         logits = nn.functional.leaky_relu(self.target(targets).unflatten(-1, self.shape)[..., None] + of_source, 0.2)
         mask = mask[..., None, :]
-        weights = logits.masked_fill(~mask, -1e9).softmax(-1) * mask
+        weights = logits.masked_fill(~mask, _MASKED).softmax(-1) * mask
         means = torch.einsum("btrhk,btkf->btrhf", weights, sources)
         read = torch.einsum("btrhf,rhfd->btrhd", means, self.kernel).flatten(-2)
         return (read + self.bias).relu()

@@ -1,47 +1,27 @@
-"""Measures speed, as ratios taken in one run: the simulator against a plain-Python and a compiled scalar loop.
-
-python -m experiments.benchmarks.simulator --suite=sim --out=benchmark.json
-
---suite=train measures the learner instead: steps and memory, a decision, the encoder's two forms. --suite=peers
-measures the same agent in PyTorch beside it, and needs the extra sb3. --suite=roofline says what limits a step and an
-update, on this device and on GPUs.
-
-Run from a checkout: the plain-Python loop is the one that the tests hold the engine to.
-"""
+"""The suite ``sim``: environment steps against a plain-Python loop and a compiled scalar loop."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# To train, one device has all cores; else each core is a device.
-if not {"--suite=train", "--suite=peers", "--suite=roofline"} & {*sys.argv}:
-    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.cpu_count()}")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.benchmarks import native_loop, roofline, training
-from qos_jax.io.files import write_whole
-from qos_jax.io.provenance import versions
-from qos_jax.programs import common
+from experiments.benchmarks import native_loop
+from experiments.benchmarks.devices import spread_environments
+from experiments.benchmarks.timing import timed
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.sim.types import RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, RequestTrace
 from qos_jax.worlds.presets import make
 from tests.helpers.reference import Job, ReferenceExpert
 
-FLAGS = flags.FLAGS
-_CASES = (  # preset, environments, load, answers so many times as long
+_CASES = (  # preset, environments, load, factor on the answers' lengths
     *(("paper-3", num_envs, 0.8, 1) for num_envs in (1, 16, 256, 1024, 4096)),
     ("paper-3", 1024, 1.1, 1),
     ("paper-3", 1024, 0.8, 8),
@@ -52,39 +32,16 @@ _CASES = (  # preset, environments, load, answers so many times as long
     ("edge-64", 64, 0.8, 1),
     ("edge-64", 4096, 0.8, 1),
 )
+_MIN_STEPS = 50
+_NATIVE_REQUESTS, _PYTHON_REQUESTS = 100_000, 3000
 
 
-def define_flags() -> None:
-    """Defines the flags of this program."""
-    flags.DEFINE_enum("suite", "sim", ["sim", "train", "peers", "roofline"], "What to measure.")
-    flags.DEFINE_integer("requests", 400_000, "Requests of each case, over all environments.", lower_bound=10_000)
-    flags.DEFINE_string("out", "benchmark.json", "File for the results.")
+def rows(num_requests: int) -> Iterator[dict[str, Any]]:
+    """Measures case by case.
 
-
-def main(argv: list[str]) -> None:
-    """Measures each case, prints a line for it and writes all of them."""
-    del argv
-    rows = []
-    for row in _rows():
-        rows.append(row)
-        numbers = (f"{name} {value:,.4g}" for name, value in row.items() if isinstance(value, float | int))
-        print(f"{row['case']:34} {'  '.join(numbers)}", flush=True)
-    write_whole(FLAGS.out, json.dumps({"versions": versions(), "rows": rows}, indent=1))
-
-
-def _rows() -> Iterator[dict[str, Any]]:
-    if FLAGS.suite == "sim":
-        return _simulator_rows()
-    if FLAGS.suite == "train":
-        return training.rows()
-    if FLAGS.suite == "roofline":
-        return roofline.rows()
-    from experiments.benchmarks import pytorch  # needs torch, which is no dependency
-
-    return pytorch.rows()
-
-
-def _simulator_rows() -> Iterator[dict[str, Any]]:
+    Args:
+      num_requests: of each case, over all environments; at least 50 of each environment.
+    """
     loops: dict[tuple[str, float, int], tuple[float, float]] = {}
     for preset, num_envs, load, stretch in _CASES:
         env, params = make(preset, load=load)
@@ -94,7 +51,7 @@ def _simulator_rows() -> Iterator[dict[str, Any]]:
         python_rate, native_rate = loops[preset, load, stretch]
         case = f"{preset} x {num_envs} at {load}" + (f", {stretch} x tokens" if stretch > 1 else "")
         row: dict[str, Any] = {"case": case, "num_envs": num_envs, "load": load}
-        row |= _simulator_row(env, params, num_envs, max(FLAGS.requests // num_envs, 50))
+        row |= _simulator_row(env, params, num_envs, max(num_requests // num_envs, _MIN_STEPS))
         row["ratio_python"] = row["requests_per_cpu_s"] / python_rate
         row["ratio_native"] = row["requests_per_cpu_s"] / native_rate
         row |= {"python_requests_per_s": python_rate, "native_requests_per_s": native_rate}
@@ -102,7 +59,7 @@ def _simulator_rows() -> Iterator[dict[str, Any]]:
 
 
 def _with_longer_answers(params: EnvParams, stretch: int) -> EnvParams:
-    """Returns a world whose answers are so many times as long, and whose requests come so many times as rarely."""
+    """Returns a world whose answers are ``stretch`` times as long and whose arrival rate is divided by ``stretch``."""
     workload: Any = params.workload
     content = workload.content
     content = content.replace(
@@ -113,15 +70,11 @@ def _with_longer_answers(params: EnvParams, stretch: int) -> EnvParams:
 
 
 def _simulator_row(env: Environment, params: EnvParams, num_envs: int, steps: int) -> dict[str, Any]:
-    devices = min(jax.device_count(), num_envs)
-    mesh = jax.make_mesh((devices,), ("env",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    spec = PartitionSpec("env")
-    keys = jax.device_put(jax.random.split(jax.random.key(0), num_envs), NamedSharding(mesh, spec))
-    many = jax.shard_map(_episodes(env, params, steps), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    keys, spread = spread_environments(num_envs)
     start = time.perf_counter()
-    program = jax.jit(many).lower(keys).compile()
+    program = jax.jit(spread(_episodes(env, params, steps))).lower(keys).compile()
     compile_s = time.perf_counter() - start
-    (_, passes), wall_s, cpu_s = _timed(lambda: jax.block_until_ready(program(keys)))
+    (_, passes), wall_s, cpu_s = timed(lambda: program(keys))
     state = jax.eval_shape(lambda key: env.reset(key, params)[1], jax.random.key(0))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return {
@@ -136,7 +89,7 @@ def _simulator_row(env: Environment, params: EnvParams, num_envs: int, steps: in
 
 
 def _episodes(env: Environment, params: EnvParams, steps: int) -> Callable[[Array], tuple[Array, Array]]:
-    """Returns what plays one episode for each key [E] with the shortest queue: QoS and loop passes [E]."""
+    """Returns a function of keys [E]: the QoS and the engine passes [E] of one episode each, by the shortest queue."""
 
     def play(key: Array) -> tuple[Array, Array]:
         def step(carry: Any, key: Array) -> Any:
@@ -159,39 +112,27 @@ def _trace(params: EnvParams, num_requests: int) -> RequestTrace:
 
 
 def _native_rate(params: EnvParams) -> float:
-    """Returns the requests per second of the compiled scalar loop on one core, requests drawn beforehand."""
-    trace = _trace(params, 100_000)
+    """Returns the requests/s of the compiled scalar loop on one core; sampling the requests is not timed."""
+    trace = _trace(params, _NATIVE_REQUESTS)
     experts = jax.tree.map(np.asarray, params.experts)
-    native_loop.simulate(experts, trace)
-    _, wall_s, _ = _timed(lambda: native_loop.simulate(experts, trace))
-    return 100_000 / wall_s
+    native_loop.simulate(experts, trace)  # compiles
+    _, wall_s, _ = timed(lambda: native_loop.simulate(experts, trace))
+    return _NATIVE_REQUESTS / wall_s
 
 
 def _python_rate(env: Environment, params: EnvParams) -> float:
-    """Returns the requests per second of the plain-Python loop, iteration by iteration, on one core."""
-    num_requests = 3000
-    trace = _trace(params, num_requests)
+    """Returns the requests/s of the plain-Python loop, iteration by iteration, on one core."""
+    trace = _trace(params, _PYTHON_REQUESTS)
     experts = jax.tree.map(lambda x: np.asarray(x).tolist(), params.experts)
-    fleet = [ReferenceExpert(experts, n, 2048, 16) for n in range(env.spec.num_experts)]
+    fleet = [ReferenceExpert(experts, n, TOKEN_BUDGET, BLOCK_SIZE_TOKENS) for n in range(env.spec.num_experts)]
 
     def serve() -> None:
-        for j in range(num_requests):
+        for j in range(_PYTHON_REQUESTS):
             now_s = float(trace.arrival_s[j])
             for expert in fleet:
                 expert.run_until(now_s)
             chosen = min(range(len(fleet)), key=lambda n: len(fleet[n].running) + len(fleet[n].waiting))
             fleet[chosen].offer(Job(int(trace.prompt_tokens[j]), int(trace.output_tokens[j, chosen])), now_s)
 
-    _, wall_s, _ = _timed(serve)
-    return num_requests / wall_s
-
-
-def _timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Returns the result, wall-clock seconds and CPU seconds of a call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = function()
-    return result, time.perf_counter() - wall, time.process_time() - cpu
-
-
-if __name__ == "__main__":
-    common.start(define_flags, main)
+    _, wall_s, _ = timed(serve)
+    return _PYTHON_REQUESTS / wall_s

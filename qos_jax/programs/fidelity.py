@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
+from absl.flags import FlagValues
 from matplotlib.figure import Figure
 
 from qos_jax.evaluation import fidelity
@@ -25,35 +25,17 @@ from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
 from qos_jax.io.files import writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
-from qos_jax.programs import common
 from qos_jax.report import fidelity_plots, pages
 
-FLAGS = flags.FLAGS
 
-
-def define_flags() -> None:
-    """Defines the flags of this program."""
-    flags.DEFINE_string("run", None, "Folder of the run: meta.json, requests.jsonl and timeseries.csv.", required=True)
-    flags.DEFINE_string(
-        "profiles",
-        None,
-        "Kernel tables of the same model on the same GPU: what comes before _dense.csv, _attention.csv and "
-        "_per_sequence.csv.",
-        required=True,
-    )
-    flags.DEFINE_integer("num_layers", 32, "Layers of the model.", lower_bound=1)
-    flags.DEFINE_string("out", "runs/fidelity", "Folder for all that is made.")
-
-
-def main(argv: Sequence[str]) -> None:
+def main(values: FlagValues) -> None:
     """Simulates the run, compares, prints the error table and writes everything."""
-    del argv
-    folder = writable_folder(FLAGS.out)
-    run = read_run(FLAGS.run)
+    folder = writable_folder(values.out)
+    run = read_run(values.run)
     tables = profile_fitting.read_tables(
-        *(f"{FLAGS.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence"))
+        *(f"{values.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence"))
     )
-    kernels = profile_fitting.assemble(tables, FLAGS.num_layers, run.kv_blocks * run.block_size)
+    kernels = profile_fitting.assemble(tables, values.num_layers, run.kv_blocks * run.block_size)
     timing = profile_fitting.fit_timing(kernels)
     simulated = fidelity.simulate(run, timing)
     found = _results(run, simulated, kernels, timing)
@@ -179,7 +161,3 @@ def _amount(name: str, value: float) -> str:
 
 def _percent(value: float, decimals: int = 1) -> str:
     return "not measured" if math.isnan(value) else f"{round(100 * value, decimals) + 0.0:+.{decimals}f} %"
-
-
-if __name__ == "__main__":
-    common.start(define_flags, main)

@@ -11,41 +11,23 @@ import pathlib
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 
-from absl import flags
+from absl.flags import FlagValues
 
 from qos_jax.fleet import profile_fitting
-from qos_jax.programs import common
-
-FLAGS = flags.FLAGS
 
 
-def define_flags() -> None:
-    """Defines the flags of this program."""
-    flags.DEFINE_string("dense", None, "csv of the dense kernels by tokens.", required=True)
-    flags.DEFINE_string("attention", None, "csv of the attention kernel by batch.", required=True)
-    flags.DEFINE_string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
-    flags.DEFINE_integer("num_layers", 32, "Layers of the model.", lower_bound=1)
-    flags.DEFINE_integer(
-        "max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", lower_bound=1
-    )
-    flags.DEFINE_string("name", None, "Name of the profile; left out: that of the file.")
-    flags.DEFINE_string("out", None, "File to write.", required=True)
-
-
-def main(argv: Sequence[str]) -> None:
+def main(values: FlagValues) -> None:
     """Fits, writes the profile and prints it with its errors."""
-    del argv
-    tables = profile_fitting.read_tables(FLAGS.dense, FLAGS.attention, FLAGS.per_sequence)
-    iterations = profile_fitting.assemble(tables, FLAGS.num_layers, FLAGS.max_kv_tokens)
+    tables = profile_fitting.read_tables(values.dense, values.attention, values.per_sequence)
+    iterations = profile_fitting.assemble(tables, values.num_layers, values.max_kv_tokens)
     timing, affine = profile_fitting.fit_timing(iterations), profile_fitting.fit_affine(iterations)
     forms = {"hinge": timing, "affine": affine}
     errors = {form: profile_fitting.relative_errors(fitted, iterations) for form, fitted in forms.items()}
-    sources = {"dense": FLAGS.dense, "attention": FLAGS.attention, "per_sequence": FLAGS.per_sequence}
+    sources = {"dense": values.dense, "attention": values.attention, "per_sequence": values.per_sequence}
     profile = {
-        "name": FLAGS.name or pathlib.Path(FLAGS.out).stem,
+        "name": values.name or pathlib.Path(values.out).stem,
         "timing": timing,
         "units": profile_fitting.TIMING_UNITS,
         "errors": errors,
@@ -55,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         "command": shlex.join(["qos-jax", "fit-profile", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "numpy", "scipy")},
     }
-    profile_fitting.save_profile(FLAGS.out, profile)
+    profile_fitting.save_profile(values.out, profile)
     for name, unit in profile_fitting.TIMING_UNITS.items():
         print(f"{name:20} {timing[name]:.6g} {unit}")
     for note in tables.notes:
@@ -69,7 +51,3 @@ def main(argv: Sequence[str]) -> None:
 def _source(path: str) -> dict[str, str]:
     file = pathlib.Path(path)
     return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-
-
-if __name__ == "__main__":
-    common.start(define_flags, main)

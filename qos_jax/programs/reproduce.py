@@ -3,9 +3,9 @@
 qos-jax reproduce --figure=all --budget=full --out=runs/reproduce
 qos-jax reproduce --figure=load,staleness --budget=quick --out=runs/quick
 
-The studies are listed in ``qos_jax.programs.studies``. Below --out, ``runs`` holds the trained routers, ``cells`` what each
-world gave, and every study is written as json, csv, md and png as soon as it is done; ``index.html`` holds them all.
-What is there already is not made again, so the same command goes on with a run that was stopped or killed.
+``qos_jax.programs.studies`` lists the studies. Below --out, ``runs`` holds the trained routers and ``cells`` the results
+of each world. Every study is written as json, csv, md and png as soon as it is done; ``index.html`` holds them all.
+Finished parts are kept, so the same command goes on with a run that was stopped or killed.
 """
 
 from __future__ import annotations
@@ -22,65 +22,53 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from tqdm import tqdm
+from absl.flags import FlagValues
 
 import qos_jax
 from qos_jax.errors import InputError
-from qos_jax.evaluation.evaluate import Run, Scenario, evaluate
+from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate, scenarios
 from qos_jax.evaluation.hindsight import plan
 from qos_jax.evaluation.metrics import metrics_of
 from qos_jax.evaluation.study import BOUND, PLAN, StudyResult
 from qos_jax.evaluation.upper_bound import upper_bound
-from qos_jax.io.files import writable_folder, write_whole
+from qos_jax.io.files import csv_text, writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
-from qos_jax.programs import common
+from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.studies import BUDGETS, STUDIES, TRAINED, Study, World
 from qos_jax.programs.train_once import train_once
 from qos_jax.report import pages
 from qos_jax.report.study_report import study_figure, study_html, study_markdown
 from qos_jax.routers import PLANNERS, Router, make_router, router_names
 from qos_jax.sim.engine import EngineSpec
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay_many
-from qos_jax.sim.types import ExpertProfile, Workload
+from qos_jax.sim.types import ExpertProfile
 from qos_jax.training.load import load_router
 from qos_jax.workload.traces import read_trace, with_gaps
 from qos_jax.worlds import presets
 
-FLAGS = flags.FLAGS
 _DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
 _WARM_UP = 0.1  # leading share of the requests that does not count
 
 
-def define_flags() -> None:
-    """Defines the flags of this program."""
-    flags.DEFINE_list("figure", ["all"], f"Studies to make: all, or some of {', '.join(STUDIES)}.")
-    flags.DEFINE_enum("budget", "quick", list(BUDGETS), "How much is spent on each.")
-    flags.DEFINE_string("out", "runs/reproduce", "Folder for all that is made.")
-    flags.DEFINE_integer("jobs", 1, "Training runs at a time; each needs its own memory.", 1, 64)
-
-
-def main(argv: list[str]) -> None:
+def main(values: FlagValues) -> None:
     """Trains and compares what is not there yet, and writes the studies."""
-    del argv
-    names = list(STUDIES) if FLAGS.figure == ["all"] else list(dict.fromkeys(FLAGS.figure))
+    names = list(STUDIES) if values.figure == ["all"] else list(dict.fromkeys(values.figure))
     if unknown := [name for name in names if name not in STUDIES]:
         raise InputError(f"--figure={unknown[0]}: choose all, or some of {', '.join(STUDIES)}")
-    maker = _Maker(writable_folder(FLAGS.out), FLAGS.budget)
+    maker = _Maker(writable_folder(values.out), values.budget)
     work = {name: maker.worlds(name) for name in names}
     runs = list(dict.fromkeys(run for worlds in work.values() for world in worlds for run in maker.runs(world)))
     results = []
-    with tqdm(total=len(runs) + sum(map(len, work.values())), unit="task", dynamic_ncols=True) as bar:
-        bar.set_description("trains")
-        with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
+    with ProgressBar(len(runs) + sum(map(len, work.values())), "task", "trains") as bar:
+        with concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
             for _ in pool.map(maker.train, runs):
-                bar.update()
+                bar.update(bar.done + 1, doing="trains")
         for name, worlds in work.items():
             rows = []
             for world in worlds:
-                bar.set_description(f"{name}: {world.label}")
                 rows += maker.cell(name, world)
-                bar.update()
+                bar.update(bar.done + 1, doing=f"{name}: {world.label}")
             results.append(maker.study(name, rows))
             maker.page(results)
     print(f"written: {maker.folder / 'index.html'}")
@@ -134,7 +122,7 @@ class _Maker:
         )
         found = {"command": self._command(name), "versions": versions()} | result.to_dict()
         write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
-        write_whole(self.folder / f"{name}.csv", common.csv_text(result.rows))
+        write_whole(self.folder / f"{name}.csv", csv_text(result.rows))
         write_whole(self.folder / f"{name}.md", study_markdown(result))
         write_whole(self.folder / f"{name}.png", pages.png(study_figure(result)))
         return result
@@ -157,24 +145,19 @@ class _Maker:
 
     def _compare(self, study: Study, world: World) -> Iterator[dict[str, Any]]:
         env, params = presets.make(world.preset, **dict(world.fields), **_recorded(world))
-        num_experts, saturation_per_s = env.spec.num_experts, float(params.saturation_per_s)
         loads = _ends(study.loads) if self.budget.ends_only else study.loads
-        names = router_names(num_experts) if study.routers == ("all",) else study.routers
-        routers = [self._known(name, world, num_experts, params.workload) for name in names]
+        names = router_names(env) if study.routers == ("all",) else study.routers
+        routers = [self._known(name, world, env, params) for name in names]
         seeds_of = {}
         for name in self.runs(world):
             for seed in range(self._seeds(name)):
                 routers.append(self._learned(name, seed))
                 seeds_of[routers[-1].name] = (name, seed)
-        scenarios = [
-            Scenario(load, load * saturation_per_s, 1000 + seed)
-            for load in loads
-            for seed in range(math.ceil(world.share_of_seeds * self.budget.seeds))
-        ]
+        seeds = range(1000, 1000 + math.ceil(world.share_of_seeds * self.budget.seeds))
         requests = round(study.share * world.share_of_requests * self.budget.requests)
         # A plan is made of the whole trace, so there all of it counts.
         warmup = 0 if study.hindsight else int(_WARM_UP * requests)
-        runs = evaluate(env, params, routers, scenarios, requests, warmup=warmup)
+        runs = evaluate(env, params, routers, scenarios(params, loads, seeds), requests, warmup=warmup)
         for run in runs:
             router, training_seed = seeds_of.get(run.router.name, (run.router.name, 0))
             yield {
@@ -184,10 +167,10 @@ class _Maker:
         if study.hindsight:
             yield from _hindsight(env.spec.engine, jax.tree.map(np.asarray, params.experts), runs)
 
-    def _known(self, name: str, world: World, num_experts: int, workload: Workload) -> Router:
-        of = world.label if name in PLANNERS else num_experts  # a planner imagines the requests of its world
+    def _known(self, name: str, world: World, env: Environment, params: EnvParams) -> Router:
+        of = world.label if name in PLANNERS else env.spec.num_experts  # a planner samples the requests of its world
         if (name, of) not in self.known:
-            self.known[name, of] = make_router(name, num_experts, workload)
+            self.known[name, of] = make_router(name, env, params)
         return self.known[name, of]
 
     def _learned(self, name: str, seed: int) -> Router:
@@ -202,13 +185,13 @@ class _Maker:
         return f"qos-jax reproduce --figure={figure} --budget={self.budget_name}"
 
 
-def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[RouterRun]) -> Iterator[dict[str, Any]]:
     """Yields what a plan makes of each scenario, improved from what all routers did there, and the bound."""
-    of: dict[Scenario, list[Run]] = {}
+    of: dict[Scenario, list[RouterRun]] = {}
     for run in runs:
         of.setdefault(run.scenario, []).append(run)
 
-    def judged(done: Sequence[Run]) -> tuple[dict[str, float], dict[str, float]]:
+    def planned_and_bounded(done: Sequence[RouterRun]) -> tuple[dict[str, float], dict[str, float]]:
         trace = done[0].trace
         best = plan(
             experts, trace, [run.assignment for run in done],
@@ -221,7 +204,7 @@ def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[Run]) ->
         return planned, dict.fromkeys(planned, math.nan) | {"qos": upper_bound(experts, trace)}
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for scenario, metrics in zip(of, pool.map(judged, of.values()), strict=True):
+        for scenario, metrics in zip(of, pool.map(planned_and_bounded, of.values()), strict=True):
             for name, values in zip((PLAN, BOUND), metrics, strict=True):
                 yield {
                     "router": name, "kind": "oracle", "training_seed": 0, **dataclasses.asdict(scenario), **values
@@ -251,7 +234,3 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; delete it") from error
-
-
-if __name__ == "__main__":
-    common.start(define_flags, main)

@@ -34,7 +34,7 @@ BUDGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A router that is trained for the studies, at mixed loads and arrivals if nothing else is said."""
+    """A router that is trained for the studies, by the recipe of its world but for what is given."""
 
     preset: str = "paper-3"
     agent: str = "mvr"
@@ -73,7 +73,7 @@ class Study:
     hindsight: bool = False  # a plan of who knows the whole trace, and a bound on all plans, take part
 
 
-_MVR = {"paper-3": ("mvr",), "paper-6": ("ours_paper_6",), "edge-8": ("ours_edge_8",)}
+_MVR = {"paper-3": ("mvr",), "paper-6": ("mvr_paper_6",), "edge-8": ("mvr_edge_8",)}
 _STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _MVR.items()}
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
@@ -81,22 +81,21 @@ _SHARES_OF_SEEDS = {"paper-3": 4.0, "paper-6": 2.0, "edge-8": 1.0}  # where GPUs
 _FAMILIAR = PRESETS["edge-8"].experts
 _TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
 
-_EQUAL_GPUS = ("--set=max_externality=0.35",)  # see BUILD_NOTES.md
-_EQUAL_GPUS_STALE = ("--staleness=0.5", "--set=max_externality=0.35,alpha=0.1")
+_STALE_METRICS = ("--staleness=0.5", "--set=alpha=0.1")
 _ABLATIONS = {
-    "whole": Trained(flags=_EQUAL_GPUS),
-    "unbounded_harm": Trained(),
-    "no_graph": Trained(agent="mvr_no_graph", flags=_EQUAL_GPUS),
-    "one_layer": Trained(agent="mvr_1_layer", flags=_EQUAL_GPUS),
-    "three_layers": Trained(agent="mvr_3_layers", flags=_EQUAL_GPUS),
-    "no_impact_features": Trained(agent="mvr_no_impact", flags=_EQUAL_GPUS),
-    "no_rates": Trained(agent="mvr_no_rates", flags=_EQUAL_GPUS),
-    "no_residual": Trained(agent="mvr_no_residual", flags=_EQUAL_GPUS),
+    "complete": Trained(),
+    "no_externality_clip": Trained(flags=("--set=max_externality=10",)),
+    "no_graph": Trained(agent="mvr_no_graph"),
+    "one_layer": Trained(agent="mvr_1_layer"),
+    "three_layers": Trained(agent="mvr_3_layers"),
+    "no_impact_features": Trained(agent="mvr_no_impact"),
+    "no_rates": Trained(agent="mvr_no_rates"),
+    "no_residual": Trained(agent="mvr_no_residual"),
     "sac_potential_reward": Trained(agent="sac"),
     "sac_paper_reward": Trained(agent="sac_paper_reward"),
     "paper": Trained(agent="paper"),
     "baseline_rl": Trained(agent="baseline_rl"),
-    "never_drops": Trained(flags=("--noallow_drop", *_EQUAL_GPUS)),
+    "never_drops": Trained(flags=("--noallow_drop",)),
 }
 _ENERGY = {
     f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.3, seeds=1)
@@ -104,18 +103,18 @@ _ENERGY = {
 }
 
 TRAINED = {
-    "mvr": Trained(flags=_EQUAL_GPUS, share=2.0),
-    "ours_paper_6": Trained("paper-6", flags=_EQUAL_GPUS, share=2.0),
-    "ours_edge_8": Trained("edge-8", share=0.6),
-    "ours_stale": Trained(flags=_EQUAL_GPUS_STALE, share=0.6),
-    "ours_paper_6_stale": Trained("paper-6", flags=_EQUAL_GPUS_STALE, share=0.5),
-    "ours_edge_8_stale": Trained("edge-8", flags=("--staleness=0.5", "--set=alpha=0.1"), share=0.3),
-    "ours_any_limit": Trained(randomise="load,arrivals,limit", flags=_EQUAL_GPUS, share=0.6),
-    "ours_any_fleet": Trained(
+    "mvr": Trained(share=2.0),
+    "mvr_paper_6": Trained("paper-6", share=2.0),
+    "mvr_edge_8": Trained("edge-8", share=0.6),
+    "mvr_stale": Trained(flags=_STALE_METRICS, share=0.6),
+    "mvr_paper_6_stale": Trained("paper-6", flags=_STALE_METRICS, share=0.5),
+    "mvr_edge_8_stale": Trained("edge-8", flags=_STALE_METRICS, share=0.3),
+    "mvr_any_limit": Trained(randomise="load,arrivals,limit", share=0.6),
+    "mvr_any_fleet": Trained(
         "edge-8", randomise="load,arrivals,fleet,limit", flags=("--set=max_externality=1",), share=0.8
     ),
-    "ours_told_truth": Trained(flags=("--prediction=perfect", *_EQUAL_GPUS), share=0.6, seeds=3),
-    "ours_edge_8_told_truth": Trained("edge-8", flags=("--prediction=perfect",), share=0.6, seeds=3),
+    "mvr_true_predictions": Trained(flags=("--prediction=perfect",), share=0.6, seeds=3),
+    "mvr_edge_8_true_predictions": Trained("edge-8", flags=("--prediction=perfect",), share=0.6, seeds=3),
     **{name: dataclasses.replace(one, share=0.3, seeds=2) for name, one in _ABLATIONS.items()},
     **_ENERGY,
 }
@@ -164,7 +163,7 @@ STUDIES = {
     "staleness": Study(
         "QoS against staleness",
         "How late may metrics be?",
-        _varied("staleness_s", {"0.1": 0.1, "0.25": 0.25, "0.5": 0.5, "1": 1.0}, ("mvr", "ours_stale")),
+        _varied("staleness_s", {"0.1": 0.1, "0.25": 0.25, "0.5": 0.5, "1": 1.0}, ("mvr", "mvr_stale")),
         loads=(0.9,),
         axis="age of the metrics, s",
     ),
@@ -175,7 +174,7 @@ STUDIES = {
         _varied(
             "latency_limit_s",
             {"26": 0.026, "28": 0.028, "30": 0.03, "33": 0.033, "36": 0.036, "45": 0.045},
-            ("mvr", "ours_any_limit", "ours_any_fleet"),
+            ("mvr", "mvr_any_limit", "mvr_any_fleet"),
         ),
         loads=(0.9,),
         axis="limit, ms per token",
@@ -191,7 +190,7 @@ STUDIES = {
         "QoS against the number of experts",
         "One checkpoint, trained on random fleets of eight, routes fleets of other sizes that it has not seen.",
         tuple(
-            World(str(count), "edge-8", ("ours_any_fleet",), {"experts": _TWELVE[:count]}) for count in (2, 3, 5, 8, 12)
+            World(str(count), "edge-8", ("mvr_any_fleet",), {"experts": _TWELVE[:count]}) for count in (2, 3, 5, 8, 12)
         ),
         loads=(0.9,),
         routers=_FEW,
@@ -201,15 +200,13 @@ STUDIES = {
         "One checkpoint for any fleet",
         "How much is lost against a router that was trained where it serves?",
         (
-            World("paper-3", "paper-3", ("ours_any_fleet", "mvr")),
-            World("paper-6", "paper-6", ("ours_any_fleet", "ours_paper_6")),
-            World("edge-8", "edge-8", ("ours_any_fleet", "ours_edge_8")),
-            World("edge-8 in reverse order", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _FAMILIAR[::-1]}),
-            World("12 experts", "edge-8", ("ours_any_fleet", "ours_edge_8"), {"experts": _TWELVE}),
+            World("paper-3", "paper-3", ("mvr_any_fleet", "mvr")),
+            World("paper-6", "paper-6", ("mvr_any_fleet", "mvr_paper_6")),
+            World("edge-8", "edge-8", ("mvr_any_fleet", "mvr_edge_8")),
+            World("edge-8 in reverse order", "edge-8", ("mvr_any_fleet", "mvr_edge_8"), {"experts": _FAMILIAR[::-1]}),
+            World("12 experts", "edge-8", ("mvr_any_fleet", "mvr_edge_8"), {"experts": _TWELVE}),
             # More requests, as it takes many to fill so large a fleet.
-            World(
-                "64 experts", "edge-64", ("ours_any_fleet", "ours_edge_8"), share_of_requests=4.0, share_of_seeds=0.25
-            ),
+            World("64 experts", "edge-64", ("mvr_any_fleet", "mvr_edge_8"), share_of_requests=4.0, share_of_seeds=0.25),
         ),
         loads=(0.6, 0.9, 1.1),
         routers=_FEW,
@@ -227,12 +224,14 @@ STUDIES = {
         "Which share of what foresight could gain does each router get? The plan knows the whole trace beforehand.",
         (
             _planned("paper-3", "paper-3", ("mvr",)),
-            _planned("edge-8", "edge-8", ("ours_edge_8",)),
-            _planned("paper-3, true predictions", "paper-3", ("mvr", "ours_told_truth"), {"prediction": "perfect"}),
+            _planned("edge-8", "edge-8", ("mvr_edge_8",)),
+            _planned(
+                "paper-3, true predictions", "paper-3", ("mvr", "mvr_true_predictions"), {"prediction": "perfect"}
+            ),
             _planned(
                 "edge-8, true predictions",
                 "edge-8",
-                ("ours_edge_8", "ours_edge_8_told_truth"),
+                ("mvr_edge_8", "mvr_edge_8_true_predictions"),
                 {"prediction": "perfect"},
             ),
         ),
@@ -252,7 +251,7 @@ STUDIES = {
     "energy": Study(
         "QoS against energy",
         "What does a lower bill cost? The weight of a kJ in the reward is 1, 2, 5 or 10 QoS.",
-        (World("edge-8", "edge-8", ("ours_edge_8", *_ENERGY)),),
+        (World("edge-8", "edge-8", ("mvr_edge_8", *_ENERGY)),),
         loads=(0.6, 0.9),
         routers=_FEW,
         metrics=("energy_j_per_request", "qos_per_kj", "violation_rate", "busy_fraction"),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from qos_jax.errors import InputError
+from qos_jax.programs.train import configs_of, parsed
 from qos_jax.training.run_folder import CONFIG, RunFolder
 
 
@@ -23,33 +24,38 @@ def train_once(path: pathlib.Path, asked: Sequence[str], *, quiet: bool) -> None
     Raises:
       InputError: the folder holds another run, or training failed.
     """
-    if (path / CONFIG).exists() and _is_done(path, asked):
+    begun = (path / CONFIG).exists()
+    if begun and _is_done(path, asked):
         return
-    command = [*command_of(asked), f"--out={path}"] + (["--resume"] if (path / CONFIG).exists() else [])
-    log, where = path.with_name(f"{path.name}.log"), "above"
+    flags = [*asked, f"--out={path}", *(["--resume"] if begun else [])]
+    command = [sys.executable, "-m", "qos_jax.programs", "train", *flags]
+    log = path.with_name(f"{path.name}.log")
     path.parent.mkdir(parents=True, exist_ok=True)
     if quiet:
         with open(log, "ab") as file:
-            status, where = subprocess.run(command, stdout=file, stderr=file, check=False).returncode, str(log)
+            status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
     else:
         status = subprocess.run(command, check=False).returncode
     if status:
-        raise InputError(f"{shlex.join(command)} ended with status {status}; see {where}")
-
-
-def command_of(asked: Sequence[str]) -> list[str]:
-    """Returns the command that trains with some flags."""
-    return [sys.executable, "-m", "qos_jax.programs", "train", *asked]
+        raise InputError(f"{shlex.join(command)} ended with status {status}; see {log if quiet else 'above'}")
 
 
 def _is_done(path: pathlib.Path, asked: Sequence[str]) -> bool:
     """Tells whether a run has all its steps.
 
     Raises:
-      InputError: it was asked for with other flags.
+      InputError: it is another run than the one that the flags describe.
     """
     folder = RunFolder.reopen(path)
-    began = [text for text in shlex.split(folder.config["command"])[3:] if not text.startswith("--out=")]
-    if sorted(began) != sorted(asked):
+    world, training = configs_of(parsed(asked))
+    if folder.world != world or folder.training.to_dict() != _resolved(folder, training.to_dict()):
         raise InputError(f"{path} holds another run: {folder.config['command']}; give another --out, or delete it")
-    return folder.latest is not None and folder.latest >= folder.config["steps"]
+    return folder.finished
+
+
+def _resolved(folder: RunFolder, training: dict) -> dict:
+    """Returns a configuration with the rate clip of the run, where that is left to follow from the worlds."""
+    network = training["agent"]["network"]
+    if network["rate_clip_per_s"] is None:
+        network["rate_clip_per_s"] = folder.training.agent.network.rate_clip_per_s
+    return training

@@ -19,8 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from absl import flags
-from tqdm import tqdm
+from absl.flags import FlagValues
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import writable_folder, write_whole
@@ -31,56 +30,38 @@ from qos_jax.predictor.fitting import Epoch
 from qos_jax.predictor.metrics import held_out_columns, scores_of
 from qos_jax.predictor.predictor import RUN_SUBFOLDER, Predictor
 from qos_jax.predictor.pretrained import Pretrained
-from qos_jax.programs import common
+from qos_jax.programs.progress_bar import ProgressBar
+from qos_jax.programs.world_flags import numbers
 from qos_jax.report import plots
 
-FLAGS = flags.FLAGS
 _SPLIT_SEED = 0  # of the table's parts in all programs
 
 
-def define_flags() -> None:
-    """Defines the flags of this program."""
-    flags.DEFINE_string("data", None, "Table of prompts and answers: .npz, or mix-instruct JSON lines.")
-    flags.DEFINE_string("prompts", None, "JSON lines with the texts of an .npz table.")
-    flags.DEFINE_string("score_column", None, "Scores: quality_bertscore_minilm of .npz, bertscore of JSON lines.")
-    flags.DEFINE_string(
-        "encoder", None, "Folder of a BERT-family encoder; without it, the table's embeddings are used."
-    )
-    flags.DEFINE_enum("heads", "buckets", ["buckets", "regression"], "What the heads predict.")
-    flags.DEFINE_list("hidden", ["64"], "Widths of the heads' hidden layers; empty for linear heads.")
-    flags.DEFINE_integer("buckets", 5, "Buckets of each quantity.", lower_bound=2)
-    flags.DEFINE_enum("mode", "frozen", ["frozen", "fine_tuned"], "Train the heads only, or the encoder, too.")
-    flags.DEFINE_integer("layers", FineTuning.layers, "Last layers of the encoder that are fine-tuned.", lower_bound=1)
-    flags.DEFINE_integer("epochs", FineTuning.epochs, "Passes over the prompts in fine-tuning.", lower_bound=1)
-    flags.DEFINE_integer("folds", 5, "Folds of the cross-validation, 0 for none.", lower_bound=0)
-    flags.DEFINE_float("test_fraction", 0.5, "Share of the prompts that are kept for testing.")
-    flags.DEFINE_integer("seed", 0, "Of folds, weights and batches.", lower_bound=0)
-    flags.DEFINE_string("out", "runs/predictor", "Folder for the predictor, metrics, predictions and picture.")
-
-
-def main(argv: list[str]) -> None:
+def main(values: FlagValues) -> None:
     """Trains, prints a table and writes the results."""
-    del argv
-    if FLAGS.data is None:
+    if values.data is None:
         raise InputError("--data is not given: give a table of prompts and answers")
-    if FLAGS.mode == "fine_tuned" and FLAGS.encoder is None:
+    if values.mode == "fine_tuned" and values.encoder is None:
         raise InputError("--mode=fine_tuned trains an encoder: give --encoder, too")
-    head_config = HeadConfig(FLAGS.heads, _widths(FLAGS.hidden), FLAGS.buckets)
-    folder = writable_folder(FLAGS.out)
-    encoder = None if FLAGS.encoder is None else load_pretrained(FLAGS.encoder)
-    table = _with_embeddings(read_prediction_table(FLAGS.data, FLAGS.score_column, FLAGS.prompts), encoder)
-    train, test = table.split_rows(FLAGS.test_fraction, _SPLIT_SEED)
-    folds = table.folds(FLAGS.folds, FLAGS.seed) if FLAGS.folds else []
-    with tqdm(total=(len(folds) + 1) * _steps_per_fit(), unit="step", dynamic_ncols=True) as bar:
-        fit = _fitter(encoder, head_config, bar)
+    head_config = HeadConfig(values.heads, _widths(values.hidden), values.buckets)
+    folder = writable_folder(values.out)
+    encoder = None if values.encoder is None else load_pretrained(values.encoder)
+    table = _with_embeddings(read_prediction_table(values.data, values.score_column, values.prompts), encoder)
+    train, test = table.split_rows(values.test_fraction, _SPLIT_SEED)
+    folds = table.folds(values.folds, values.seed) if values.folds else []
+    steps_per_fit = 1 if values.mode == "frozen" else values.epochs + 1
+    with ProgressBar((len(folds) + 1) * steps_per_fit, "step") as bar:
+        fit = _fitter(values, encoder, head_config, bar)
         parts: dict[str, dict[str, np.ndarray]] = {}
         if folds:
-            each = [_held_out(fit, table, *rows, f"fold {n} of {len(folds)}")[1] for n, rows in enumerate(folds, 1)]
+            each = [
+                _held_out(values, fit, table, *rows, f"fold {n} of {len(folds)}")[1] for n, rows in enumerate(folds, 1)
+            ]
             parts["folds"] = {name: np.concatenate([columns[name] for columns in each]) for name in each[0]}
-        predictor, parts["test"] = _held_out(fit, table, train, test, "training part")
+        predictor, parts["test"] = _held_out(values, fit, table, train, test, "training part")
     scores = {part: scores_of(columns) for part, columns in parts.items()}
     print(_table(scores))
-    _write(folder, predictor, parts, scores)
+    _write(values, folder, predictor, parts, scores)
 
 
 def _with_embeddings(table: PredictionTable, encoder: Pretrained | None) -> PredictionTable:
@@ -95,58 +76,52 @@ def _with_embeddings(table: PredictionTable, encoder: Pretrained | None) -> Pred
 
 
 def _widths(texts: list[str]) -> tuple[int, ...]:
-    return tuple(
-        int(width) if width == int(width) else -1 for width in common.numbers("hidden", [t for t in texts if t])
-    )
-
-
-def _steps_per_fit() -> int:
-    return 1 if FLAGS.mode == "frozen" else FLAGS.epochs + 1
+    return tuple(int(width) if width == int(width) else -1 for width in numbers("hidden", [t for t in texts if t]))
 
 
 Fit = Callable[[PredictionTable, str], Predictor]
 
 
-def _fitter(encoder: Pretrained | None, head_config: HeadConfig, bar: tqdm) -> Fit:
+def _fitter(values: FlagValues, encoder: Pretrained | None, head_config: HeadConfig, bar: ProgressBar) -> Fit:
     """Returns what trains a predictor on a table, as the flags say, and moves the bar."""
 
     def fit(table: PredictionTable, name: str) -> Predictor:
-        bar.set_description(name)
-        if FLAGS.mode == "frozen" or encoder is None:
-            predictor = fit_frozen(table, head_config, seed=FLAGS.seed, encoder=encoder)
-            bar.update()
+        bar.update(bar.done, doing=name)
+        if values.mode == "frozen" or encoder is None:
+            predictor = fit_frozen(table, head_config, seed=values.seed, encoder=encoder)
+            bar.update(bar.done + 1, doing=name)
             return predictor
 
         def progress(epoch: Epoch) -> None:
-            bar.update()
-            bar.set_description(f"{name}, validation loss {epoch.validation_loss:.4f}")
+            bar.update(bar.done + 1, doing=f"{name}, validation loss {epoch.validation_loss:.4f}")
 
-        tuning = FineTuning(layers=FLAGS.layers, epochs=FLAGS.epochs)
-        return fine_tune(table, encoder, head_config, tuning, seed=FLAGS.seed, progress=progress)
+        tuning = FineTuning(layers=values.layers, epochs=values.epochs)
+        return fine_tune(table, encoder, head_config, tuning, seed=values.seed, progress=progress)
 
     return fit
 
 
 def _held_out(
-    fit: Fit, table: PredictionTable, train: np.ndarray, test: np.ndarray, name: str
+    values: FlagValues, fit: Fit, table: PredictionTable, train: np.ndarray, test: np.ndarray, name: str
 ) -> tuple[Predictor, dict[str, np.ndarray]]:
     """Returns a predictor that has learned from rows of the table, and what it says of others."""
     learned, others = table.rows(train), table.rows(test)
     predictor = fit(learned, name)
-    if FLAGS.mode == "fine_tuned":
+    if values.mode == "fine_tuned":
         others = _with_embeddings(others, predictor.encoder)
-    return predictor, {"row": test} | held_out_columns(predictor, learned, others, FLAGS.buckets)
+    return predictor, {"row": test} | held_out_columns(predictor, learned, others, values.buckets)
 
 
 def _write(
+    values: FlagValues,
     folder: pathlib.Path,
     predictor: Predictor,
     parts: dict[str, dict[str, np.ndarray]],
     scores: dict[str, dict[str, Any]],
 ) -> None:
-    asked = {name: FLAGS[name].value for name in ("score_column", "heads", "hidden", "buckets", "mode", "folds")}
-    asked |= {"data": os.path.basename(FLAGS.data), "test_fraction": FLAGS.test_fraction, "seed": FLAGS.seed}
-    asked |= {"layers": FLAGS.layers, "epochs": FLAGS.epochs} if FLAGS.mode == "fine_tuned" else {}
+    asked = {name: values[name].value for name in ("score_column", "heads", "hidden", "buckets", "mode", "folds")}
+    asked |= {"data": os.path.basename(values.data), "test_fraction": values.test_fraction, "seed": values.seed}
+    asked |= {"layers": values.layers, "epochs": values.epochs} if values.mode == "fine_tuned" else {}
     about = {
         "config": asked,
         "command": shlex.join(["qos-jax", "predictor", *sys.argv[1:]]),
@@ -196,7 +171,3 @@ def _table(scores: dict[str, dict[str, Any]]) -> str:
         routed = {name.replace("_", " "): f"{value:.3f}" for name, value in of_part["routing"].items()}
         lines.append(f"{part} score by routing: " + ", ".join(f"{name} {value}" for name, value in routed.items()))
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    common.start(define_flags, main)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qos_jax import InputError
-from qos_jax.agent.configs import AGENTS, AgentConfig, from_dict, named, to_dict
+from qos_jax.agent.configs import AGENTS, OLD_NAMES, AgentConfig, from_dict, named, to_dict
+from qos_jax.agent.overrides import overridden
 
 
 @pytest.mark.parametrize("name", AGENTS)
@@ -24,7 +25,7 @@ def test_named_agents_differ() -> None:
 
 
 def test_an_unknown_agent_is_refused() -> None:
-    with pytest.raises(InputError, match="agent 'nobody' is unknown; choose from ours"):
+    with pytest.raises(InputError, match="agent 'nobody' is unknown; choose from mvr"):
         named("nobody")
 
 
@@ -88,3 +89,12 @@ def test_whole_numbers_may_stand_for_real_ones() -> None:
 def edited(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     first, *rest = path.split(".", 1)
     return values | {first: edited(values[first], rest[0], value) if rest else value}
+
+
+def test_names_of_earlier_releases_are_accepted() -> None:
+    for old, new in OLD_NAMES.items():
+        assert named(old) is named(new)
+    old = overridden(AGENTS["mvr"], {"most_harm": "0.5", "network.most_rate": "3", "twins": "2", "prefill": "7"})
+    new = overridden(AGENTS["mvr"], {"max_externality": "0.5", "rate_clip_per_s": "3", "probes": "2", "warm_up": "7"})
+    assert old == new
+    assert (new.hyper.max_externality, new.network.rate_clip_per_s, new.probes, new.warm_up) == (0.5, 3.0, 2, 7)

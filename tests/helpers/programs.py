@@ -6,17 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from qos_jax.programs import common
+from qos_jax.programs import main
+from qos_jax.programs.app import run_program
 
 Program = Callable[..., int]  # takes the arguments, returns the exit status
-
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -37,22 +34,17 @@ def assert_refused(program: Program, capsys: pytest.CaptureFixture[str], message
     assert not printed.out
 
 
-def program_of(module: Any) -> Iterator[Program]:
-    """Yields what runs a program of ``experiments``, whose flags are forgotten afterwards."""
-    before = set(flags.FLAGS)
-    module.define_flags()
-    defined = set(flags.FLAGS) - before
+def program_of(name: str) -> Program:
+    """Returns what runs ``qos-jax NAME``, without a cache of compiled programs on disk."""
+    import importlib
+
+    program = main.PROGRAMS[name]
 
     def run(*arguments: str) -> int:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            flagsaver.flagsaver(),
-            pytest.raises(SystemExit) as stopped,
-        ):
-            patch.setattr(sys, "argv", [module.__name__, *arguments])
-            common.run(module.main)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(sys, "argv", ["qos-jax", *arguments])
+            entry = importlib.import_module(program.module).main
+            run_program(program.define, entry, name=f"qos-jax {name}", summary=program.summary)
         return stopped.value.code or 0
 
-    yield run
-    for name in defined:
-        delattr(flags.FLAGS, name)
+    return run

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from qos_jax import RequestTrace
-from qos_jax.evaluation.evaluate import Run, Scenario
+from qos_jax.evaluation.evaluate import RouterRun, Scenario
 from qos_jax.evaluation.metrics import metrics_of
 from qos_jax.routers.base import Router
 from qos_jax.sim.replay import replay_many
@@ -22,7 +22,7 @@ KINDS = {"round_robin": "heuristic", "only_gamma": "expert", "refuse_all": "heur
 
 
 @functools.cache
-def runs() -> tuple[Run, ...]:
+def runs() -> tuple[RouterRun, ...]:
     """Every router at every load and seed; the expert of ``only_gamma`` drops some, ``refuse_all`` drops them all."""
     scenarios = [Scenario(load, 6.0 * load, seed) for load in LOADS for seed in SEEDS]
     traces = [_trace(scenario) for scenario in scenarios]
@@ -30,14 +30,14 @@ def runs() -> tuple[Run, ...]:
     assignments = [_assignment(name, trace) for name in KINDS for trace in traces]
     replays = replay_many(EXPERTS, traces * len(KINDS), assignments)
     return tuple(
-        Run(_router(name), scenario, trace, sent, replayed, metrics_of(EXPERTS, trace, sent, replayed, WARM_UP))
+        RouterRun(_router(name), scenario, trace, sent, replayed, metrics_of(EXPERTS, trace, sent, replayed, WARM_UP))
         for name, scenario, trace, sent, replayed in zip(
             names, scenarios * len(KINDS), traces * len(KINDS), assignments, replays, strict=True
         )
     )
 
 
-def runs_at(load: float) -> list[Run]:
+def runs_at(load: float) -> list[RouterRun]:
     return [run for run in runs() if run.scenario.load == load]
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-from qos_jax.programs import common, reproduce, studies
+from qos_jax.programs import studies
+from qos_jax.programs.main import run
 from qos_jax.programs.studies import Budget, Study, Trained, World
 
 SIZES = ("chunk=8", "updates=2", "batch_size=16", "capacity=128", "warm_up=4", "hidden=8x8")
@@ -17,7 +16,7 @@ FLAGS = (
 )
 
 
-def define_flags() -> None:
+def put_in_place() -> None:
     """Puts the study in the place of all others."""
     studies.TRAINED["tiny"] = Trained(agent="baseline_rl", randomise="load", flags=FLAGS)
     worlds = (World("Poisson", trained=("tiny",)), World("bursts", trained=("tiny",), fields={"arrivals": "gamma:3"}))
@@ -26,9 +25,8 @@ def define_flags() -> None:
         del studies.STUDIES[name]
     studies.STUDIES["small"] = small
     studies.BUDGETS["quick"] = Budget(requests=40, seeds=2, steps=512, training_seeds=2, ends_only=False)
-    reproduce.define_flags()
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "small_study"
-    common.start(define_flags, reproduce.main)
+    put_in_place()
+    run("reproduce")

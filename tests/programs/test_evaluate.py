@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from qos_jax.evaluation.metrics import METRICS
-from qos_jax.programs import evaluate
 from tests.helpers.programs import Program, assert_refused, program_of
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +26,7 @@ PLAIN = ("--preset=paper-3", "--routers=round_robin,shortest_queue", "--load=0.5
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
     """Runs qos_jax.programs.evaluate in this process and returns its exit status."""
-    yield from program_of(evaluate)
+    yield program_of("evaluate")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ BROWSER_FLAGS = (
 
 @pytest.fixture(scope="module")
 def program():
-    yield from program_of(reproduce)
+    yield program_of("reproduce")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import chex
 import pytest
 
 from qos_jax import load_router
-from qos_jax.programs import sweep
 from tests.helpers.programs import Program, assert_refused, program_of
 from tests.helpers.quick_compilation import quick_compilation
 
@@ -35,7 +34,7 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 def program(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    yield from program_of(sweep)
+    yield program_of("sweep")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,8 @@ def done(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     command = [
         sys.executable,
         "-m",
-        "qos_jax.programs.sweep",
+        "qos_jax.programs",
+        "sweep",
         "--grid=num_envs=4,8",
         f"--each={EACH}",
         f"--out={folder}",

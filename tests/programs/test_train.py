@@ -15,7 +15,7 @@ import pytest
 
 from qos_jax import InputError, load_router
 from qos_jax.agent import AGENTS
-from qos_jax.programs import evaluate, train
+from qos_jax.agent.overrides import overridden
 from qos_jax.training.run_folder import RunFolder
 from tests.helpers.instant_env import assert_equal
 from tests.helpers.programs import Program, assert_refused, program_of, start_training
@@ -27,6 +27,7 @@ TINY = (
     "--agent=baseline_rl",
     "--set=chunk=8,updates=2,batch_size=16,capacity=64,prefill=4,hidden=8x8",
     "--num_envs=4",
+    "--randomise=none",
     "--evaluation_envs=2",
     "--evaluation_steps=20",
     f"--steps={CHUNKS * 32}",
@@ -44,21 +45,19 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 @pytest.fixture
 def program() -> Iterator[Program]:
-    yield from program_of(train)
+    yield program_of("train")
 
 
 @pytest.fixture
 def evaluation() -> Iterator[Program]:
-    yield from program_of(evaluate)
+    yield program_of("evaluate")
 
 
 @pytest.fixture(scope="module")
 def whole(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Folder of a run that nobody has disturbed."""
     folder = tmp_path_factory.mktemp("train") / "new" / "whole"
-    programs = program_of(train)
-    assert next(programs)(*TINY, f"--out={folder}") == 0
-    next(programs, None)
+    assert program_of("train")(*TINY, f"--out={folder}") == 0
     return folder
 
 
@@ -90,13 +89,10 @@ def test_the_folder_is_complete(whole: pathlib.Path) -> None:
 def test_the_run_can_be_repeated_from_what_is_written(whole: pathlib.Path) -> None:
     config = json.loads((whole / "config.json").read_text())
     assert config["command"].startswith("qos-jax train --preset=paper-3 --agent=baseline_rl")
-    assert (config["world"], config["loads"], config["seeds"], config["steps"]) == (
-        {"preset": "paper-3"},
-        [0.9],
-        [0],
-        256,
-    )
-    agent = config["agent"]
+    assert (config["format"], config["world"]["preset"], config["world"]["trace"]) == (2, "paper-3", None)
+    training = config["training"]
+    assert (training["runs"], training["steps"], training["loads"]) == ([{"seed": 0}], 256, [])
+    agent = training["agent"]
     assert (agent["num_envs"], agent["chunk"], agent["network"]["hidden"]) == (4, 8, [8, 8])
     assert agent["network"]["rate_clip_per_s"] == 10.7  # load 1.4 is 32 requests/s
     assert agent["hyper"]["learning_rate"] == AGENTS["baseline_rl"].hyper.learning_rate
@@ -120,9 +116,14 @@ def test_another_run_is_not_overwritten(
 def test_a_flag_that_differs_is_refused_when_a_run_goes_on(
     program: Program, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for flag, began in (("--num_envs=8", "--num_envs=4"), ("--load=0.5", "the default")):
+    for flag, differs in (
+        ("--num_envs=8", "training.agent.num_envs is 4, but 8 is asked for"),
+        ("--load=0.5", "training.loads is [], but [0.5] is asked for"),
+        ("--preset=paper-6", "spec.num_experts is 3, but 6 is asked for"),
+        ("--steps=64", "training.steps is 256, but fewer are asked for"),
+    ):
         assert program(flag, "--resume", f"--out={whole}") == 2
-        assert capsys.readouterr().err == f"error: {flag}: the run in {whole} began with {began}\n"
+        assert differs in capsys.readouterr().err
 
 
 def test_what_was_killed_goes_on_bit_for_bit(
@@ -240,7 +241,7 @@ class TestOverridden:
     def test_fields_are_found_by_the_end_of_their_path(self) -> None:
         settings = {"num_envs": "64", "han.layers": "3", "energy": "0.5", "hidden": "32x16", "residual": "false"}
         settings |= {"slots": "20", "rate_clip_per_s": "2.5"}
-        config = train.overridden(AGENTS["mvr"], settings)
+        config = overridden(AGENTS["mvr"], settings)
         assert (config.num_envs, config.network.han.layers) == (64, 3)
         assert (config.network.hidden, config.network.residual) == ((32, 16), False)
         assert (config.network.slots, config.network.rate_clip_per_s) == (20, 2.5)
@@ -260,4 +261,4 @@ class TestOverridden:
     )
     def test_others_are_refused(self, name: str, text: str, message: str) -> None:
         with pytest.raises(InputError, match=message):
-            train.overridden(AGENTS["mvr"], {name: text})
+            overridden(AGENTS["mvr"], {name: text})

@@ -19,7 +19,6 @@ from qos_jax.predictor import (
     read_prediction_table,
 )
 from qos_jax.predictor.metrics import held_out_columns, scores_of
-from qos_jax.programs import train_predictor as experiment
 from qos_jax.report.plots import prediction_reliability
 from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_instruct, write_npz, write_prompts
 from tests.helpers.programs import Program, program_of
@@ -39,7 +38,7 @@ def compiles_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
     """Runs qos_jax.programs.train_predictor in this process and returns its exit status."""
-    yield from program_of(experiment)
+    yield program_of("predictor")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,154 @@
+"""The flags of all programs, by group. Nothing here imports JAX, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from absl.flags import FlagValues
+
+from qos_jax.programs import choices
+from qos_jax.programs.app import FlagGroup
+
+_listed = ", ".join
+
+
+def define_world(values: FlagValues) -> None:
+    """Defines the flags that describe a world; ``world_flags.world_config`` reads them."""
+    group = FlagGroup(values, "World")
+    group.string("preset", "paper-3", f"World by name: {_listed(choices.PRESETS)}.")
+    group.texts("experts", None, "Other experts than the preset's: LLM@GPU,LLM@GPU,...")
+    group.string("arrivals", None, "Law of arrivals: poisson, gamma:CV, mmpp:BURST:SECONDS or sinusoidal:AMPLITUDE:"
+                 "PERIOD_S; the preset's by default.")  # fmt: skip
+    group.string("trace", None, "File of recorded arrivals instead: Azure, BurstGPT, Mooncake or plain csv.")
+    group.choice("trace_part", "all", ("all", "first", "second"), "Half of the trace to use, by time.")
+    group.string("quality_table", None, "Table of real prompts and answers: .npz, or mix-instruct JSON lines.")
+    group.string("score_column", None, "Scores: quality_bertscore_minilm of .npz, bertscore of JSON lines by default.")
+    group.number("test_fraction", 0.5, "Share of the table's prompts that are kept for testing.")
+    group.choice("table_part", None, ("all", "train", "test"), "Part of the table to draw from: train for training, "
+                 "test otherwise by default.")  # fmt: skip
+    group.string("prompts", None, "JSON lines with the texts of an .npz table, for --predictor.")
+    group.string("predictor", None, "Folder of a trained predictor, whose predictions the routers observe.")
+    group.string("prediction", None, "What routers know of scores and lengths: realistic, perfect, none or "
+                 "r2:SCORE:LENGTH; the preset's by default.")  # fmt: skip
+    group.texts("latency_limit", None, "Latency limit in s/token, or those of several equally common classes of users.")
+    group.number("staleness", None, "Routers observe metrics at least this many seconds late.")
+    group.boolean("allow_drop", None, "Routers may drop a request.")
+
+
+def define_train(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax train``."""
+    define_world(values)
+    group = FlagGroup(values, "Agent")
+    group.string("agent", "mvr", f"Agent to train, with the recipe of the world: {_listed(choices.AGENTS)}.")
+    group.texts("set", [], "Other values for fields of the agent, FIELD=VALUE with commas between them and x within "
+                "tuples, as in learning_rate=3e-4,han.layers=3,hidden=64x64. Fields: "
+                f"{_listed(choices.AGENT_FIELDS)}.")  # fmt: skip
+    group.integer("num_envs", None, "Environments side by side of each seed; the agent's by default.")
+    group.number("learning_rate", None, "The agent's by default.")
+    group = FlagGroup(values, "Training")
+    group.integer("steps", None, "Requests routed in training, of each seed; the recipe's by default.", 1)
+    group.texts("load", None, "Load to train at, or the ends of a range to draw from; the recipe's by default.")
+    group.texts("randomise", None, "What differs between environments: all, none, or some of "
+                f"{_listed(choices.RANDOMISED)}; the recipe's by default.")  # fmt: skip
+    group.repeated("vary", "FIELD=VALUE,VALUE: values for a number of the algorithm, or for the load. Every combination "
+                   "trains with every seed, side by side.")  # fmt: skip
+    group.integer("seed", 0, "The seed, or the first of several; below 1000, as evaluation uses the others.", 0)
+    group.integer("seeds", 1, "How many seeds to train side by side.", 1)
+    group = FlagGroup(values, "Held-out evaluation")
+    group.integer("evaluate_every", None, "Steps between evaluations; a tenth of all by default.", 1)
+    group.integer("evaluation_envs", 32, "Environments of an evaluation.", 2)
+    group.integer("evaluation_steps", 800, "Requests of each of them.", 1)
+    group = FlagGroup(values, "Run")
+    group.string("out", "runs/train", "Folder of the run.")
+    group.choice("resume", "no", ("no", "yes", "auto"), "Go on with the run in that folder; --resume alone means yes, "
+                 "auto begins a new run where there is none.")  # fmt: skip
+    group.number("checkpoint_minutes", 2.0, "Minutes between checkpoints.", 0.0)
+    group.boolean(
+        "save_replay", True, "Checkpoints hold the replay buffer; without it a run does not resume bit for bit."
+    )
+    group = FlagGroup(values, "Devices")
+    group.boolean("deterministic", False, "Repeats bit for bit on a GPU, too, at some cost; a CPU always does.")
+    group.integer("devices", None, "Devices that share seeds and shards (--set=shards=N); one by default.", 1)
+    group.boolean("distributed", False, "Several processes run this command, and all their devices share the work.")
+    group.string("coordinator_address", None, "HOST:PORT of the first process; found under Slurm and MPI by itself.")
+    group.integer("num_processes", None, "Number of processes; found likewise.", 1)
+    group.integer("process_id", None, "Number of this process, from 0; found likewise.", 0)
+
+
+def define_evaluate(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax evaluate``."""
+    define_world(values)
+    group = FlagGroup(values, "Routers")
+    group.texts("routers", ["all"], f"Routers to compare: all, main, names ({_listed(choices.ROUTERS)}, expert_0, "
+                "...), folders of training runs, FOLDER@SEED, or package.module:factory.")  # fmt: skip
+    group = FlagGroup(values, "Requests")
+    group.texts("load", None, "Arrival rates as fractions of the fleet's saturation rate; 0.3 to 1.3 by default.")
+    group.texts("rate", None, "Arrival rates in requests/s, instead.")
+    group.integer("requests", 3000, "Requests of each load and seed.", 10)
+    group.number("warmup", 0.1, "Leading share of them that the metrics do not count.", 0.0, 0.9)
+    group.integer("seeds", 5, "Number of seeds.", 1)
+    group.integer("first_seed", 1000, "The first of them; training uses seeds below 1000.", 0)
+    group = FlagGroup(values, "Output")
+    group.string("out", "runs/evaluate", "Folder for results.json, tables, report.html and pictures.")
+
+
+def define_sweep(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax sweep``."""
+    group = FlagGroup(values, "Sweep")
+    group.repeated("grid", "FLAG=VALUE,VALUE: values for a flag of qos-jax train; may be repeated.")
+    group.string("each", "--steps=200000", "More flags of qos-jax train, the same for all.")
+    group.boolean("list", False, "Only print the commands.")
+    group.integer("only", None, "Run only this combination of the grid, counted from 0.", 0)
+    group.string("out", "runs/sweep", "Folder of the sweep.")
+
+
+def define_predictor(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax predictor``."""
+    group = FlagGroup(values, "Data")
+    group.string("data", None, "Table of prompts and answers: .npz, or mix-instruct JSON lines.")
+    group.string("prompts", None, "JSON lines with the texts of an .npz table.")
+    group.string("score_column", None, "Scores: quality_bertscore_minilm of .npz, bertscore of JSON lines by default.")
+    group.number("test_fraction", 0.5, "Share of the prompts that are kept for testing.")
+    group = FlagGroup(values, "Predictor")
+    group.string("encoder", None, "Folder of a BERT-family encoder; without it, the table's embeddings are used.")
+    group.choice("heads", "buckets", ("buckets", "regression"), "What the heads predict.")
+    group.texts("hidden", ["64"], "Widths of the heads' hidden layers; empty for linear heads.")
+    group.integer("buckets", 5, "Buckets of each quantity.", 2)
+    group = FlagGroup(values, "Training")
+    group.choice("mode", "frozen", ("frozen", "fine_tuned"), "Train the heads only, or the encoder, too.")
+    group.integer("layers", choices.FINE_TUNED_LAYERS, "Last layers of the encoder that are fine-tuned.", 1)
+    group.integer("epochs", choices.FINE_TUNING_EPOCHS, "Passes over the prompts in fine-tuning.", 1)
+    group.integer("folds", 5, "Folds of the cross-validation, 0 for none.", 0)
+    group.integer("seed", 0, "Of folds, weights and batches.", 0)
+    group = FlagGroup(values, "Output")
+    group.string("out", "runs/predictor", "Folder for the predictor, metrics, predictions and picture.")
+
+
+def define_fit_profile(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax fit-profile``."""
+    group = FlagGroup(values, "Kernel tables")
+    group.string("dense", None, "csv of the dense kernels by tokens.", required=True)
+    group.string("attention", None, "csv of the attention kernel by batch.", required=True)
+    group.string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
+    group.integer("num_layers", 32, "Layers of the model.", 1)
+    group.integer("max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", 1)
+    group = FlagGroup(values, "Output")
+    group.string("name", None, "Name of the profile; left out: that of the file.")
+    group.string("out", None, "File to write.", required=True)
+
+
+def define_fidelity(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax fidelity``."""
+    group = FlagGroup(values, "Measured run")
+    group.string("run", None, "Folder of the run: meta.json, requests.jsonl and timeseries.csv.", required=True)
+    group.string("profiles", None, "Kernel tables of the same model on the same GPU: what comes before _dense.csv, "
+                 "_attention.csv and _per_sequence.csv.", required=True)  # fmt: skip
+    group.integer("num_layers", 32, "Layers of the model.", 1)
+    group.string("out", "runs/fidelity", "Folder for fidelity.json, pictures and page.")
+
+
+def define_reproduce(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax reproduce``."""
+    group = FlagGroup(values, "Studies")
+    group.texts("figure", ["all"], f"Studies to make: all, or some of {_listed(choices.STUDIES)}.")
+    group.choice("budget", "quick", choices.BUDGETS, "How much is spent on each.")
+    group.integer("jobs", 1, "Training runs at a time; each needs its own memory.", 1, 64)
+    group.string("out", "runs/reproduce", "Folder for runs, cells, tables, pictures and page.")

@@ -1,0 +1,60 @@
+"""From flags to a world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from absl.flags import FlagValues
+
+from qos_jax.errors import InputError
+from qos_jax.worlds.config import WorldConfig
+
+
+def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
+    """Returns the world that the flags of ``flags.define_world`` describe.
+
+    Args:
+      values: the flags.
+      training: uses by default the first half of a trace and the training part of a table, else all of the trace and
+        the test part.
+
+    Raises:
+      InputError: a value is not legal.
+    """
+    table_part = values.table_part or ("train" if training else "test")
+    given_part = values["trace_part"].present
+    trace_part = "first" if training and values.trace is not None and not given_part else values.trace_part
+    limits_s = numbers("latency_limit", values.latency_limit)
+    return WorldConfig(
+        preset=values.preset,
+        experts=tuple(values.experts) if values.experts else None,
+        arrivals=values.arrivals,
+        trace=values.trace,
+        trace_part=trace_part,
+        quality_table=values.quality_table,
+        score_column=values.score_column,
+        table_part=table_part if values.quality_table is not None else "all",
+        test_fraction=values.test_fraction,
+        prompts=values.prompts,
+        predictor=values.predictor,
+        prediction=values.prediction,
+        latency_limit_s=tuple(limits_s) or None,
+        staleness_s=values.staleness,
+        allow_drop=values.allow_drop,
+    )
+
+
+def numbers(flag: str, texts: Sequence[str] | None) -> list[float]:
+    """Returns the numbers of a list flag.
+
+    Raises:
+      InputError: one of them is not above 0 and finite.
+    """
+    try:
+        values = [float(text) for text in texts or ()]
+    except ValueError:
+        values = [math.nan]
+    if not all(0 < value < math.inf for value in values):
+        raise InputError(f"--{flag}={','.join(texts or ())}: give numbers above 0, with commas between them")
+    return values
