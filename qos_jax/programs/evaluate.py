@@ -12,7 +12,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,15 @@ from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.world_flags import numbers, world_config
-from qos_jax.report import plots, style
+from qos_jax.report import plots
+from qos_jax.report.gains import terminal_gains
+from qos_jax.report.pictures import Drawing
 from qos_jax.report.results import results_of, write_report
 from qos_jax.report.summary_table import terminal_table
 from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.iterations import iterations_of
+from qos_jax.sim.types import ExpertProfile
 from qos_jax.training.load import load_router
 from qos_jax.training.run_folder import CONFIG, RunFolder
 
@@ -77,7 +80,8 @@ def main(values: FlagValues) -> None:
 
         runs = evaluate(env, params, routers, scenarios, values.requests, warmup=warmup, progress=progress)
     results = results_of(runs, config, shlex.join(["qos-jax", "evaluate", *sys.argv[1:]]))
-    print(terminal_table(results))
+    print(terminal_gains(results))
+    print(terminal_table(results), flush=True)
     figures = _figures(env, params, runs, results) | curves
     report = write_report(folder, results, figures, title=f"Routers on {values.preset}")
     print(f"written: {report}")
@@ -120,7 +124,7 @@ def _run_of(name: str) -> tuple[pathlib.Path, int | None] | None:
     return (pathlib.Path(folder), seed) if is_run else None
 
 
-def _learning_curves(texts: Sequence[str]) -> dict[str, Callable[[], Figure]]:
+def _learning_curves(texts: Sequence[str]) -> dict[str, Drawing]:
     folders = [run[0] for name in texts if (run := _run_of(name))]
     records = {folder.name: RunFolder.reopen(folder).records() for folder in folders}
     return {f"learning_curve_{name}": partial(plots.learning_curve, record) for name, record in records.items()}
@@ -128,28 +132,36 @@ def _learning_curves(texts: Sequence[str]) -> dict[str, Callable[[], Figure]]:
 
 def _figures(
     env: Environment, params: EnvParams, runs: Sequence[RouterRun], results: dict[str, Any]
-) -> dict[str, Figure]:
-    """Draws the pictures; those of one load are at the load nearest to 0.9."""
+) -> dict[str, Drawing]:
+    """Returns what draws the pictures; those of one load are at the load nearest to 0.9."""
     experts = jax.tree.map(np.asarray, params.experts)
     load = min({run.scenario.load for run in runs}, key=lambda load: abs(load - 0.9))
     at_load = [run for run in runs if run.scenario.load == load]
-    notable = [run for run in at_load if run.router.name in style.HIGHLIGHTED or run.router.kind != "heuristic"]
-    honest = [run for run in at_load if run.router.kind != "oracle"]
-    best = max(honest or at_load, key=lambda run: run.metrics["qos"])
+    best = max([run for run in at_load if run.router.kind != "oracle"] or at_load, key=lambda run: run.metrics["qos"])
     limit_s = float(np.mean(best.trace.latency_limit_s))
-    figures = {
-        "qos_against_load": plots.qos_against_load(results["summary"]),
-        "latency_cdf": plots.latency_cdf(notable or at_load, experts, limit_s),
-        "routing_shares": plots.routing_shares(at_load, env.expert_names),
-        "expert_timelines": plots.expert_timelines(best, experts, env.expert_names),
+    figures: dict[str, Drawing] = {
+        "qos_against_load": partial(plots.qos_against_load, results["summary"]),
+        "gains_against_load": partial(plots.gains_against_load, results["gains"]),
+        "latency_cdf": partial(plots.latency_cdf, at_load, experts, limit_s),
+        "routing_shares": partial(plots.routing_shares, at_load, env.expert_names),
+        "expert_timelines": partial(plots.expert_timelines, best, experts, env.expert_names),
     }
+    if not results["gains"]:
+        del figures["gains_against_load"]
     busiest = int(np.argmax(best.replayed.busy_s))
     served_s = best.trace.arrival_s[(best.assignment == busiest) & ~best.replayed.log.dropped]
     if served_s.size:
         start_s = float(served_s[served_s.size // 2]) - 1e-3
-        window = iterations_of(
-            experts, best.trace, best.assignment, busiest, start_s, start_s + _WINDOW_S,
-            token_budget=env.spec.engine.token_budget, block_size=env.spec.engine.block_size,
-        )  # fmt: skip
-        figures["iterations"] = plots.iteration_gantt(window, env.expert_names[busiest])
+        figures["iterations"] = partial(_iterations, env, experts, best, busiest, start_s)
     return figures
+
+
+def _iterations(
+    env: Environment, experts: ExpertProfile, run: RouterRun, expert: int, start_s: float, **options: Any
+) -> Figure:
+    engine = env.spec.engine
+    window = iterations_of(
+        experts, run.trace, run.assignment, expert, start_s, start_s + _WINDOW_S,
+        token_budget=engine.token_budget, block_size=engine.block_size,
+    )  # fmt: skip
+    return plots.iteration_gantt(window, env.expert_names[expert], **options)

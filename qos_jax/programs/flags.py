@@ -48,8 +48,8 @@ def define_train(values: FlagValues) -> None:
     group.texts("load", None, "Load to train at, or the ends of a range to draw from; the recipe's by default.")
     group.texts("randomise", None, "What differs between environments: all, none, or some of "
                 f"{_listed(choices.RANDOMISED)}; the recipe's by default.")  # fmt: skip
-    group.repeated("vary", "FIELD=VALUE,VALUE: values for a number of the algorithm, or for the load. Every combination "
-                   "trains with every seed, side by side.")  # fmt: skip
+    group.repeated("vary", "FIELD=VALUE,VALUE: values for a number of the algorithm, or for the load. Every "
+                   "combination trains with every seed, side by side.")  # fmt: skip
     group.integer("seed", 0, "The seed, or the first of several; below 1000, as evaluation uses the others.", 0)
     group.integer("seeds", 1, "How many seeds to train side by side.", 1)
     group = FlagGroup(values, "Held-out evaluation")

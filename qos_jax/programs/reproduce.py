@@ -3,7 +3,7 @@
 qos-jax reproduce --figure=all --budget=full --out=runs/reproduce
 qos-jax reproduce --figure=load,staleness --budget=quick --out=runs/quick
 
-``qos_jax.programs.studies`` lists the studies. Below --out, ``runs`` holds the trained routers and ``cells`` the results
+``qos_jax.programs.studies`` lists the studies. Below --out, ``runs`` holds trained routers and ``cells`` the results
 of each world. Every study is written as json, csv, md and png as soon as it is done; ``index.html`` holds them all.
 Finished parts are kept, so the same command goes on with a run that was stopped or killed.
 """

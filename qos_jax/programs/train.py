@@ -18,6 +18,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ def main(values: FlagValues) -> None:
     world, training = configs_of(values)
     run = training_run(world, training)
     sizes = run.sizes(devices)
-    folder = run.open_folder(values.out, resume=resume, command=shlex.join(["qos-jax", "train", *app.given(values)]), flags=flags)
+    command = shlex.join(["qos-jax", "train", *app.given(values)])
+    folder = run.open_folder(values.out, resume=resume, command=command, flags=flags)
     if leads():
         print(f"{values.agent} on {values.preset}: {sizes}", flush=True)
     with _stop_asked() as should_stop, _reporter(folder, run) as report:
@@ -211,11 +213,11 @@ def _write_summary(agent: str, result: TrainResult, folder: RunFolder) -> None:
     )
     print(f"written: {folder.path}", flush=True)
     try:
-        from qos_jax.report import pages, plots
+        from qos_jax.report import pictures, plots
 
-        (folder.path / "learning_curve.png").write_bytes(pages.png(plots.learning_curve(result.records)))
+        pictures.write_figure(folder.path, "learning_curve", partial(plots.learning_curve, result.records))
     except Exception as error:  # a picture is worth less than the run
-        print(f"warning: learning_curve.png could not be drawn: {error}", file=sys.stderr)
+        print(f"warning: the learning curve could not be drawn: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The requests by which a policy in training is judged."""
+"""The held-out requests by which a policy in training is evaluated."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from qos_jax.sim.types import Observation
 
 FIRST_HELD_OUT_SEED = 1000  # training uses seeds below
 
-
 Act = Callable[[Array, Observation], Array]  # key, observation -> action [] int32
 
-
-_WARM_UP = 0.25  # leading share of the held-out requests that does not count, as the fleet is empty at first
+_WARM_UP = 0.25  # leading share of the requests that does not count, as the fleet is empty at first
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The requests by which a policy in training is judged: the same at every evaluation, and for impact_greedy."""
+    """The requests of an evaluation: the same at every evaluation, and for impact_greedy."""
 
     params: EnvParams  # of one environment
     loads: tuple[float, ...] = ()  # environment i has load i modulo their number; that of ``params`` without them
@@ -38,9 +36,9 @@ class HeldOut:
         Raises:
           InputError: there are too few environments for an interval, or no steps.
         """
-        for name, least in (("num_envs", 2), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} of the evaluation is {getattr(self, name)}, must be at least {least}")
+        for name, minimum in (("num_envs", 2), ("steps", 1)):
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} of the evaluation is {getattr(self, name)}, must be at least {minimum}")
 
     def arguments(self) -> tuple[Array, EnvParams]:
         """Returns the seeds [E] and the parameters, of which only the loads have an axis [E]."""

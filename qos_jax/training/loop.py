@@ -1,16 +1,16 @@
-"""Training on the host's side: it runs the learner's phases, judges the policy, and keeps the run's folder.
+"""The training loop on the host: it runs the learner's phases, evaluates the policy, and keeps the run folder.
 
-There are three programs, compiled once and ahead of time: the start (init and warm_up), the chunk, and the evaluation,
-of the policy or of impact_greedy. Several seeds run side by side in them. While a chunk runs, the metrics of the one
-before it are read and reported, so that the device never waits for the host.
+Three programs are compiled once, ahead of time: the start (init and warm_up), the chunk, and the evaluation of the
+policy or of impact_greedy. Several seeds run side by side in them. While a chunk runs, the metrics of the previous one
+are read and reported, so that the device never waits for the host.
 
-What happens is told in records, which ``progress_fn`` gets and metrics.jsonl holds. Each has ``kind``, ``steps`` (of
-the environments of one seed) and ``seconds`` (of training, without compilation), and by its kind:
+``progress_fn`` gets records, and metrics.jsonl holds them. Each has ``kind``, ``steps`` (requests routed, of each seed)
+and ``seconds`` (of training, without compilation), and by its kind:
 
-* ``train``: after each chunk, ``metrics``: by name, for each seed;
-* ``evaluation``: ``qos``: mean QoS on the held-out requests, for each seed; ``gains``: the mean paired differences to
-  impact_greedy, for each seed; ``impact_greedy``: the mean QoS of that router; ``gain``, with ``low`` and ``high``: the
-  mean of the differences with its 95 % interval, over the seeds, or over the environments if there is one seed.
+* ``train``, after each chunk: ``metrics``: by name, a value for each seed;
+* ``evaluation``: ``qos``: mean QoS on the held-out requests, for each seed; ``gains``: mean paired difference to
+  impact_greedy, for each seed; ``impact_greedy``: mean QoS of that router; ``gain``, with ``low`` and ``high``: mean of
+  the differences with its 95 % interval, over the seeds, or over the environments if there is one seed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from qos_jax.routers.impact_greedy import impact_greedy
 from qos_jax.sim.env import EnvParams, axis_of_environments
 from qos_jax.sim.types import Observation
 from qos_jax.training.held_out import HeldOut
-from qos_jax.training.parallel import Layout, any_says
-from qos_jax.training.progress import Progress, TrainResult, _Run
+from qos_jax.training.parallel import DeviceLayout, any_process
+from qos_jax.training.progress import Progress, Recorder, TrainResult
 from qos_jax.training.run_folder import RunFolder
 
 
@@ -60,58 +60,58 @@ def train(
       learner: what learns.
       params: of its environments, see ``Learner.init``.
       hyper: numbers of the algorithm; leaves of several seeds may have an axis [seeds].
-      held_out: what the policy is judged by.
+      held_out: the requests of its evaluations.
       steps: of the environments of each seed, rounded up to whole chunks.
-      seeds: each trains on its own; several do so side by side in one program. A seed may be there more than once, with
-        other numbers or another load.
-      loads: of each seed's environments and evaluation; by default they are those of ``params`` and ``held_out``.
+      seeds: of runs that train side by side in one program. A seed may occur more than once, with other numbers or
+        another load.
+      loads: of each run's environments and evaluation; by default those of ``params`` and ``held_out``.
       devices: of all processes, to share the seeds and the shards of the agent; see ``qos_jax.training.parallel``.
       evaluate_every: steps between evaluations, a tenth of all by default; there is also one at the start and the end.
-      folder: where checkpoints and metrics.jsonl go; without it nothing is written.
+      folder: for checkpoints and metrics.jsonl; without it nothing is written.
       checkpoint_every_s: seconds between checkpoints; there is also one at the end.
       progress_fn: called with each record.
-      should_stop: asked before each chunk; the run then ends with a checkpoint.
+      should_stop: called before each chunk; where it returns True, the run ends with a checkpoint.
 
     Raises:
       InputError: a loss is not finite, the checkpoint is not of this learner, or the devices cannot share the work.
     """
     differ = axis_of_environments(params) is not None
-    layout = Layout(len(seeds), learner.config.shards, tuple(devices), differ)
+    layout = DeviceLayout(len(seeds), learner.config.shards, tuple(devices), differ)
     chunks = math.ceil(steps / learner.steps_per_chunk)
     chunks_per_evaluation = max(1, round((evaluate_every or steps / 10) / learner.steps_per_chunk))
-    phases = _compile(learner, params, _runs(seeds, hyper, loads), held_out, layout)
-    run = _Run(learner.steps_per_chunk, chunks, seeds, folder, progress_fn)
+    phases = _compile(learner, params, _run_arguments(seeds, hyper, loads), held_out, layout)
+    recorder = Recorder(learner.steps_per_chunk, chunks, seeds, folder, progress_fn)
     first, state = _resumed(folder, phases.like, learner.steps_per_chunk)
     if state is None:
         state = phases.start()
     reference = phases.qos(phases.weights(state), False)
     if first == 0:
-        run.evaluated(0, phases.qos(phases.weights(state), True), reference)
-    # A replay that is not saved is empty again, and its rows are counted from there.
+        recorder.evaluated(0, phases.qos(phases.weights(state), True), reference)
+    # A replay buffer that is not saved is empty after a resume, and its rows are counted from there.
     rows_from = 0 if folder is None or folder.training.save_replay else first
-    chunk, saved_at = run.start(first), time.perf_counter()
+    chunk, saved_at = recorder.start(first), time.perf_counter()
     while chunk < chunks:
         due = time.perf_counter() - saved_at >= checkpoint_every_s
-        stop, due = any_says(should_stop(), due)
+        stop, due = any_process(should_stop(), due)
         if due and chunk > first:
-            run.save(chunk, state, phases.weights(state))
+            recorder.save(chunk, state, phases.weights(state))
             saved_at = time.perf_counter()
         if stop:
             break
         state, metrics = phases.chunk(state, chunk - rows_from, chunk / chunks)
         chunk += 1
-        run.trained(chunk, metrics)
+        recorder.trained(chunk, metrics)
         if chunk % chunks_per_evaluation == 0 or chunk == chunks:
-            run.evaluated(chunk, phases.qos(phases.weights(state), True), reference)
+            recorder.evaluated(chunk, phases.qos(phases.weights(state), True), reference)
     weights = phases.weights(state)
-    run.save(chunk, state, weights)
+    recorder.save(chunk, state, weights)
     return TrainResult(
         weights=weights,
         steps=chunk * learner.steps_per_chunk,
         finished=chunk >= chunks,
-        records=run.records,
+        records=recorder.records,
         compile_s=phases.compile_s,
-        train_s=run.seconds(),
+        train_s=recorder.seconds(),
     )
 
 
@@ -134,7 +134,7 @@ class _Phases:
     compile_s: float
 
 
-class _Runs(struct.PyTreeNode):
+class _RunArguments(struct.PyTreeNode):
     """What distinguishes the runs that train side by side; leaves [seeds], or [] of one."""
 
     seed: Any  # int
@@ -146,28 +146,30 @@ class _Runs(struct.PyTreeNode):
         return params if self.load is None else params.at_load(self.load)
 
 
-def _runs(seeds: Sequence[int], hyper: Hyperparameters, loads: Sequence[float] | None) -> _Runs:
+def _run_arguments(seeds: Sequence[int], hyper: Hyperparameters, loads: Sequence[float] | None) -> _RunArguments:
     shape = (len(seeds),) if len(seeds) > 1 else ()
-    given = _Runs(np.asarray(seeds), hyper, None if loads is None else np.asarray(loads, np.float32))
+    given = _RunArguments(np.asarray(seeds), hyper, None if loads is None else np.asarray(loads, np.float32))
     given = given.replace(hyper=jax.tree.map(lambda x: np.broadcast_to(np.float32(x), (len(seeds),)), hyper))
     return jax.tree.map(lambda x: x.reshape(shape), given)
 
 
-def _compile(learner: Learner, params: EnvParams, runs: _Runs, held_out: HeldOut, layout: Layout) -> _Phases:
+def _compile(
+    learner: Learner, params: EnvParams, runs: _RunArguments, held_out: HeldOut, layout: DeviceLayout
+) -> _Phases:
     """Compiles all phases ahead of time, side by side."""
     started = time.perf_counter()
     shard, reference = layout.one_shard(learner), impact_greedy()
 
-    def start(run: _Runs, params: EnvParams) -> TrainState:
+    def start(run: _RunArguments, params: EnvParams) -> TrainState:
         params = run.at_load(params)
         return shard.warm_up(shard.init(jax.random.key(run.seed), params, run.hyper), params, run.hyper)
 
     def chunk(
-        state: TrainState, run: _Runs, params: EnvParams, chunk: Array, progress: Array
+        state: TrainState, run: _RunArguments, params: EnvParams, chunk: Array, progress: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         return shard.train_chunk(state, run.at_load(params), run.hyper, chunk, progress)
 
-    def qos(weights: Any, learned: Array, run: _Runs, seeds: Array, params: EnvParams) -> Array:
+    def qos(weights: Any, learned: Array, run: _RunArguments, seeds: Array, params: EnvParams) -> Array:
         def act(key: Array, obs: Observation) -> Array:
             return lax.cond(
                 learned, lambda: learner.act(weights, key, obs), lambda: reference.act(key, obs, reference.init())[0]

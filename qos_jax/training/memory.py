@@ -1,4 +1,4 @@
-"""How much memory a training run needs at least, and how much there is."""
+"""The memory that a training run needs at least, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def needed_bytes(state: TrainState) -> dict[str, int]:
 
 
 def available_bytes(device: jax.Device) -> int | None:
-    """Returns the memory that is free on a device; of a CPU that of the machine. None where nobody knows."""
+    """Returns the free memory of a device, of a CPU that of the machine, in bytes; None where it is unknown."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
@@ -40,16 +40,16 @@ def available_bytes(device: jax.Device) -> int | None:
 
 
 def check_fits(needed: dict[str, int], runs: int, devices: int, available: int | None) -> str:
-    """Says in a line what runs side by side need, and refuses what cannot fit.
+    """Returns a line on the memory that runs side by side need.
 
     Args:
       needed: bytes of one run, see ``needed_bytes``.
-      runs: how many there are.
-      devices: that share them.
+      runs: number of runs side by side.
+      devices: number of devices that share them.
       available: bytes of one device, if known.
 
     Raises:
-      InputError: a device's part alone is more than it has.
+      InputError: a device's part does not fit into its memory.
     """
     parts = ", ".join(f"{name} {_mega(runs * size)}" for name, size in needed.items())
     each = runs * sum(needed.values()) // devices
@@ -58,8 +58,8 @@ def check_fits(needed: dict[str, int], runs: int, devices: int, available: int |
             f"training needs at least {_mega(each)} on each device ({parts}), but {_mega(available)} are free: "
             "take fewer environments (--num_envs), a smaller replay (--set=capacity=N), fewer --seeds or more --devices"
         )
-    there = "" if available is None else f" of {_mega(available)} free"
-    return f"memory: {parts}; at least {_mega(each)}{there}" + (" on each device" if devices > 1 else "")
+    free = "" if available is None else f" of {_mega(available)} free"
+    return f"memory: {parts}; at least {_mega(each)}{free}" + (" on each device" if devices > 1 else "")
 
 
 def _mega(size: int) -> str:

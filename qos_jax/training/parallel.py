@@ -1,14 +1,14 @@
 """How a training run is spread over devices: its seeds, and the shards of each seed.
 
-A shard has a part of the environments, a replay of its own, and draws its part of every batch from there; gradients are
-averaged over the shards. How many there are is fixed by the agent (``AgentConfig.shards``) and so a part of the
-algorithm, while the number of devices is not: shards that share a device run side by side on it, and what comes out is
-the same up to rounding. All that devices tell each other is one average of gradients per update.
+A shard has a part of the environments, its own replay buffer, and draws its part of every batch from it; gradients are
+averaged over the shards. The number of shards is fixed by the agent (``AgentConfig.shards``) and is part of the
+algorithm. The number of devices is not: shards on one device run side by side, and the result is the same up to
+rounding. Devices exchange one average of gradients per update, and nothing else.
 
 Several processes, each with some of the devices, may run the same program. The first one leads: it alone reports.
 
 A run has up to two leading axes on its arrays, [seeds, shards, ...], each only where there are several. Devices form a
-grid of the same two axes. Each argument of a phase of training is one of the kinds ``Part``, which says what it has.
+grid of the same two axes. Each argument of a phase of training is of one of the kinds ``Part``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from qos_jax.errors import InputError
 from qos_jax.sim.env import EnvParams
 
 Part = Literal["state", "world", "seed", "all"]
-"""``state``: a ``TrainState``, of which the weights are shared by the shards; ``world``: the parameters of the
-environments; ``seed``: what each seed has; ``all``: what everybody shares."""
+"""``state``: a ``TrainState``, whose weights all shards share; ``world``: the parameters of the environments; ``seed``:
+one value for each seed; ``all``: shared by all."""
 
 _SEEDS, _DEVICES, _SHARDS = "seeds", "devices", "shards"  # axes: of the grid the first two, within a device the last
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class DeviceLayout:
     """The axes of a run and the devices that they are spread over."""
 
     num_seeds: int = 1
@@ -157,7 +157,7 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def any_says(*flags: bool) -> tuple[bool, ...]:
+def any_process(*flags: bool) -> tuple[bool, ...]:
     """Returns for each flag whether any process has it set, as what follows must be the same in all."""
     if jax.process_count() == 1:
         return flags

@@ -1,4 +1,4 @@
-"""What a training run tells: records, their folder, and how far it is."""
+"""What a training run reports: records for the caller and the run folder, and how far it is."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ Record = dict[str, Any]
 class Progress:
     """How far a run is."""
 
-    steps: int  # of the environments of one seed
+    steps: int  # requests routed so far, of each seed
     total_steps: int
     steps_per_s: float  # of all seeds, since this program began to train; NaN at the start
-    left_s: float  # by that speed; NaN at the start
-    record: Record  # what has just happened
-    evaluation: Record | None  # the last one
+    left_s: float  # s, at that speed; NaN at the start
+    record: Record  # the newest one
+    evaluation: Record | None  # the newest record of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run has come to."""
+    """The outcome of a run."""
 
     weights: Any  # what ``Learner.router`` takes; leaves [seeds, ...] if there are several seeds
-    steps: int  # of the environments of one seed
+    steps: int  # requests routed, of each seed
     finished: bool  # False if it was stopped
     records: list[Record]
     compile_s: float
     train_s: float  # of the whole run, without compilation
 
 
-class _Run:
-    """Tells what happens, to the caller and to the folder."""
+class Recorder:
+    """Turns what happens into records, for the caller and for the run folder."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class _Run:
         folder: RunFolder | None,
         progress_fn: Callable[[Progress], None],
     ) -> None:
+        """Takes up the records of the run's newest checkpoint."""
         self.steps_per_chunk, self.chunks, self.seeds = steps_per_chunk, chunks, seeds
         self.folder, self.progress_fn = folder, progress_fn
         self.records: list[Record] = [] if folder is None else folder.rewind(folder.latest)
@@ -63,7 +64,7 @@ class _Run:
         self.start(0)
 
     def start(self, chunk: int) -> int:
-        """Measures the speed from here on; returns ``chunk``, how many are done."""
+        """Measures the speed from now on; returns ``chunk``, the number of chunks done."""
         self.first, self.first_at = chunk, time.perf_counter()
         return chunk
 
@@ -87,7 +88,11 @@ class _Run:
         self._tell("evaluation", chunk, values)
 
     def save(self, chunk: int, state: TrainState, weights: Any) -> None:
-        """Writes a checkpoint, if all is well."""
+        """Writes a checkpoint.
+
+        Raises:
+          InputError: a weight is not finite, or the checkpoint cannot be written.
+        """
         self._report()
         if self.folder is not None:
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(weights))):
@@ -120,7 +125,7 @@ class _Run:
                 steps_per_s=len(self.seeds) * self.steps_per_chunk / chunk_s,
                 left_s=(self.chunks - chunk) * chunk_s,
                 record=record,
-                evaluation=next((one for one in reversed(self.records) if one["kind"] == "evaluation"), None),
+                evaluation=next((each for each in reversed(self.records) if each["kind"] == "evaluation"), None),
             )
         )
 

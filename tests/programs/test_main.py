@@ -34,7 +34,7 @@ def test_names_in_the_help_are_those_that_are_known() -> None:
     assert set(choices.STUDIES) == set(STUDIES)
     assert set(choices.BUDGETS) == set(BUDGETS)
     assert set(choices.AGENT_FIELDS) == {path for path, _ in leaves(configs.to_dict(configs.AgentConfig()))}
-    assert (choices.FINE_TUNED_LAYERS, choices.FINE_TUNING_EPOCHS) == (FineTuning.layers, FineTuning.epochs)
+    assert (FineTuning.layers, FineTuning.epochs) == (choices.FINE_TUNED_LAYERS, choices.FINE_TUNING_EPOCHS)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from qos_jax import InputError, load_router
-from qos_jax.training.parallel import Layout
+from qos_jax.training.parallel import DeviceLayout
 from qos_jax.training.run_folder import RunFolder
 from tests.helpers.programs import ROOT, start_training
 from tests.helpers.quick_compilation import quick_compilation
@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_fewer_devices(
 def test_devices_that_cannot_share_the_work_are_refused() -> None:
     devices = tuple(jax.devices()[:1] * 3)
     with pytest.raises(InputError, match=r"3 devices cannot share 2 seeds of 4 shards evenly: give --seeds=3 or"):
-        Layout(num_seeds=2, shards=4, devices=devices)
+        DeviceLayout(num_seeds=2, shards=4, devices=devices)
 
 
 def test_more_devices_than_there_are_are_refused(variables: dict[str, str], tmp_path: pathlib.Path) -> None:
