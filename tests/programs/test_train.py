@@ -13,9 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 
+import qos_jax
 from qos_jax import InputError, load_router
 from qos_jax.agent import AGENTS
 from qos_jax.agent.overrides import overridden
+from qos_jax.programs.train import configs_of, parsed
 from qos_jax.training.run_folder import RunFolder
 from tests.helpers.instant_env import assert_equal
 from tests.helpers.programs import Program, assert_refused, program_of, start_training
@@ -181,6 +183,31 @@ def test_a_seed_repeats_bit_for_bit_and_another_one_differs(
     assert_same_run(whole, tmp_path / "again")
     with pytest.raises(AssertionError):
         assert_same_run(whole, tmp_path / "other")
+
+
+def tiny_recipe() -> qos_jax.Recipe:
+    """The recipe that the flags of TINY describe."""
+    _, training = configs_of(parsed(TINY))
+    return qos_jax.Recipe(training.agent, training.steps, training.randomise)
+
+
+def test_the_library_trains_the_same_router(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    settings = {"evaluation_envs": 2, "evaluation_steps": 20, "evaluate_every": 64}
+    steps: list[int] = []
+    trained = qos_jax.train(
+        "paper-3", tiny_recipe(), out=tmp_path / "run",
+        progress_fn=lambda progress: steps.append(progress.steps), **settings,
+    )  # fmt: skip
+    assert_same_run(tmp_path / "run", whole)
+    assert_equal(trained.router.params, load_router(whole).params)
+    assert trained.finished and steps[-1] == trained.metrics["steps"] == CHUNKS * 32
+    assert [record["steps"] for record in trained.records if record["kind"] == "evaluation"] == [0, 64, 128, 192, 256]
+
+    longer = qos_jax.train("paper-3", tiny_recipe(), steps=2 * CHUNKS * 32, out=tmp_path / "run", **settings)
+    assert longer.metrics["steps"] == 2 * CHUNKS * 32
+    assert longer.records[: len(trained.records)] == trained.records
+    stopped = qos_jax.train("paper-3", tiny_recipe(), should_stop=lambda: True, **settings)
+    assert not stopped.finished
 
 
 def test_it_is_compared_with_other_routers(

@@ -1,0 +1,80 @@
+"""A run as plain values, and the recipes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import qos_jax
+from qos_jax import InputError, WorldConfig
+from qos_jax.agent.configs import AGENTS, named
+from qos_jax.programs.train import configs_of, parsed
+from qos_jax.training.config import TrainingConfig, runs_of
+
+
+def test_a_run_survives_json() -> None:
+    agent = AGENTS["sac"]
+    runs = runs_of(agent, (3, 4), ["load=0.5,1", "alpha=0.1,0.2"])
+    config = TrainingConfig(agent, 1000, runs, ("load", "arrivals"), (0.5, 1.4), 100, save_replay=False)
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_combination_trains_with_every_seed() -> None:
+    runs = runs_of(AGENTS["mvr"], (0, 1), ["load=0.5,1", "alpha=0.1"])
+    assert runs == tuple({"load": load, "alpha": 0.1, "seed": seed} for load in (0.5, 1.0) for seed in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hidden=8,16", "--vary=hidden=8,16: choose load, or one of learning_rate"),
+        ("alpha=low", "--vary=alpha=low: give FIELD=NUMBER,NUMBER"),
+        ("alpha=inf", "--vary=alpha=inf: give FIELD=NUMBER,NUMBER"),
+        ("load=0", "--vary=load=0: give loads above 0"),
+    ],
+)
+def test_what_cannot_vary_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        runs_of(AGENTS["mvr"], (0,), [text])
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 1000, 0.5])
+def test_seeds_of_evaluation_are_refused(seed: float) -> None:
+    with pytest.raises(InputError, match="seeds must be below 1000"):
+        TrainingConfig(runs=({"seed": seed},))
+
+
+class TestRecipes:
+    def test_the_program_and_the_library_train_the_same_agent(self) -> None:
+        for preset in ("paper-3", "paper-6", "edge-8"):
+            world, training = configs_of(parsed([f"--preset={preset}"]))
+            tuned = qos_jax.recipe(preset)
+            assert world == WorldConfig(preset)
+            assert training == TrainingConfig(tuned.agent, tuned.steps, randomise=tuned.randomise)
+
+    def test_externalities_are_clipped_where_gpus_are_equal(self) -> None:
+        assert qos_jax.recipe("paper-3").agent.hyper.max_externality == 0.35
+        assert qos_jax.recipe("paper-6").agent.hyper.max_externality == 0.35
+        assert qos_jax.recipe("edge-8").agent.hyper.max_externality == named("mvr").hyper.max_externality
+        mixed = WorldConfig(experts=("alpaca-native@A40", "koala-7B-HF@A100"))
+        assert qos_jax.recipe(mixed).agent.hyper.max_externality == named("mvr").hyper.max_externality
+
+    def test_rates_are_clipped_at_the_greatest_load_of_training(self) -> None:
+        clips = {preset: qos_jax.recipe(preset).agent.network.rate_clip_per_s for preset in ("paper-3", "edge-8")}
+        assert clips == {"paper-3": 10.7, "edge-8": 11.9}
+
+    def test_flags_change_the_recipe(self) -> None:
+        _, training = configs_of(parsed(["--load=0.7", "--set=max_externality=1", "--steps=5", "--seeds=2"]))
+        assert (training.loads, training.randomise, training.steps) == ((0.7,), ("arrivals",), 5)
+        assert training.agent.hyper.max_externality == 1.0
+        assert training.seeds == [0, 1]
+        _, training = configs_of(parsed(["--randomise=none", "--set=num_envs=64"]))
+        assert (training.loads, training.randomise, training.agent.num_envs) == ((), (), 64)
+
+    def test_unknown_names_are_refused(self) -> None:
+        with pytest.raises(InputError, match="preset 'paper-9' is unknown"):
+            qos_jax.recipe("paper-9")
+        with pytest.raises(InputError, match="agent 'psychic' is unknown"):
+            qos_jax.recipe("paper-3", "psychic")

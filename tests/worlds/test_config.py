@@ -1,0 +1,67 @@
+"""A world as plain values: it survives JSON, and what does not go together is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from qos_jax import InputError, WorldConfig
+
+WORLDS = (
+    WorldConfig(),
+    WorldConfig("edge-8", arrivals="gamma:2", prediction="perfect", latency_limit_s=(0.03, 0.05), staleness_s=0.5),
+    WorldConfig(experts=("alpaca-native@A40", "koala-7B-HF@A100"), trace="trace.csv", allow_drop=False),
+)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_world_survives_json(world: WorldConfig) -> None:
+    assert WorldConfig.from_dict(json.loads(json.dumps(world.to_dict()))) == world
+
+
+def test_it_builds_what_make_builds() -> None:
+    env, params = WorldConfig(experts=("alpaca-native@A40", "koala-7B-HF@A40"), latency_limit_s=(0.04,)).build()
+    assert env.expert_names == ("alpaca-native @ A40", "koala-7B-HF @ A40")
+    assert float(params.workload.content.limits.values_s[0]) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preset": "paper-9"}, "preset 'paper-9' is unknown"),
+        ({"trace_part": "third"}, "trace_part is 'third', must be one of all, first, second"),
+        ({"table_part": "half"}, "table_part is 'half', must be one of all, train, test"),
+        ({"experts": ("alpaca-native",)}, "--experts=alpaca-native: give LLM@GPU"),
+        ({"latency_limit_s": (0.0,)}, "latency_limit_s is 0.0, must be above 0"),
+        ({"arrivals": "poisson", "trace": "t.csv"}, "--arrivals=poisson and --trace=t.csv are both given"),
+        ({"predictor": "runs/p"}, "--predictor=runs/p: predicts for real prompts only"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        WorldConfig(**fields)
+    assert message in str(raised.value)
+
+
+def test_fields_of_a_file_are_checked() -> None:
+    values = WorldConfig().to_dict()
+    with pytest.raises(InputError, match=r"world\.colour is unknown"):
+        WorldConfig.from_dict(values | {"colour": "red"})
+    del values["trace"]
+    with pytest.raises(InputError, match=r"world\.trace is missing"):
+        WorldConfig.from_dict(values)
+    with pytest.raises(InputError, match="world is 3, must be a table"):
+        WorldConfig.from_dict(3)
+
+
+def test_training_and_held_out_requests_are_disjoint_parts() -> None:
+    measured = WorldConfig(trace="t.csv", quality_table="q.npz")
+    training, held_out = measured.for_training(), measured.held_out()
+    assert (training.trace_part, training.table_part) == ("first", "train")
+    assert (held_out.trace_part, held_out.table_part) == ("second", "test")
+    assert WorldConfig().for_training() == WorldConfig().held_out() == WorldConfig()
+    asked = dataclasses.replace(measured, trace_part="second")
+    assert asked.for_training().trace_part == "second"
