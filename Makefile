@@ -21,9 +21,9 @@ test: .venv/installed
 slow: .venv/installed-sb3 .venv/installed-minilm
 	$(PYTEST) -m slow
 
-# The documentation as a site in build/site; warnings are errors.
+# The documentation as a site in build/site; warnings are errors. After `make slow` it shows the executed notebooks.
 docs: .venv/installed-docs
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 # Two studies at the smallest size: only shows that they can be made.
 reproduce: .venv/installed

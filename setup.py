@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 GYM = ["gymnasium>=1.1"]
+DOCS = ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbconvert>=7.16", "nbformat>=5.10"]
 
 setup(
@@ -38,6 +39,7 @@ setup(
     extras_require={
         "gym": GYM,
         "notebooks": NOTEBOOKS,
+        "docs": DOCS,
         "dev": [
             *GYM,
             *NOTEBOOKS,
@@ -48,6 +50,7 @@ setup(
             "pytest>=8.3",
             "pytest-cov>=6.0",
             "pytest-xdist>=3.6.1",
+            "pyyaml>=6.0",
             "ruff>=0.14",
         ],
         "sb3": ["stable-baselines3>=2.7", "torch>=2.8"],

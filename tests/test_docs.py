@@ -1,27 +1,50 @@
-"""What the documentation says can be done: its Python runs, its programs have the flags it names, its links lead on."""
+"""The documentation: its Python runs, its commands have the flags they name, its links and figures are right."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import pathlib
 import re
-import runpy
 import shlex
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+import yaml
+from absl.flags import FlagValues
 
+from qos_jax import routers
+from qos_jax.agent import networks, targets
 from qos_jax.fleet.profiles import GPUS, LLMS
+from qos_jax.programs import app
+from qos_jax.programs.main import PROGRAMS
+from qos_jax.workload import arrivals
 from qos_jax.workload.constants import MIX_INSTRUCT
 from qos_jax.worlds.presets import PRESETS
+from tests.helpers.quick_compilation import quick_compilation
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"python", "sh", "json", "text"}  # what is checked here, and what is only shown
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+LANGUAGES = {"python", "sh", "json", "text"}  # of which text is only shown
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE_SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#]*)(?:#(?P<anchor>[^)]*))?\)")
+GENERATED_RESULTS = DOCS / "results" / "results.md"
+REGISTRIES = (
+    PRESETS,
+    LLMS,
+    GPUS,
+    MIX_INSTRUCT,
+    routers._registered,
+    arrivals._LAWS,
+    networks._NETWORKS,
+    targets._TARGETS,
+)
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 class Block(NamedTuple):
@@ -37,9 +60,32 @@ def blocks_of(page: pathlib.Path) -> list[Block]:
     return [Block(m["language"], m["body"], 1 + text.count("\n", 0, m.start("body"))) for m in FENCE.finditer(text)]
 
 
+def shell_of(page: pathlib.Path) -> Iterator[str]:
+    """Yields what a page shows as shell code: fenced blocks, and code within lines."""
+    yield from (block.body for block in blocks_of(page) if block.language == "sh")
+    yield from CODE_SPAN.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
 def commands() -> list[str]:
-    shell = "\n".join(block.body for page in PAGES for block in blocks_of(page) if block.language == "sh")
-    return [line for line in shell.replace("\\\n", " ").splitlines() if line.startswith("python -m experiments.")]
+    """Returns all commands of the programs, without duplicates; loop variables have the value 1."""
+    found = []
+    for code in (code for page in PAGES for code in shell_of(page)):
+        for line in re.split(r"\n|; |&& ", code.replace("\\\n", " ")):
+            line = re.sub(r"\$[a-z]\b", "1", line.strip().removeprefix("do "))
+            if re.match(r"(\w+='[^']*' )?(qos-jax [a-z]|python -m experiments\.[a-z])", line):
+                found.append(line)
+    return list(dict.fromkeys(found))
+
+
+def program_of(words: list[str]) -> tuple[Callable[[FlagValues], None], list[str]]:
+    """Returns what defines the flags of a program, and its arguments."""
+    if "=" in words[0]:  # an environment variable
+        words = words[1:]
+    if words[0] == "qos-jax":
+        return PROGRAMS[words[1]].define, words[2:]
+    module = words[2]
+    launched = module.removeprefix("experiments.").replace("_", "-")
+    return PROGRAMS[launched].define if launched in PROGRAMS else importlib.import_module(module).define, words[3:]
 
 
 def anchors_of(page: pathlib.Path) -> set[str]:
@@ -47,18 +93,42 @@ def anchors_of(page: pathlib.Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def table_of_gains(results: str) -> list[str]:
+    """Returns the README's table, from the first table of the generated results."""
+    section = results.split("## QoS against arrival rate")[1].split("###")[0]
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    fleets: dict[str, list[tuple[str, ...]]] = {}
+    for _, world, load, best, qos, gain, *_ in lines[2:]:
+        fleets.setdefault(world.partition(",")[0], []).append((load, best.split()[1], qos, gain))
+    loads = [row[0] for row in next(iter(fleets.values()))]
+    table = ["| fleet | mean QoS | " + " | ".join(f"load {load}" for load in loads) + " |"]
+    for fleet, rows in fleets.items():
+        for head, column in ((f"| {fleet} | best heuristic", 1), ("| | mvr", 2), ("| | gain", 3)):
+            table.append(" | ".join([head, *(row[column] for row in rows)]) + " |")
+    return table
+
+
+@each_page
 def test_every_block_is_closed_and_of_a_known_language(page: pathlib.Path) -> None:
     blocks = blocks_of(page)
     assert {block.language for block in blocks} <= LANGUAGES
     assert page.read_text(encoding="utf-8").count("```") == 2 * len(blocks)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.fixture(scope="module")
+def quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@each_page
+@pytest.mark.usefixtures("quickly")
 def test_python_runs(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "docs"}
-    with mock.patch.dict(PRESETS), mock.patch.dict(LLMS), mock.patch.dict(GPUS), mock.patch.dict(MIX_INSTRUCT):
+    with contextlib.ExitStack() as stack:
+        for registry in REGISTRIES:
+            stack.enter_context(mock.patch.dict(registry))
         for block in blocks_of(page):
             if block.language == "python":
                 source = "\n" * (block.first_line - 1) + block.body  # so that a traceback names the line of the page
@@ -66,17 +136,37 @@ def test_python_runs(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("command", commands())
-def test_programs_have_the_flags_that_are_named(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "")  # the benchmark sets it where it is not set, and this process lives on
-    _, _, program, *arguments = shlex.split(command, comments=True)
-    with flagsaver.flagsaver():  # forgets the new flags, so that the next program may have its own of the same name
-        runpy.run_module(program)["define_flags"]()
-        assert flags.FLAGS([program, *arguments]) == [program]
+def test_programs_have_the_flags_that_are_named(command: str) -> None:
+    define, arguments = program_of(shlex.split(command, comments=True))
+    values = FlagValues()
+    define(values)
+    if arguments not in ([], ["--help"]):
+        app.parse(values, arguments)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@each_page
 def test_links_lead_somewhere(page: pathlib.Path) -> None:
     for link in LINK.finditer(page.read_text(encoding="utf-8")):
         target = page.parent / link["path"] if link["path"] else page
         assert target.exists(), link[0]
         assert not link["anchor"] or link["anchor"] in anchors_of(target), link[0]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def pages_in(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict | list):
+            for each in entry.values() if isinstance(entry, dict) else entry:
+                yield from pages_in(each)
+
+    listed = set(pages_in(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    numbered = {path.relative_to(DOCS).as_posix() for path in (DOCS / "decisions").glob("[0-9]*.md")}  # by their index
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - numbered == listed
+
+
+def test_readme_is_short_and_its_table_is_generated() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(readme) < 100
+    rows = [line for line in readme if line.startswith(("| fleet", *(f"| {name} " for name in PRESETS), "| | "))]
+    assert rows == table_of_gains(GENERATED_RESULTS.read_text(encoding="utf-8"))
