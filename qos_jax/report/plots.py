@@ -1,15 +1,16 @@
-"""Figures: what routers earn under load, how long answers take, who serves them, and what happens inside an expert.
+"""Figures of an evaluation: QoS and gains against load, latencies, routing shares, and what happens inside an expert.
 
-Every function returns a matplotlib ``Figure`` of its own and leaves pyplot's global state alone; the figure's label
-(``Figure.get_label``) is its caption. How routers look is said in ``style``.
+Every function returns a matplotlib ``Figure`` of its own and leaves pyplot's global state alone. The figure's label
+(``Figure.get_label``) is its caption. ``width`` is ``style.FULL`` or ``style.COLUMN``; ``pictures.write_figure`` draws
+and writes both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -18,9 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from qos_jax.errors import InputError
-from qos_jax.evaluation.evaluate import Run
+from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.metrics import latency_per_token_s
 from qos_jax.report import style
+from qos_jax.report.gains import BEST_HEURISTIC, gain_text
+from qos_jax.report.style import FULL, Width
 from qos_jax.sim.iterations import Activity, IterationLog
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
 
@@ -31,154 +34,253 @@ _ACTIVITIES: dict[Activity, tuple[str, dict[str, Any]]] = {
     Activity.PREEMPTED: ("preempted, waiting again", {"facecolor": "#CC79A7"}),
 }
 _TIMELINE_POINTS, _SAMPLES_PER_POINT = 300, 20
-_FEWEST_IN_BIN = 20
+_MIN_IN_BIN = 20  # requests
+_MAX_LIMITS = 10  # latency limits that a picture of latencies goes up to
+_MIN_GAIN_RANGE = 0.01  # QoS; a smaller range would show noise as structure
 
 
-@matplotlib.rc_context(style.RC)
-def qos_against_load(summary: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws mean QoS with its confidence band against load: one curve per router, labelled at its right end.
+@style.styled
+def qos_against_load(
+    summary: Sequence[Mapping[str, Any]], *, routers: Sequence[str] | None = None, width: Width = FULL
+) -> Figure:
+    """Draws mean QoS with its confidence band against load, one curve for each router.
 
     Args:
       summary: the ``summary`` of results.json; only its rows of the metric "qos" are read.
+      routers: to draw; all by default, where ordinary heuristics share grey if they are many.
+      width: of the figure.
     """
     rows = sorted((row for row in summary if row["metric"] == "qos"), key=lambda row: row["load"])
-    figure = Figure(figsize=(style.WIDTH_INCHES, 5.2))
-    axes = figure.add_axes((0.075, 0.095, 0.66, 0.8))
-    ends = []
-    for name in dict.fromkeys(row["router"] for row in rows):
+    means: dict[str, list[float]] = {}
+    for row in rows:
+        means.setdefault(row["router"], []).append(row["mean"])
+    kinds = {row["router"]: row["kind"] for row in rows}
+    names = sorted(style.chosen(kinds, routers), key=lambda name: -float(np.mean(means[name])))
+    looks = style.looks({name: kinds[name] for name in names}, width)
+    figure = Figure(figsize=(width.inches, 3.7 if width == FULL else 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in names:
         points = [row for row in rows if row["router"] == name]
         load, mean, low, high = (_column(points, field) for field in ("load", "mean", "low", "high"))
+        _add_tips(axes, name, points)
         if len(load) == 1:  # one point is drawn as a level
             load, mean, low, high = load + np.array([-0.05, 0.05]), *(np.repeat(x, 2) for x in (mean, low, high))
-        look = style.curve_look(name, points[0]["kind"])
-        axes.plot(load, mean, label=name, **look)
+        look = looks[name]
+        axes.plot(load, mean, label=style.display_name(name), **look)
         if look["zorder"] > 2:
-            opacity = 0.07 if points[0]["kind"] == "oracle" else 0.14
+            opacity = 0.07 if kinds[name] == "oracle" else 0.14
             axes.fill_between(load, low, high, color=look["color"], alpha=opacity, linewidth=0, zorder=look["zorder"])
-        ends.append((float(mean[-1]), name, look))
-    axes.set(xlabel="load (arrivals as a share of what the fleet can finish)", ylabel="mean QoS of a request")
-    axes.margins(x=0)
-    axes.set_ylim(0, 1.05 * max(row["mean"] for row in rows))
-    style.label_ends(figure, axes, ends)
-    _label_loads(axes, {row["load"]: row["rate_per_s"] for row in rows})
+    axes.set(xlabel="load: arrival rate over the fleet's saturation rate", ylabel="mean QoS of a request")
+    axes.margins(x=0.02)
+    axes.set_ylim(0, 1.05 * max(row["mean"] for row in rows if row["router"] in names))
+    _label_loads(axes, {row["load"]: row["rate_per_s"] for row in rows}, width)
+    style.legend_outside(figure, style.legend_entries(looks), width, beside=True)
     figure.set_label(
-        "Mean QoS of a request against load; all routers get the same requests. Bands are 95 % confidence intervals "
-        "over seeds, dashed curves are oracles, which are told what a router cannot know."
+        "Mean QoS of a request against load. All routers get the same requests. Bands are 95 % confidence intervals "
+        f"over seeds; dashed curves are oracles, which know the truth.{style.grey_note(looks)}"
     )
     return figure
 
 
-@matplotlib.rc_context(style.RC)
-def latency_cdf(runs: Sequence[Run], experts: ExpertProfile, limit_s: float) -> Figure:
+@style.styled
+def gains_against_load(
+    gains: Sequence[Mapping[str, Any]],
+    *,
+    reference: str | None = None,
+    routers: Sequence[str] | None = None,
+    width: Width = FULL,
+) -> Figure:
+    """Draws the paired gain in QoS of each router over a reference against load, with 95 % intervals.
+
+    The vertical axis is zoomed to the learned routers, or without one to the two best heuristics. Routers that are
+    below it at most of the loads are left out, and the caption names them.
+
+    Args:
+      gains: the ``gains`` of results.json.
+      reference: one of theirs; by default impact_greedy if it took part, otherwise the best heuristic.
+      routers: to draw; by default all but oracles.
+      width: of the figure.
+
+    Raises:
+      InputError: there are no gains over the reference, or none of the routers.
+    """
+    references = list(dict.fromkeys(gain["reference"] for gain in gains))
+    reference = reference or ("impact_greedy" if "impact_greedy" in references else BEST_HEURISTIC)
+    rows = [gain for gain in gains if gain["reference"] == reference]
+    if not rows:
+        raise InputError(f"there are no gains over {reference!r}; choose from {', '.join(references) or 'none'}")
+    kinds = {row["router"]: row["kind"] for row in rows}
+    asked = style.chosen(kinds, routers)
+    shown = [name for name in asked if kinds[name] != "oracle" or routers is not None] or asked
+    bottom, top = _gain_range([row for row in rows if row["router"] in shown])
+    means = {name: np.array([row["mean"] for row in rows if row["router"] == name]) for name in shown}
+    names = [name for name in shown if np.mean(means[name] > bottom) > 0.5]
+    names.sort(key=lambda name: -float(means[name].mean()))
+    looks = style.looks({name: kinds[name] for name in names}, width)
+    figure = Figure(figsize=(width.inches, 3.2 if width == FULL else 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    _gain_curves(axes, rows, looks, width)
+    axes.set(ylim=(bottom, top), xlabel="load: arrival rate over the fleet's saturation rate")
+    axes.set_ylabel(f"paired gain in QoS over\n{style.display_name(reference)} (zoomed)")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.3g}" if abs(value) > 1e-9 else "0")
+    _label_loads(axes, {row["load"]: row["rate_per_s"] for row in rows}, width)
+    style.legend_outside(figure, style.legend_entries(looks), width, beside=True)
+    hidden = ", ".join(style.display_name(name) for name in shown if name not in names)
+    note = f" Below the picture at most loads: {hidden}." if hidden else ""
+    figure.set_label(
+        f"Paired gain in QoS over {style.display_name(reference)} on the same requests, with 95 % intervals; above 0 a "
+        f"router is better.{note}{style.grey_note(looks)}"
+    )
+    return figure
+
+
+@style.styled
+def latency_cdf(
+    runs: Sequence[RouterRun],
+    experts: ExpertProfile,
+    limit_s: float,
+    *,
+    routers: Sequence[str] | None = None,
+    width: Width = FULL,
+) -> Figure:
     """Draws for each router the share of its requests that were answered within a latency per token.
 
     A curve ends below 1 where requests were dropped. The seeds of a router are pooled; their warm-up is left out.
 
     Args:
-      runs: runs at one load, of the routers to be compared.
+      runs: runs at one load.
       experts: profile of the N experts.
       limit_s: latency limit [s/token], drawn as a vertical line.
+      routers: to draw; by default those of ``style.notable``.
+      width: of the figure.
     """
-    latencies_s = {name: _pooled_latency_s(mine, experts) for name, mine in _by_router(runs).items()}
+    kinds = {run.router.name: run.router.kind for run in runs}
+    names = style.notable(kinds) if routers is None else style.chosen(kinds, routers)
+    by_router = _by_router(runs)
+    latencies_s = {name: _pooled_latency_s(by_router[name], experts) for name in names}
     in_time = {name: float(np.mean(latency_s <= limit_s)) for name, latency_s in latencies_s.items()}
-    looks = style.line_looks({run.router.name: run.router.kind for run in runs})
-    figure = Figure(figsize=(style.WIDTH_INCHES, 4.4))
-    axes = figure.add_axes((0.075, 0.115, 0.6, 0.855))
-    for name in sorted(latencies_s, key=lambda name: -in_time[name]):
+    names.sort(key=lambda name: -in_time[name])
+    looks = style.looks({name: kinds[name] for name in names}, width)
+    figure = Figure(figsize=(width.inches, 3.3 if width == FULL else 2.4), layout="constrained")
+    axes = figure.add_subplot()
+    entries = []
+    for name in names:
         answered_s = np.sort(latencies_s[name][np.isfinite(latencies_s[name])])
         share = np.arange(1, len(answered_s) + 1) / len(latencies_s[name])
-        label = f"{100 * in_time[name]:.0f} %  {style.spoken(name)}"
-        axes.plot(1e3 * answered_s, share, drawstyle="steps-post", label=label, **looks[name])
-        axes.plot(1e3 * answered_s[-1:], share[-1:], "o", markersize=3.5, color=looks[name]["color"], clip_on=False)
+        label = f"{100 * in_time[name]:.0f} %  {style.display_name(name)}"
+        look = looks[name] | {"marker": ""}
+        entries.append((axes.plot(1e3 * answered_s, share, drawstyle="steps-post", label=label, **look)[0], label))
+        axes.plot(1e3 * answered_s[-1:], share[-1:], "o", color=look["color"])
     axes.axvline(1e3 * limit_s, color=style.INK, linewidth=0.8, zorder=1)
     axes.set_xscale("log")
     left, right = axes.get_xlim()
-    axes.set_xlim(min(left, 0.5e3 * limit_s), max(right, 2e3 * limit_s))  # wide enough for two ticks
+    # Wide enough for two ticks, and not so wide that late answers hide what happens around the limit.
+    axes.set_xlim(min(left, 0.5e3 * limit_s), min(max(right, 2e3 * limit_s), _MAX_LIMITS * 1e3 * limit_s))
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.text(1e3 * limit_s, 0.02, f" limit {1e3 * limit_s:g} ms", transform=axes.get_xaxis_transform())
-    axes.set(xlabel="latency per token, ms", ylabel="share of all requests", ylim=(0, 1.01))
-    axes.legend(title="within the limit", alignment="left", loc="upper left", bbox_to_anchor=(1.03, 1), borderaxespad=0)
+    axes.set(
+        xlabel=f"latency per token, ms (up to {_MAX_LIMITS} times the limit)",
+        ylabel="share of all requests",
+        ylim=(0, 1.01),
+    )
+    style.legend_outside(figure, entries, width, beside=True, title="within the limit", alignment="left")
     figure.set_label(
         f"Share of the requests that were answered within a latency per token, at load {runs[0].scenario.load:g}. "
-        "Where a curve ends below 1, the rest was dropped."
+        "Where a curve ends below 1, the other requests were dropped."
     )
     return figure
 
 
-@matplotlib.rc_context(style.RC)
-def routing_shares(runs: Sequence[Run], expert_names: Sequence[str]) -> Figure:
-    """Draws for each router which share of its requests each expert answered, and which was dropped; best QoS on top.
+@style.styled
+def routing_shares(
+    runs: Sequence[RouterRun], expert_names: Sequence[str], *, routers: Sequence[str] | None = None, width: Width = FULL
+) -> Figure:
+    """Draws for each router the shares of its requests that each expert answered and that were dropped.
+
+    The router with the best QoS is on top.
 
     Args:
       runs: runs at one load; the seeds of a router are averaged, their warm-up is left out.
       expert_names: N names; experts of one name are drawn as one.
+      routers: to draw; all by default.
+      width: of the figure.
     """
     by_router = _by_router(runs)
-    qos = {name: float(np.mean([run.metrics["qos"] for run in mine])) for name, mine in by_router.items()}
-    routers = sorted(by_router, key=lambda name: qos[name])
-    shares = np.array([np.mean([_shares(run, expert_names) for run in by_router[name]], 0) for name in routers])
-    figure = Figure(figsize=(style.WIDTH_INCHES, 1.3 + 0.27 * len(routers)), layout="constrained")
+    names = style.chosen({run.router.name: run.router.kind for run in runs}, routers)
+    qos = {name: float(np.mean([run.metrics["qos"] for run in by_router[name]])) for name in names}
+    names.sort(key=lambda name: qos[name])
+    shares = np.array([np.mean([_shares(run, expert_names) for run in by_router[name]], 0) for name in names])
+    row_inches = 0.23 if width == FULL else 0.19
+    figure = Figure(figsize=(width.inches, 0.7 + row_inches * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    left = np.zeros(len(routers))
+    left = np.zeros(len(names))
     colours = style.expert_colours(expert_names) | {"dropped": style.PALE}
     for (name, colour), share in zip(colours.items(), shares.T, strict=True):
-        bars = axes.barh(range(len(routers)), share, left=left, height=0.8, color=colour, edgecolor="white", label=name)
-        texts = [f"{100 * each:.0f}" if each >= 0.045 else "" for each in share]
-        axes.bar_label(bars, texts, label_type="center", fontsize=7.5, color=style.ink_on(colour))
+        bars = axes.barh(range(len(names)), share, left=left, height=0.8, color=colour, edgecolor="white", label=name)
+        texts = [f"{100 * each:.0f}" if each >= (0.045 if width == FULL else 0.09) else "" for each in share]
+        axes.bar_label(bars, texts, label_type="center", fontsize=width.text_points - 1, color=style.ink_on(colour))
         left += share
-    for row, name in enumerate(routers):
+    for row, name in enumerate(names):
         axes.text(1.012, row, f"{qos[name]:.3f}", va="center")
-    axes.text(1.012, len(routers) - 0.3, "QoS", color=style.GREY)
-    axes.set_yticks(range(len(routers)), [style.spoken(name) for name in routers])
+    axes.text(1.012, len(names) - 0.3, "QoS", color=style.GREY)
+    axes.set_yticks(range(len(names)), [style.display_name(name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    axes.set(xlim=(0, 1), ylim=(-0.6, len(routers) - 0.4), xlabel="share of requests, %")
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(names) - 0.4), xlabel="share of requests, %")
     axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, symbol=""))
-    style.legend_above(figure, axes)
+    handles, labels = axes.get_legend_handles_labels()
+    style.legend_outside(figure, list(zip(handles, labels, strict=True)), width, handlelength=1.2)
     figure.set_label(
-        f"Who answers under each router, in % of the requests, at load {runs[0].scenario.load:g}. Dropped are requests "
-        "that the router refused or that found the queue of their expert full."
+        f"Share of the requests that each expert answers under each router, in %, at load {runs[0].scenario.load:g}. "
+        "Dropped are requests that the router refused, or whose expert had a full queue."
     )
     return figure
 
 
-@matplotlib.rc_context(style.RC)
-def expert_timelines(run: Run, experts: ExpertProfile, expert_names: Sequence[str]) -> Figure:
+@style.styled
+def expert_timelines(
+    run: RouterRun, experts: ExpertProfile, expert_names: Sequence[str], *, width: Width = FULL
+) -> Figure:
     """Draws requests waiting, requests running and KV memory in use of each expert over time; see ``expert_timeline``.
 
     Args:
-      run: the run to look at.
+      run: the run to draw.
       experts: profile of the N experts.
       expert_names: N names; experts of one name are drawn as their mean.
+      width: of the figure.
     """
     arrival_s = np.asarray(run.trace.arrival_s)
     end_s = np.nanmax([arrival_s[-1], *run.replayed.log.finish_s])
     times_s = np.linspace(arrival_s[0], end_s, _TIMELINE_POINTS * _SAMPLES_PER_POINT)
     waiting, running, kv_share = expert_timeline(run, experts, times_s)
-    figure = Figure(figsize=(style.WIDTH_INCHES, 5.4), layout="constrained")
+    figure = Figure(figsize=(width.inches, 4.5 if width == FULL else 3.4), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     titles = ("requests waiting", "requests running", "KV memory in use, %")
     for axes, title, values in zip(panels, titles, (waiting, running, 100 * kv_share), strict=True):
         for name, colour in style.expert_colours(expert_names).items():
             mean = _smoothed(values[:, np.asarray(expert_names) == name].mean(1))
-            axes.plot(_smoothed(times_s), mean, label=name, color=colour, linewidth=1.2)
+            axes.plot(_smoothed(times_s), mean, label=name, color=colour, linewidth=1.2 * width.lines)
         axes.set_title(title)
         axes.set_ylim(bottom=0)
         axes.margins(x=0)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     panels[-1].set_xlabel("time, s")
-    style.legend_above(figure, panels[0])
+    handles, labels = panels[0].get_legend_handles_labels()
+    style.legend_outside(figure, list(zip(handles, labels, strict=True)), width)
     figure.set_label(
-        f"What is on each expert under {style.spoken(run.router.name)}, at load {run.scenario.load:g}, seed "
-        f"{run.scenario.seed}. KV memory is interpolated between the first and the last token of each request."
+        f"Requests and memory of each expert under {style.display_name(run.router.name)}, at load "
+        f"{run.scenario.load:g}, seed {run.scenario.seed}. KV memory is interpolated between the first and the "
+        "last token of each request."
     )
     return figure
 
 
-def expert_timeline(run: Run, experts: ExpertProfile, times_s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def expert_timeline(
+    run: RouterRun, experts: ExpertProfile, times_s: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns requests waiting, requests running and the share of KV memory in use, each [T, N], at ``times_s`` [T].
 
     All of it comes from the log of the run. A request waits from its arrival to its first token and runs from there to
@@ -188,36 +290,37 @@ def expert_timeline(run: Run, experts: ExpertProfile, times_s: np.ndarray) -> tu
     trace, log = run.trace, run.replayed.log
     waiting, running, kv_tokens = np.zeros((3, len(times_s), np.shape(trace.output_tokens)[1]))
     for expert in range(waiting.shape[1]):
-        mine = (run.assignment == expert) & ~log.dropped
-        first_s, finish_s = log.first_token_s[mine], log.finish_s[mine]
-        per_s = (np.asarray(trace.output_tokens)[mine, expert] - 1) / np.maximum(finish_s - first_s, 1e-9)  # tokens/s
-        at_zero = np.asarray(trace.prompt_tokens)[mine] + 1 - per_s * first_s  # tokens, extrapolated to time 0
+        served = (run.assignment == expert) & ~log.dropped
+        first_s, finish_s = log.first_token_s[served], log.finish_s[served]
+        per_s = (np.asarray(trace.output_tokens)[served, expert] - 1) / np.maximum(finish_s - first_s, 1e-9)  # tokens/s
+        at_zero = np.asarray(trace.prompt_tokens)[served] + 1 - per_s * first_s  # tokens, extrapolated to time 0
 
         def over(from_s: np.ndarray, to_s: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
             return _sum_until(times_s, from_s, weight) - _sum_until(times_s, to_s, weight)
 
-        waiting[:, expert] = over(np.asarray(trace.arrival_s)[mine], first_s)
+        waiting[:, expert] = over(np.asarray(trace.arrival_s)[served], first_s)
         running[:, expert] = over(first_s, finish_s)
         kv_tokens[:, expert] = over(first_s, finish_s, at_zero) + over(first_s, finish_s, per_s) * times_s
     blocks = (kv_tokens + running * (BLOCK_SIZE_TOKENS - 1) / 2) / BLOCK_SIZE_TOKENS
     return waiting, running, blocks / np.asarray(experts.kv_blocks)
 
 
-@matplotlib.rc_context(style.RC)
-def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
+@style.styled
+def iteration_gantt(log: IterationLog, expert_name: str, *, width: Width = FULL) -> Figure:
     """Draws the iterations of one expert: a row per request, a cell per iteration, and below how long each took.
 
     Args:
-      log: what ``sim.iterations.iterations_of`` returns; about 100 iterations and 50 requests read well.
+      log: of ``sim.iterations.iterations_of``; about 100 iterations and 50 requests read well.
       expert_name: name of the expert.
+      width: of the figure.
 
     Raises:
       InputError: the log has no iteration.
     """
     if len(log.start_s) == 0:
         raise InputError(f"{expert_name} runs no iteration in the window: choose another")
-    num_requests, rows_inches = len(log.request), max(0.1 * len(log.request), 0.8)
-    figure = Figure(figsize=(style.WIDTH_INCHES, rows_inches + 2.1), layout="constrained")
+    num_requests, rows_inches = len(log.request), max(0.085 * len(log.request), 0.8)
+    figure = Figure(figsize=(width.inches, rows_inches + 1.5), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(rows_inches, 1.0))
     for activity, (name, look) in _ACTIVITIES.items():
         cells = [_cell(log, iteration, row) for iteration, row in np.argwhere(log.activity == activity)]
@@ -234,60 +337,60 @@ def iteration_gantt(log: IterationLog, expert_name: str) -> Figure:
     below.bar(log.start_s, 1e3 * log.duration_s, 0.9 * log.duration_s, align="edge", color=colour)
     below.set(xlabel="time, s", ylabel="iteration, ms")
     handles = [Patch(label=name, **look) for name, look in _ACTIVITIES.values()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, handlelength=1.2, handleheight=1.0)
+    entries = [(handle, str(handle.get_label())) for handle in handles]
+    style.legend_outside(figure, entries, width, handlelength=1.2, handleheight=1.0)
     figure.set_label(
-        f"{len(log.start_s)} iterations of {expert_name}: a row per request, a cell per iteration; below, how long "
-        "each took. While a prompt is computed, all others wait longer for their next token."
+        f"{len(log.start_s)} iterations of {expert_name}: a row per request, a cell per iteration; below, the duration "
+        "of each. While a prompt is computed, the running requests wait longer for their next token."
     )
     return figure
 
 
-@matplotlib.rc_context(style.RC)
-def reliability_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws how often requests were in time against the probability that they were given, a panel per prediction.
+@style.styled
+def reliability_curves(rows: Sequence[Mapping[str, Any]], *, width: Width = FULL) -> Figure:
+    """Draws the share of requests that were in time against their predicted probability, a panel per prediction.
 
     Args:
-      rows: ``rows`` of the calibration program's results.json, of one router; the width that routes best and the one
-        whose probabilities are best are drawn.
+      rows: ``rows`` of the calibration program's results.json, of one router. The width of the logistic that routes
+        best and the one with the best probabilities are drawn.
+      width: of the figure.
     """
     predictions = list(dict.fromkeys(row["prediction"] for row in rows))
     forms = list(dict.fromkeys(row["form"] for row in rows))
-    figure = Figure(figsize=(style.WIDTH_INCHES, 0.9 + style.WIDTH_INCHES / len(predictions)), layout="constrained")
-    panels = figure.subplots(1, len(predictions), sharex=True, sharey=True, squeeze=False)[0]
+    figure, panels = _square_panels(len(predictions), width, sharex=True, sharey=True)
     for axes, prediction in zip(panels, predictions, strict=True):
         axes.plot([0, 1], [0, 1], color=style.PALE, linewidth=0.8, zorder=1)
         for row in rows:
             if row["prediction"] == prediction and (row["routing_width"] or row["best_width"]):
-                bins = [each for each in row["reliability"] if each["number"] >= _FEWEST_IN_BIN]
+                bins = [each for each in row["reliability"] if each["number"] >= _MIN_IN_BIN]
                 name, dashes = ("best", "-") if row["best_width"] else ("routing", (0, style.ORACLE_DASHES[1]))
                 axes.plot(
-                    _column(bins, "predicted"), _column(bins, "realised"), marker="o", markersize=3, linestyle=dashes,
+                    _column(bins, "predicted"), _column(bins, "realised"), marker="o", linestyle=dashes,
                     color=style.EXPERT_COLOURS[forms.index(row["form"])], label=f"{row['form']}, {name} width",
                 )  # fmt: skip
         axes.set(title=f"predictions: {prediction}", xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
         axes.set_xlabel("predicted probability to be in time")
     panels[0].set_ylabel("share that was in time")
-    style.legend_above(figure, panels[0])
+    handles, labels = panels[0].get_legend_handles_labels()
+    style.legend_outside(figure, list(zip(handles, labels, strict=True)), width)
     figure.set_label(
-        "How often requests were in time, against the probability that the impact estimate gave them when they were "
-        "placed; on the diagonal both are equal. Solid is the width of the logistic with the best probabilities, "
-        f"dotted the one that routes best. Bins of fewer than {_FEWEST_IN_BIN} requests are left out."
+        "Share of requests that were in time against the probability that the impact estimate gave them when they were "
+        "placed; on the diagonal both are equal. Solid: the width of the logistic with the best probabilities. "
+        f"Dotted: the width that routes best. Bins of fewer than {_MIN_IN_BIN} requests are left out."
     )
     return figure
 
 
-@matplotlib.rc_context(style.RC)
-def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draws what answers were like against what was predicted of them, a panel per quantity.
+@style.styled
+def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]], *, width: Width = FULL) -> Figure:
+    """Draws the true means of answers against their predictions, a panel per quantity.
 
     Args:
       quantities: by name, each with the bins of ``reliability`` and the expected calibration error ``ece``, as
         ``predictor.metrics`` has them. Those with predictions above 1, such as tokens, get logarithmic axes.
+      width: of the figure.
     """
-    figure = Figure(
-        figsize=(style.WIDTH_INCHES, 0.7 + style.WIDTH_INCHES / max(len(quantities), 2)), layout="constrained"
-    )
-    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    figure, panels = _square_panels(len(quantities), width)
     for axes, (name, quantity) in zip(panels, quantities.items(), strict=True):
         bins = quantity["reliability"]
         predicted, realised, error = (_column(bins, field) for field in ("predicted", "realised", "standard_error"))
@@ -302,26 +405,26 @@ def prediction_reliability(quantities: Mapping[str, Mapping[str, Any]]) -> Figur
                 axis.set_major_formatter(ticker.ScalarFormatter())
                 axis.set_minor_locator(ticker.NullLocator())
         axes.plot([low, high], [low, high], color=style.PALE, linewidth=0.8, zorder=1)
-        axes.errorbar(
-            predicted, realised, yerr=error, color=style.EXPERT_COLOURS[0], marker="o", markersize=4, linewidth=1
-        )
-        axes.set(title=f"{name}\noff by {quantity['ece']:.2g}", xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.errorbar(predicted, realised, yerr=error, color=style.EXPERT_COLOURS[0], marker="o", linewidth=1)
+        axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.set_title(f"{name}\ncalibration error {quantity['ece']:.2g}")
         axes.set_xlabel("predicted")
-    panels[0].set_ylabel("mean that came true")
+    panels[0].set_ylabel("true mean")
     figure.set_label(
-        "What answers were like against what was predicted of them, on prompts that were not learned from; on the "
-        "diagonal both are equal. Each point is a tenth of all predictions, with the standard error of its mean; off "
-        "by is their mean distance from the diagonal, the expected calibration error."
+        "True means of answers against their predictions, on held-out prompts; on the diagonal both are equal. Each "
+        "point is a tenth of all predictions, with the standard error of its mean. The expected calibration error is "
+        "the mean distance of the points from the diagonal."
     )
     return figure
 
 
-@matplotlib.rc_context(style.RC)
-def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the QoS of a policy in training against steps and against minutes, beside impact_greedy's.
+@style.styled
+def learning_curve(records: Sequence[Mapping[str, Any]], *, width: Width = FULL) -> Figure:
+    """Draws the QoS of a policy in training against steps and against minutes, beside that of impact_greedy.
 
     Args:
       records: of the run, see ``training``; only evaluations are read.
+      width: of the figure.
 
     Raises:
       InputError: there is no evaluation.
@@ -330,34 +433,87 @@ def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
     if not rows:
         raise InputError("the run has no evaluation yet, so there is no learning curve")
     qos = np.array([row["qos"] for row in rows])  # [evaluations, seeds]
-    figure = Figure(figsize=(style.WIDTH_INCHES, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    names = ("steps of the environments of one seed", "minutes of training")
+    look = style.looks({"": "learned", "impact_greedy": "heuristic"}, width)
+    figure = Figure(figsize=(width.inches, 2.5 if width == FULL else 3.6), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(*((1, 2) if width == FULL else (2, 1)), sharey=True)).flatten()
+    names = ("steps of the environments of one seed", "minutes of training, compilation not counted")
     for axes, name, field, unit in zip(panels, names, ("steps", "seconds"), (1, 60), strict=True):
         done = _column(rows, field) / unit
-        axes.axhline(rows[-1]["impact_greedy"], label="impact greedy", **style.curve_look("impact_greedy", "heuristic"))
+        label = style.display_name("impact_greedy")
+        axes.axhline(rows[-1]["impact_greedy"], label=label, **look["impact_greedy"])
         if qos.shape[1] > 1:
             axes.plot(done, qos, color=style.LEARNED_COLOUR, linewidth=0.7, alpha=0.5)
-        look = style.curve_look("", "learned")
         label = "learned" if qos.shape[1] == 1 else "learned, mean of the seeds"
-        axes.plot(done, qos.mean(1), label=label, marker="o", markersize=4, **look)
+        axes.plot(done, qos.mean(1), label=label, **look[""])
         axes.set_xlabel(name)
         axes.margins(x=0.02)
     panels[0].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    panels[0].set_ylabel("mean QoS of a held-out request")
-    style.legend_above(figure, panels[0])
+    for axes in panels[:: 1 if width.is_column else 2]:
+        axes.set_ylabel("QoS, held-out (zoomed)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    style.legend_outside(figure, list(zip(handles, labels, strict=True)), width)
     figure.set_label(
-        "QoS of the policy on requests that it was not trained on, always the same ones, against training. Thin lines "
-        "are seeds; compilation is not counted."
+        "Mean QoS of the policy on held-out requests, the same at each evaluation, against training. Thin lines are "
+        "seeds; compilation is not counted."
     )
     return figure
 
 
-def _label_loads(axes: Axes, rates_per_s: Mapping[float, float]) -> None:
+def _square_panels(number: int, width: Width, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with square panels: side by side at full width, otherwise two in a row."""
+    columns = max(number, 2) if width == FULL else 2
+    lines = math.ceil(number / columns)
+    height = lines * (0.55 + width.inches / columns)
+    figure = Figure(figsize=(width.inches, height), layout="constrained")
+    every = figure.subplots(lines, columns, squeeze=False, **options).flatten()
+    for axes in every[number:]:
+        axes.set_visible(False)
+    return figure, list(every[:number])
+
+
+def _gain_curves(axes: Axes, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, style.Look], width: Width) -> None:
+    axes.axhline(0, color=style.INK, linewidth=0.8, zorder=1)
+    loads = sorted({row["load"] for row in rows})
+    shift = 0.006 * (loads[-1] - loads[0] or 1.0)  # so that intervals do not hide each other
+    for number, name in enumerate(looks):
+        points = sorted((row for row in rows if row["router"] == name), key=lambda row: row["load"])
+        load, mean, low, high = (_column(points, field) for field in ("load", "mean", "low", "high"))
+        load += shift * (number - (len(looks) - 1) / 2)
+        look: style.Look = {"marker": "o"} | looks[name]
+        axes.plot(load, mean, label=style.display_name(name), **look)
+        axes.vlines(load, low, high, color=look["color"], linewidth=1.2 * width.lines, zorder=3)
+        _add_tips(axes, name, points, load)
+
+
+def _gain_range(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Returns the limits of the vertical axis: around 0 and the intervals of learned routers, or the best two."""
+    means: dict[str, list[float]] = {}
+    for row in rows:
+        means.setdefault(row["router"], []).append(row["mean"])
+    learned = {row["router"] for row in rows if row["kind"] == "learned"}
+    shown = learned or set(sorted(means, key=lambda name: -float(np.mean(means[name])))[:2])
+    ends = [0.0]
+    for row in rows:
+        if row["router"] in shown:
+            ends += [row[field] for field in ("mean", "low", "high") if row[field] is not None]
+    margin = max(0.2 * (max(ends) - min(ends)), _MIN_GAIN_RANGE / 2)
+    return min(ends) - margin, max(ends) + margin
+
+
+def _add_tips(axes: Axes, name: str, points: Sequence[Mapping[str, Any]], x: np.ndarray | None = None) -> None:
+    for number, row in enumerate(points):
+        half = gain_text(row)[1]
+        mean = f"{row['mean']:+.3f} ({row['verdict']})" if "verdict" in row else f"{row['mean']:.3f}"
+        text = f"{style.display_name(name)}, load {row['load']:g}: {mean}{f' ± {half}' if half else ''}"
+        style.add_tip(axes, row["load"] if x is None else x[number], row["mean"], text)
+
+
+def _label_loads(axes: Axes, rates_per_s: Mapping[float, float], width: Width) -> None:
     """Puts a tick at each load that was simulated, and its rate above it."""
-    axes.set_xticks(list(rates_per_s), [f"{load:g}" for load in rates_per_s])
+    loads = style.every_nth(sorted(rates_per_s), width)
+    axes.set_xticks(loads, [f"{load:g}" for load in loads])
     above = axes.secondary_xaxis("top")
-    above.set_xticks(list(rates_per_s), [f"{rate:.1f}" for rate in rates_per_s.values()])
+    above.set_xticks(loads, [f"{rates_per_s[load]:.1f}" for load in loads])
     above.set_xlabel("requests per second")
     above.spines["top"].set_visible(False)
 
@@ -371,23 +527,23 @@ def _column(rows: Sequence[Mapping[str, Any]], field: str) -> np.ndarray:
     return np.array([row[field] for row in rows], np.float64)  # None becomes NaN
 
 
-def _by_router(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _by_router(runs: Sequence[RouterRun]) -> dict[str, list[RouterRun]]:
     names = dict.fromkeys(run.router.name for run in runs)
     return {name: [run for run in runs if run.router.name == name] for name in names}
 
 
-def _counted(run: Run) -> slice:
+def _counted(run: RouterRun) -> slice:
     """Returns the requests that the metrics of the run count: those behind its warm-up."""
     return slice(len(run.assignment) - int(run.metrics["requests"]), None)
 
 
-def _pooled_latency_s(runs: Sequence[Run], experts: ExpertProfile) -> np.ndarray:
+def _pooled_latency_s(runs: Sequence[RouterRun], experts: ExpertProfile) -> np.ndarray:
     """Returns the latencies per token [s/token] of the counted requests of all runs, infinite where dropped."""
     each = [latency_per_token_s(experts, run.trace, run.assignment, run.replayed)[_counted(run)] for run in runs]
     return np.nan_to_num(np.concatenate(each), nan=np.inf)
 
 
-def _shares(run: Run, expert_names: Sequence[str]) -> list[float]:
+def _shares(run: RouterRun, expert_names: Sequence[str]) -> list[float]:
     """Returns which share of the counted requests the experts of each name answered, and last the dropped share."""
     dropped = run.replayed.log.dropped[_counted(run)]
     answered_by = np.asarray(expert_names)[run.assignment[_counted(run)][~dropped]]

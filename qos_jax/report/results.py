@@ -1,14 +1,17 @@
-"""Results of an evaluation, for machines (results.json), for the eye (PNGs and report.html) and for the terminal.
+"""Results of an evaluation as files: results.json, summary.csv, summary.tex, report.html and pictures.
 
 ``results.json`` is strict JSON; what is not a number (the interval of one seed, the latency where nothing was answered)
 is null. It holds
 
 * ``config``: what was evaluated, in the caller's words; ``command``: what to type to get it again; ``date``: in UTC;
 * ``versions``: of Python and the packages, and the platform, processor and device that they ran on;
+* ``gains``: who is better than whom at which load, and by how much; see ``gains.paired_gains``;
 * ``rows``: one object per router, load and seed: ``router``, ``kind``, ``load`` (share of the fleet's saturation rate),
   ``rate_per_s``, ``seed``, and every metric of ``METRICS`` under its name, in the unit that the name ends in;
 * ``summary``: one object per router, load and metric: ``router``, ``kind``, ``load``, ``rate_per_s``, ``metric``, and
   ``mean``, ``low`` and ``high``: the mean over the seeds and the ends of its 95 % confidence interval.
+
+``summary.csv`` is ``summary`` with a line for each object. ``summary.tex`` is QoS by router and load.
 """
 
 from __future__ import annotations
@@ -17,23 +20,24 @@ import datetime
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from qos_jax.evaluation.evaluate import Run
+from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.statistics import summarise
-from qos_jax.io.files import write_whole
+from qos_jax.io.files import csv_text, write_whole
 from qos_jax.io.provenance import plain, versions
-from qos_jax.report import pages
-from qos_jax.report.html import _html
+from qos_jax.report.gains import paired_gains
+from qos_jax.report.html import report_html
+from qos_jax.report.latex import latex_table
+from qos_jax.report.pictures import Drawing, Picture, picture
 
 
-def results_of(runs: Sequence[Run], config: Mapping[str, Any], command: str) -> dict[str, Any]:
+def results_of(runs: Sequence[RouterRun], config: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Returns what results.json holds, as plain values; see the module."""
     rows = [_labels(run) | {"seed": run.scenario.seed} | run.metrics for run in runs]
-    groups: dict[tuple[str, float], list[Run]] = {}
+    groups: dict[tuple[str, float], list[RouterRun]] = {}
     for run in runs:
         groups.setdefault((run.router.name, run.scenario.load), []).append(run)
     summary = [
@@ -46,6 +50,7 @@ def results_of(runs: Sequence[Run], config: Mapping[str, Any], command: str) -> 
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        "gains": paired_gains(rows),
         "rows": rows,
         "summary": summary,
     }
@@ -55,18 +60,19 @@ def results_of(runs: Sequence[Run], config: Mapping[str, Any], command: str) -> 
 def write_report(
     out_dir: str | os.PathLike[str],
     results: Mapping[str, Any],
-    figures: Mapping[str, Figure],
+    figures: Mapping[str, Drawing],
     *,
     title: str = "Routers compared",
 ) -> pathlib.Path:
-    """Writes results.json, NAME.png of each figure, and report.html with all of it in one file.
+    """Writes results.json, summary.csv, summary.tex, report.html with all of it in one file, and the pictures.
 
-    Everything is made before anything is written, and each file appears whole or not at all.
+    The files are written in this order, each whole or not at all. A figure that cannot be drawn is one line on stderr;
+    all else is written.
 
     Args:
       out_dir: folder to write to; made if it is not there.
-      results: what ``results_of`` returns.
-      figures: figures by name; the label of each is its caption.
+      results: of ``results_of``.
+      figures: drawings by name, see ``pictures``. Functions are called after the numbers are written.
       title: heading of the report.
 
     Returns:
@@ -76,17 +82,29 @@ def write_report(
       InputError: the folder cannot be written to.
     """
     folder = pathlib.Path(out_dir)
-    pictures = {name: pages.png(figure) for name, figure in figures.items()}
-    captioned = [(str(figure.get_label()), pictures[name]) for name, figure in figures.items()]
-    files = {f"{name}.png": picture for name, picture in pictures.items()}
-    files["results.json"] = json.dumps(results, indent=1, allow_nan=False).encode()
-    files["report.html"] = _html(results, captioned, title).encode()
-    for name, content in files.items():
-        write_whole(folder / name, content)
+    write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_whole(folder / "summary.csv", csv_text(results["summary"]))
+    write_whole(folder / "summary.tex", latex_table(results))
+    pictures = _drawn(figures)
+    write_whole(folder / "report.html", report_html(results, pictures, title))
+    for name, drawn in pictures.items():
+        drawn.write(folder, name)
     return folder / "report.html"
 
 
-def _labels(run: Run) -> dict[str, Any]:
+def _drawn(figures: Mapping[str, Drawing]) -> dict[str, Picture]:
+    """Returns the figures that can be drawn, and warns of the others."""
+    pictures = {}
+    for name, drawing in figures.items():
+        try:
+            pictures[name] = picture(drawing)
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: the picture {name} is left out: {text}", file=sys.stderr)
+    return pictures
+
+
+def _labels(run: RouterRun) -> dict[str, Any]:
     scenario = run.scenario
     return {
         "router": run.router.name, "kind": run.router.kind, "load": scenario.load, "rate_per_s": scenario.rate_per_s,

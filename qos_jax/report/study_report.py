@@ -3,75 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from qos_jax.evaluation.metrics import METRICS, Metric
-from qos_jax.evaluation.study import Row, StudyResult
+from qos_jax.evaluation.study import ResultRow, StudyResult
 from qos_jax.report import pages, study_plots
+from qos_jax.report.pictures import Picture
+from qos_jax.report.style import FULL, Width, chosen, display_name
 
-_MOST_CURVES = 8  # of learned routers, which need a colour each
+_MAX_CURVES = 8  # of learned routers, which need a colour each
 
 
-def study_figure(result: StudyResult) -> Figure:
+def study_figure(result: StudyResult, *, routers: Sequence[str] | None = None, width: Width = FULL) -> Figure:
     """Draws mean QoS against load in a panel for each world, or against what differs between the worlds.
 
-    Beside a plan, and where curves of many learned routers would hide each other, it is levels: a panel for each load.
+    With a plan, or with more learned routers than colours, it is levels: a panel for each world and load.
+
+    Args:
+      result: of the study.
+      routers: to draw; all by default.
+      width: of the figure.
     """
-    rows = [row for row in result.summary if row["metric"] == "qos"]
+    names = chosen(result.kinds, routers)
+    rows = [row for row in result.summary if row["metric"] == "qos" and row["router"] in names]
     if result.cost:
-        return _trade_off(result, result.cost)
-    if result.shares or list(result.kinds.values()).count("learned") > _MOST_CURVES:
-        there = [(world, load) for world in result.worlds for load in result.loads(world)]
-        levels: dict[str, list[Row]] = {
-            f"{world}, load {load:g}": [row for row in rows if (row["world"], row["load"]) == (world, load)]
-            for world, load in there
-        }
-        caption = f"{result.title}: mean QoS of a request, with 95 % intervals."
-        if result.shares:
-            levels = {title: _upper_half(panel) for title, panel in levels.items()}
-            caption = f"{result.title}: mean QoS of a request, with 95 % intervals, of all that earn half of the bound."
-        return study_plots.qos_levels(levels, caption)
+        return _trade_off(result, rows, result.cost, width)
+    if result.shares or [result.kinds[name] for name in names].count("learned") > _MAX_CURVES:
+        return _levels(result, rows, width)
+    gains = [gain for gain in result.gains if gain["router"] in names]
     caption = f"{result.title}: mean QoS of a request, with 95 % intervals; dashed: oracles."
     if result.axis is None:
-        panels = {world: [row | {"x": row["load"]} for row in rows if row["world"] == world] for world in result.worlds}
-        return study_plots.qos_panels(panels, "load", caption)
-    panels = {
-        f"load {load:g}": [row | {"x": result.worlds.index(row["world"])} for row in rows if row["load"] == load]
+        panels, below = (_by_world(result, each) for each in (rows, gains))
+        return study_plots.qos_panels(panels, "load", caption, gains=below, width=width)
+    at = _places(result.worlds)
+    panels, below = (_by_load(each, at) for each in (rows, gains))
+    ticks = {place: world for world, place in at.items()}
+    return study_plots.qos_panels(panels, result.axis, caption, ticks=ticks, gains=below, width=width)
+
+
+def _by_world(result: StudyResult, rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
+    return {world: [dict(row) | {"x": row["load"]} for row in rows if row["world"] == world] for world in result.worlds}
+
+
+def _by_load(rows: Sequence[ResultRow], at: dict[str, float]) -> dict[str, list[ResultRow]]:
+    return {
+        f"load {load:g}": [dict(row) | {"x": at[row["world"]]} for row in rows if row["load"] == load]
         for load in sorted({row["load"] for row in rows})
     }
-    return study_plots.qos_panels(panels, result.axis, caption, ticks=result.worlds)
 
 
-def _trade_off(result: StudyResult, cost: str) -> Figure:
+def _places(worlds: Sequence[str]) -> dict[str, float]:
+    """Returns where each world lies on the horizontal axis: at its value where all are numbers."""
+    try:
+        return {world: float(world) for world in worlds}
+    except ValueError:
+        return {world: float(place) for place, world in enumerate(worlds)}
+
+
+def _levels(result: StudyResult, rows: Sequence[ResultRow], width: Width) -> Figure:
+    """Draws mean QoS in a panel for each world and load; with a plan only of routers above half of the bound."""
+    panels: dict[str, list[ResultRow]] = {
+        f"{world}, load {load:g}": [row for row in rows if (row["world"], row["load"]) == (world, load)]
+        for world in result.worlds
+        for load in result.loads(world)
+    }
+    caption = f"{result.title}: mean QoS of a request, with 95 % intervals"
+    if result.shares:
+        panels = {title: _upper_half(panel) for title, panel in panels.items()}
+        caption += ", of all routers above half of the bound"
+    return study_plots.qos_levels(panels, f"{caption}.", width=width)
+
+
+def _trade_off(result: StudyResult, rows: Sequence[ResultRow], cost: str, width: Width) -> Figure:
     """Draws mean QoS against a metric, in a panel for each world and load."""
-    panels = {
+    panels: dict[str, list[ResultRow]] = {
         f"{world}, load {load:g}": [
-            row | {f"cost_{field}": result.cells[world, load, name, cost][field] for field in ("mean", "low", "high")}
-            for name in result.kinds
-            if (row := result.cells.get((world, load, name, "qos")))
+            dict(row)
+            | {
+                f"cost_{field}": result.cells[world, load, row["router"], cost][field]
+                for field in ("mean", "low", "high")
+            }
+            for row in rows
+            if (row["world"], row["load"]) == (world, load)
         ]
         for world in result.worlds
         for load in result.loads(world)
     }
     caption = f"{result.title}: mean QoS of a request against {METRICS[cost].meaning}, with 95 % intervals."
-    return study_plots.qos_trade_off(panels, METRICS[cost].title, caption)
+    return study_plots.qos_trade_off(panels, METRICS[cost].title, caption, width=width)
 
 
-def _upper_half(rows: Sequence[Row]) -> list[Row]:
+def _upper_half(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Returns the rows with at least half of the greatest mean."""
     least = 0.5 * max(row["mean"] for row in rows)
     return [row for row in rows if row["mean"] >= least]
 
 
-def study_html(result: StudyResult, picture: bytes) -> str:
-    """Returns the part of a page that shows a study."""
-    parts = [
-        f"<h2>{pages.spoken(result.title)}</h2>",
-        f"<p>{result.question}</p>",
-        pages.figures([(str(study_figure(result).get_label()), picture)]),
-    ]
+def study_html(result: StudyResult, picture: Picture | bytes) -> str:
+    """Returns the part of a page that shows a study.
+
+    Args:
+      result: of the study.
+      picture: of ``study_figure``, or its PNG.
+    """
+    drawn = picture if isinstance(picture, Picture) else (str(study_figure(result).get_label()), picture)
+    parts = [f"<h2>{escape(result.title)}</h2>", f"<p>{escape(result.question)}</p>", pages.figures([drawn])]
     if result.gains:
         parts += ["<h3>Gains over the best heuristic</h3>", pages.rows_table(*_gains_table(result))]
     if result.claims:
@@ -80,7 +119,7 @@ def study_html(result: StudyResult, picture: bytes) -> str:
         parts += [f"<h3>{_SHARES_TITLE}</h3>", pages.rows_table(*_shares_table(result))]
     for world in result.worlds:
         load = _shown_load(result, world)
-        title = f"All metrics: {pages.spoken(world)}, load {load:g}"
+        title = f"All metrics: {escape(world)}, load {load:g}"
         parts.append(pages.folded(title, _metrics_html(result, world, load)))
     return "\n".join(parts)
 
@@ -102,23 +141,29 @@ def study_markdown(result: StudyResult) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_CLAIMS_TITLE = "Change against the best of bert_router, round_robin and shortest_queue in each metric"
-
-
+_CLAIMS_TITLE = "Change against the best of BERT router, round robin and shortest queue in each metric"
 _SHARES_TITLE = "Share of the gap between the best heuristic and the plan"
-
-
 _METRICS_TITLE = "All routers, with 95 % intervals"
 
 
-_Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows
+_HeadsAndRows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
-def _gains_table(result: StudyResult) -> _Table:
-    heads = ("router", "world", "load", "best heuristic", "QoS", "gain", "over training seeds", "oracle_impact")
+def _gains_table(result: StudyResult) -> _HeadsAndRows:
+    heads = (
+        "router",
+        "world",
+        "load",
+        "best heuristic",
+        "QoS",
+        "gain",
+        "over training seeds",
+        display_name("oracle_impact"),
+    )
     rows: list[tuple[str, ...]] = [
         (
-            gain["router"], gain["world"], f"{gain['load']:g}", f"{gain['best']} {gain['best_qos']:.3f}",
+            display_name(gain["router"]), gain["world"], f"{gain['load']:g}",
+            f"{display_name(gain['best'])} {gain['best_qos']:.3f}",
             f"{gain['best_qos'] + gain['mean']:.3f}",
             f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
             f"{gain['least']:+.3f} to {gain['greatest']:+.3f}",
@@ -129,26 +174,27 @@ def _gains_table(result: StudyResult) -> _Table:
     return heads, rows
 
 
-def _claims_table(result: StudyResult) -> _Table:
-    heads = ("router", "world", "load", "QoS", "latency per token", "QoS per GB s, against round_robin")
+def _claims_table(result: StudyResult) -> _HeadsAndRows:
+    heads = ("router", "world", "load", "QoS", "latency per token", "QoS per GB s, against round robin")
     metrics = ("qos", "latency_per_token_s", "qos_per_gb_s")
     rows = [
-        (row["router"], row["world"], f"{row['load']:g}", *(_change(row[metric]) for metric in metrics))
+        (display_name(row["router"]), row["world"], f"{row['load']:g}", *(_change(row[metric]) for metric in metrics))
         for row in result.claims
     ]
     return heads, rows
 
 
 def _change(share: float) -> str:
-    """Returns a change in percent; there is none in the latency of who answers nothing."""
+    """Returns a change in percent; a router that answers nothing has no latency to compare."""
     return f"{share:+.1%}" if np.isfinite(share) else "-"
 
 
-def _shares_table(result: StudyResult) -> _Table:
-    heads = ("router", "world", "load", "best heuristic", "plan", "no plan exceeds", "share of the gap")
+def _shares_table(result: StudyResult) -> _HeadsAndRows:
+    heads = ("router", "world", "load", "best heuristic", "plan", "upper bound", "share of the gap")
     rows: list[tuple[str, ...]] = [
         (
-            share["router"], share["world"], f"{share['load']:g}", f"{share['best']} {share['best_qos']:.3f}",
+            display_name(share["router"]), share["world"], f"{share['load']:g}",
+            f"{display_name(share['best'])} {share['best_qos']:.3f}",
             f"{share['plan']:.3f}", f"{share['bound']:.3f}",
             f"{share['mean']:+.0%} [{share['low']:+.0%}, {share['high']:+.0%}]",
         )
@@ -162,12 +208,12 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _metrics_table(result: StudyResult) -> _Table:
+def _metrics_table(result: StudyResult) -> _HeadsAndRows:
     metrics = ("qos", *result.metrics)
     shown = [(world, _shown_load(result, world)) for world in result.worlds]
     rows = [
         (
-            name, world, f"{load:g}",
+            display_name(name), world, f"{load:g}",
             *(
                 " ± ".join(filter(None, _mean_and_half(result.cells[world, load, name, metric], METRICS[metric])))
                 for metric in metrics
@@ -195,7 +241,7 @@ def _shown_load(result: StudyResult, world: str) -> float:
     return min(result.loads(world), key=lambda load: abs(load - 0.9))
 
 
-def _mean_and_half(row: Row, metric: Metric) -> tuple[str, str]:
+def _mean_and_half(row: ResultRow, metric: Metric) -> tuple[str, str]:
     """Returns a mean and half the width of its interval, which is empty where there is none."""
     if not np.isfinite(row["mean"]):
         return "-", ""

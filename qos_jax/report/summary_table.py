@@ -9,48 +9,21 @@ import numpy as np
 
 from qos_jax.evaluation.metrics import METRICS
 
-_TERMINAL_COLUMNS = 120
+TERMINAL_COLUMNS = 120
 
 
-def terminal_table(results: Mapping[str, Any], metrics: Sequence[str] = ("qos",)) -> str:
-    """Returns a table of routers by loads for each metric, best mean QoS on top, at most 120 columns wide.
+class SummaryTable:
+    """The summary of results.json by metric, load and router.
 
-    A star marks the best value of a load among the routers that are no oracles.
-    """
-    table = _Table(results["summary"])
-    heads = ["load", *(f"{name} (oracle)" if kind == "oracle" else name for name, kind in table.kinds.items())]
-    blocks = []
-    for metric in metrics:
-        columns = [_terminal_column(table, metric, load) for load in table.loads]
-        widths = [2 + max(map(len, column)) for column in (heads, *columns)]
-        per_block = max(1, (_TERMINAL_COLUMNS - widths[0]) // max(widths[1:]))
-        blocks.append(f"{METRICS[metric].title}: {METRICS[metric].meaning}")
-        for first in range(0, len(columns), per_block):
-            rows = zip(heads, *columns[first : first + per_block], strict=True)
-            lines = [
-                head.ljust(widths[0]) + "".join(cell.rjust(max(widths[1:])) for cell in cells) for head, *cells in rows
-            ]
-            blocks.append("\n".join(line.rstrip() for line in lines) + "\n")
-    return "\n".join(blocks)
-
-
-def _terminal_column(table: _Table, metric: str, load: float) -> list[str]:
-    best = table.best(metric, load)
-    column = [f"{load:g} "]
-    for router in table.kinds:
-        mean, half = table.cell(metric, load, router)
-        column.append(f"{mean} +-{half}" if half else mean)
-        column[-1] += "*" if router in best else " "
-    return column
-
-
-class _Table:
-    """The summary, to be asked by metric, load and router.
-
-    ``kinds`` has the routers in order: the best mean QoS first, oracles after all others.
+    Attributes:
+      loads: in ascending order.
+      rates_per_s: arrival rate of each load [requests/s].
+      metrics: names of the metrics, in the order of ``METRICS``.
+      kinds: kind of each router by name: the best mean QoS first, oracles after all others.
     """
 
     def __init__(self, summary: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the ``summary`` of results.json."""
         self.loads = sorted({row["load"] for row in summary})
         self.rates_per_s = {row["load"]: row["rate_per_s"] for row in summary}
         self.metrics = [name for name in METRICS if any(row["metric"] == name for row in summary)]
@@ -71,7 +44,7 @@ class _Table:
         return f"{shown.scale * row['mean']:.{shown.decimals}f}", half
 
     def best(self, metric: str, load: float) -> set[str]:
-        """Returns the routers that show the best value, oracles left out; nobody where that is most of them."""
+        """Returns the routers that show the best value, oracles left out; none where that is most of them."""
         better = METRICS[metric].better
         routers = [router for router, kind in self.kinds.items() if kind != "oracle"]
         values = {router: self._rows[metric, load, router]["mean"] for router in routers}
@@ -81,3 +54,42 @@ class _Table:
         best_text, _ = self.cell(metric, load, max(known, key=lambda router: known[router]))
         winners = {router for router in known if self.cell(metric, load, router)[0] == best_text}
         return winners if 2 * len(winners) <= len(routers) else set()
+
+
+def terminal_table(results: Mapping[str, Any], metrics: Sequence[str] = ("qos",)) -> str:
+    """Returns a table of routers by loads for each metric, best mean QoS on top, at most 120 columns wide.
+
+    A star marks the best value of a load among the routers that are no oracles.
+    """
+    table = SummaryTable(results["summary"])
+    heads = ["load", *(f"{name} (oracle)" if kind == "oracle" else name for name, kind in table.kinds.items())]
+    lines = []
+    for metric in metrics:
+        lines.append(f"{METRICS[metric].title}: {METRICS[metric].meaning}")
+        lines += text_table(heads, [_terminal_column(table, metric, load) for load in table.loads])
+    return "\n".join(lines)
+
+
+def text_table(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table with the heads on its left, in blocks of at most 120 characters across.
+
+    An empty line follows each block.
+    """
+    first, *others = [2 + max(map(len, column)) for column in (heads, *columns)]
+    per_block = max(1, (TERMINAL_COLUMNS - first) // max(others))
+    lines = []
+    for start in range(0, len(columns), per_block):
+        rows = zip(heads, *columns[start : start + per_block], strict=True)
+        texts = [head.ljust(first) + "".join(cell.rjust(max(others)) for cell in cells) for head, *cells in rows]
+        lines += [*(text.rstrip() for text in texts), ""]
+    return lines
+
+
+def _terminal_column(table: SummaryTable, metric: str, load: float) -> list[str]:
+    best = table.best(metric, load)
+    column = [f"{load:g} "]
+    for router in table.kinds:
+        mean, half = table.cell(metric, load, router)
+        column.append(f"{mean} +-{half}" if half else mean)
+        column[-1] += "*" if router in best else " "
+    return column

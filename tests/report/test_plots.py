@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import matplotlib
@@ -16,7 +15,9 @@ from matplotlib.figure import Figure
 from qos_jax import InputError
 from qos_jax.evaluation.metrics import latency_per_token_s
 from qos_jax.report import plots, study_plots, style
+from qos_jax.report.gains import paired_gains
 from qos_jax.report.results import results_of
+from qos_jax.report.style import COLUMN, FULL, display_name
 from qos_jax.sim.iterations import Activity, iterations_of
 from tests.helpers.reference import replay_reference
 from tests.helpers.small_runs import EXPERT_NAMES, EXPERTS, KINDS, LIMIT_S, LOADS, WARM_UP, runs, runs_at
@@ -43,10 +44,10 @@ class TestQosAgainstLoad:
         figure = plots.qos_against_load(summary())
         for router in KINDS:
             rows = [row for row in summary() if row["metric"] == "qos" and row["router"] == router]
-            np.testing.assert_array_equal(line(figure, router).get_xdata(), LOADS)
-            np.testing.assert_array_equal(line(figure, router).get_ydata(), [row["mean"] for row in rows])
+            np.testing.assert_array_equal(line(figure, display_name(router)).get_xdata(), LOADS)
+            np.testing.assert_array_equal(line(figure, display_name(router)).get_ydata(), [row["mean"] for row in rows])
         assert line(figure, "oracle").get_linestyle() == "--"
-        assert line(figure, "round_robin").get_color() == style.HIGHLIGHTED["round_robin"]
+        assert line(figure, "round robin").get_color() == style.HIGHLIGHTED["round_robin"]
 
     def test_bands_are_the_intervals(self) -> None:
         figure = plots.qos_against_load(summary())
@@ -59,31 +60,84 @@ class TestQosAgainstLoad:
     def test_one_load_and_one_seed_can_be_drawn(self) -> None:
         one = [run for run in runs_at(LOADS[0]) if run.scenario.seed == 0]
         figure = plots.qos_against_load(results_of(one, {}, "")["summary"])
-        assert set(line(figure, "round_robin").get_ydata()) == {one[0].metrics["qos"]}
+        assert set(line(figure, "round robin").get_ydata()) == {one[0].metrics["qos"]}
 
-    def test_names_do_not_overlap(self) -> None:
+    def test_only_the_routers_that_are_asked_for_are_drawn(self) -> None:
+        figure = plots.qos_against_load(summary(), routers=["only_gamma", "round_robin"])
+        drawn = {each.get_label() for each in figure.axes[0].get_lines()}
+        assert drawn == {"only gamma", "round robin"}
+        with pytest.raises(InputError, match="'nothing' is not in the results"):
+            plots.qos_against_load(summary(), routers=["nothing"])
+
+    @pytest.mark.parametrize("width", [FULL, COLUMN])
+    def test_the_legend_lies_in_the_figure_and_beside_the_curves(self, width) -> None:
+        figure = plots.qos_against_load(many_routers(), width=width)
+        FigureCanvasAgg(figure).draw()
+        legend, panel = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+        assert legend.x0 >= 0 and legend.y0 >= 0
+        assert legend.x1 <= figure.bbox.x1 and legend.y1 <= figure.bbox.y1
+        assert not legend.overlaps(panel)
+        assert panel.width > 0.5 * figure.bbox.width
+        smallest = min(text.get_fontsize() for text in figure.legends[0].get_texts())
+        assert smallest >= 7
+
+    def test_grey_curves_have_one_entry_and_are_named_in_the_caption(self) -> None:
+        figure = plots.qos_against_load(many_routers())
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["20 other heuristics"]
+        assert all(f"router {i}" in figure.get_label() for i in range(20))
+
+
+def many_routers() -> list[dict]:
+    return [
+        {"router": f"router_{i}", "kind": "heuristic", "load": load, "rate_per_s": load, "metric": "qos"}
+        | dict.fromkeys(("mean", "low", "high"), 0.7 * math.exp(-i * load))
+        for i in range(20)
+        for load in (0.5, 1.0)
+    ]
+
+
+class TestGainsAgainstLoad:
+    def gains(self, **shift: float) -> list[dict]:
+        kinds = {"impact_greedy": "heuristic", "round_robin": "heuristic", "mvr": "learned", "oracle_impact": "oracle"}
+        found = {"impact_greedy": 0.0, "round_robin": -0.3, "mvr": 0.01, "oracle_impact": 0.1} | shift
         rows = [
-            {"router": f"router_{i}", "kind": "heuristic", "load": load, "rate_per_s": load, "metric": "qos"}
-            | dict.fromkeys(("mean", "low", "high"), 0.7 * math.exp(-i * load))
-            for i in range(20)
+            {"router": name, "kind": kind, "load": load, "rate_per_s": 10 * load, "seed": seed}
+            | {"qos": 0.6 + 0.1 * seed + found[name] * load + 0.001 * seed * load}
+            for name, kind in kinds.items()
             for load in (0.5, 1.0)
+            for seed in range(3)
         ]
-        figure = plots.qos_against_load(rows)
-        renderer = FigureCanvasAgg(figure).get_renderer()
-        boxes = sorted(
-            (text.get_window_extent(renderer).bounds for text in figure.axes[0].texts), key=lambda box: box[1]
-        )
-        assert len(boxes) == 20
-        assert all(low[1] + low[3] <= high[1] + 1 for low, high in itertools.pairwise(boxes))
-        assert boxes[0][1] >= 0
-        assert boxes[-1][1] + boxes[-1][3] <= figure.bbox.height
+        return paired_gains(rows)
+
+    def test_curves_are_the_gains_over_impact_greedy(self) -> None:
+        figure = plots.gains_against_load(self.gains())
+        np.testing.assert_allclose(line(figure, "MVR (learned)").get_ydata(), [0.005, 0.01])
+        assert "over\nimpact-greedy (zoomed)" in figure.axes[0].get_ylabel()
+
+    def test_the_axis_is_zoomed_to_the_learned_router_and_the_caption_names_what_is_below(self) -> None:
+        figure = plots.gains_against_load(self.gains())
+        bottom, top = figure.axes[0].get_ylim()
+        assert bottom < 0 < 0.01 < top < 0.03
+        assert "round robin" not in {each.get_label() for each in figure.axes[0].get_lines()}
+        assert "Below the picture at most loads: round robin." in figure.get_label()
+
+    def test_reference_and_routers_can_be_chosen(self) -> None:
+        figure = plots.gains_against_load(self.gains(), reference="mvr", routers=["oracle_impact"])
+        np.testing.assert_allclose(line(figure, "impact oracle").get_ydata(), [0.045, 0.09])
+        with pytest.raises(InputError, match="no gains over 'random'"):
+            plots.gains_against_load(self.gains(), reference="random")
+
+    def test_one_load_and_one_seed_can_be_drawn(self) -> None:
+        rows = [row for row in results_of(runs_at(0.5), {}, "")["rows"] if row["seed"] == 0]
+        figure = plots.gains_against_load(paired_gains(rows))
+        FigureCanvasAgg(figure).draw()
 
 
 class TestLatencyCdf:
     def test_curves_end_at_the_answered_share_and_cross_the_limit_at_the_share_in_time(self) -> None:
         figure = plots.latency_cdf(runs_at(1.5), EXPERTS, LIMIT_S)
         in_time = {
-            text.get_text().split("%  ")[1]: text.get_text().split()[0] for text in figure.axes[0].get_legend().texts
+            text.get_text().split("%  ")[1]: text.get_text().split()[0] for text in figure.legends[0].get_texts()
         }
         for router in ("round_robin", "only_gamma", "oracle"):
             mine = [run for run in runs_at(1.5) if run.router.name == router]
@@ -193,18 +247,23 @@ def test_gantt_refuses_an_idle_expert() -> None:
         plots.iteration_gantt(iterations_of(EXPERTS, run.trace, run.assignment, 0, 1.0, 3.0), "alpha")
 
 
-def test_every_figure_has_a_caption_and_can_be_saved(tmp_path) -> None:
+@pytest.mark.parametrize("width", [FULL, COLUMN])
+def test_every_figure_has_a_caption_and_can_be_saved_at_both_widths(tmp_path, width) -> None:
     run = runs_at(1.5)[0]
     figures = {
-        "qos": plots.qos_against_load(summary()),
-        "cdf": plots.latency_cdf(runs_at(1.5), EXPERTS, LIMIT_S),
-        "shares": plots.routing_shares(runs_at(1.5), EXPERT_NAMES),
-        "timelines": plots.expert_timelines(run, EXPERTS, EXPERT_NAMES),
-        "gantt": plots.iteration_gantt(iterations_of(EXPERTS, run.trace, run.assignment, 0, 0.0, 1.0), "alpha"),
+        "qos": plots.qos_against_load(summary(), width=width),
+        "gains": plots.gains_against_load(results_of(runs(), {}, "")["gains"], width=width),
+        "cdf": plots.latency_cdf(runs_at(1.5), EXPERTS, LIMIT_S, width=width),
+        "shares": plots.routing_shares(runs_at(1.5), EXPERT_NAMES, width=width),
+        "timelines": plots.expert_timelines(run, EXPERTS, EXPERT_NAMES, width=width),
+        "gantt": plots.iteration_gantt(
+            iterations_of(EXPERTS, run.trace, run.assignment, 0, 0.0, 1.0), "alpha", width=width
+        ),
     }
     for name, figure in figures.items():
         assert figure.get_label().endswith(".")
-        figure.savefig(tmp_path / f"{name}.png")
+        assert figure.get_figwidth() == width.inches
+        figure.savefig(tmp_path / f"{name}.png", dpi=width.dots_per_inch)
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
@@ -229,7 +288,7 @@ class TestLearningCurve:
 
     def test_one_seed_is_one_line(self) -> None:
         figure = plots.learning_curve(self.records(num_seeds=1))
-        assert [line.get_label() for line in figure.axes[0].get_lines()] == ["impact greedy", "learned"]
+        assert [line.get_label() for line in figure.axes[0].get_lines()] == ["impact-greedy", "learned"]
 
     def test_needs_an_evaluation(self) -> None:
         with pytest.raises(InputError, match="no evaluation"):
@@ -240,18 +299,76 @@ def test_learned_routers_stand_out() -> None:
     rows = [row for row in summary() if row["router"] in ("round_robin", "only_gamma")]
     rows = [row | ({"kind": "learned"} if row["router"] == "only_gamma" else {}) for row in rows]
     figure = plots.qos_against_load(rows)
-    assert line(figure, "only_gamma").get_linewidth() > line(figure, "round_robin").get_linewidth()
-    assert line(figure, "only_gamma").get_color() not in style.HIGHLIGHTED.values()
+    assert line(figure, "only gamma").get_linewidth() > line(figure, "round robin").get_linewidth()
+    assert line(figure, "only gamma").get_color() not in style.HIGHLIGHTED.values()
+
+
+def rows_of(x: float, *names: str, mean: float = 0.5) -> list[dict]:
+    return [{"kind": "learned", "x": x, "mean": mean, "low": 0.4, "high": 0.6, "router": name} for name in names]
 
 
 def test_learned_routers_share_a_colour_only_if_they_never_meet_in_a_panel():
-    def rows(*names):
-        at = {"kind": "learned", "x": 0.9, "mean": 0.5, "low": 0.4, "high": 0.6}
-        return [at | {"router": name} for name in names]
-
     figure = study_plots.qos_panels(
-        {"a": rows("any", "of_a"), "b": rows("of_b"), "c": rows("of_b", "any")}, "load", "QoS"
+        {"a": rows_of(0.9, "any", "of_a"), "b": rows_of(0.9, "of_b"), "c": rows_of(0.9, "of_b", "any")}, "load", "QoS."
     )
     colour = {line.get_label(): line.get_color() for axes in figure.axes for line in axes.get_lines()}
     assert colour["any"] == style.LEARNED_COLOUR
     assert colour["of a"] == colour["of b"] != colour["any"]
+
+
+class TestStudyPanels:
+    def test_routers_that_look_the_same_have_one_entry_in_the_legend(self) -> None:
+        panels = {"paper-3": rows_of(0.9, "mvr"), "edge-8": rows_of(0.9, "mvr_edge_8")}
+        figure = study_plots.qos_panels(panels, "load", "QoS.")
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["MVR (learned), one per panel"]
+
+    def test_different_routers_of_a_panel_look_different(self) -> None:
+        names = [f"agent_{i}" for i in range(7)]
+        figure = study_plots.qos_panels({"a": rows_of(0.9, *names)}, "load", "QoS.")
+        looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}
+        assert len(looks) == len(names)
+
+    def test_a_row_holds_panels_of_one_preset_only(self) -> None:
+        titles = [f"{preset}, {law}" for preset in ("paper-3", "edge-8") for law in ("Poisson", "bursts")]
+        figure = study_plots.qos_panels({title: rows_of(0.9, "mvr") for title in titles}, "load", "QoS.")
+        row = {axes.get_title(loc="left"): axes.get_subplotspec().rowspan.start for axes in figure.axes}
+        assert row["paper-3, Poisson"] == row["paper-3, bursts"] != row["edge-8, Poisson"] == row["edge-8, bursts"]
+
+    def test_gains_have_an_axis_of_their_own_below_that_shows_them(self) -> None:
+        gains = {"a": rows_of(0.6, "mvr", mean=0.01) + rows_of(0.9, "mvr", mean=0.02)}
+        for row in gains["a"]:
+            row |= {"low": row["mean"] - 0.001, "high": row["mean"] + 0.001}
+        figure = study_plots.qos_panels({"a": rows_of(0.6, "mvr") + rows_of(0.9, "mvr")}, "load", "QoS.", gains=gains)
+        qos, gain = [axes for axes in figure.axes if axes.get_visible()]
+        assert qos.get_ylim()[0] == 0
+        assert gain.get_ylabel() == "gain (zoomed)"
+        assert gain.get_ylim()[1] < 0.03
+        np.testing.assert_allclose(gain.get_lines()[1].get_ydata(), [0.01, 0.02])
+
+    def test_routers_far_below_are_written_and_do_not_hide_the_others(self) -> None:
+        costs = {"cost_mean": 10.0, "cost_low": 9.0, "cost_high": 11.0}
+        rows = [row | costs for row in rows_of(0.9, "mvr") + rows_of(0.9, "never", mean=0.001)]
+        figure = study_plots.qos_trade_off({"a": rows}, "J", "QoS.")
+        assert [text.get_text() for text in figure.axes[0].texts] == ["Below: never 0.001"]
+        assert figure.axes[0].get_ylim()[0] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("router", "name"),
+    {
+        "vllm_dp": "vLLM data-parallel",
+        "round_robin": "round robin",
+        "shortest_queue": "shortest queue",
+        "impact_greedy": "impact-greedy",
+        "bert_router": "BERT router",
+        "mvr": "MVR (learned)",
+        "mvr_no_graph": "MVR (no graph)",
+        "mvr_edge_8": "MVR (edge-8)",
+        "sac_paper_reward": "SAC paper reward",
+        "expert_2": "expert 2 only",
+        "my_router": "my router",
+        "runs/paper-3@1": "runs/paper-3@1",
+    }.items(),
+)
+def test_routers_have_names_that_people_know(router, name) -> None:
+    assert display_name(router) == name

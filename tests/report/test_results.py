@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import csv
 import html.parser
 import json
 import pathlib
 import re
+import shutil
+import subprocess
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +21,8 @@ from matplotlib.figure import Figure
 from qos_jax import InputError
 from qos_jax.evaluation import metrics
 from qos_jax.io import provenance
-from qos_jax.report import results, summary_table
+from qos_jax.report import plots, results, summary_table
+from qos_jax.report.style import COLUMN, FULL, Width
 from tests.helpers.small_runs import KINDS, LOADS, SEEDS, runs, runs_at
 
 COMMAND = "qos-jax evaluate --name='<b>&'"
@@ -26,9 +32,10 @@ def small_results(**config) -> dict:
     return results.results_of(runs(), {"preset": "small", **config}, COMMAND)
 
 
-def figure(caption: str = "A line.") -> Figure:
+def figure(caption: str = "Points.") -> Figure:
+    """A figure that takes more bytes as an SVG than as a PNG."""
     drawn = Figure(figsize=(2, 1))
-    drawn.add_subplot().plot([0, 1])
+    drawn.add_subplot().scatter(*np.random.default_rng(0).uniform(size=(2, 500)), s=4)
     drawn.set_label(caption)
     return drawn
 
@@ -37,6 +44,13 @@ def broken_figure() -> Figure:
     drawn = figure()
     drawn.text(0.5, 0.5, r"$\frac{$")  # not mathtext: fails when it is drawn
     return drawn
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+BROWSER_FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--dump-dom",
+)  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
@@ -63,7 +77,7 @@ class Page(html.parser.HTMLParser):
             self.tables[-1][-1][-1][1] = True
 
     def handle_data(self, data):
-        self.texts.append(data)
+        self.texts.append(data.strip())
         if self.tables and self.tables[-1] and self.tables[-1][-1]:
             self.tables[-1][-1][-1][0] += data
 
@@ -123,19 +137,32 @@ class TestFiles:
         assert json.loads(text, parse_constant=refuse) == written
 
     def test_page_is_self_contained(self, tmp_path: pathlib.Path) -> None:
-        path = results.write_report(
-            tmp_path / "new" / "folder", small_results(), {"one": figure(), "two": figure("Two < 3.")}
-        )
+        figures = {
+            "one": figure(),
+            "two": figure("Two < 3."),
+            "qos_against_load": partial(plots.qos_against_load, small_results()["summary"]),
+        }
+        path = results.write_report(tmp_path / "new" / "folder", small_results(), figures)
         text = path.read_text()
         page = Page(text)
-        assert path == tmp_path / "new" / "folder" / "results.html"
-        assert all(link.startswith("data:") for link in page.links)
-        assert not re.search(r"https?:|//\w|url\(|@import|<script", re.sub(r'"data:[^"]*"', "", text))
+        assert path == tmp_path / "new" / "folder" / "report.html"
+        assert all(link.startswith(("data:", "#")) for link in page.links)
+        assert not re.search(r"https?:|url\((?!#)|@import|<link|<script ", re.sub(r'"data:[^"]*"', "", text))
         for name, image in zip(("one", "two"), page.images, strict=True):
             picture = base64.b64decode(image["src"].partition("base64,")[2])
             assert picture == (path.parent / f"{name}.png").read_bytes()
             assert picture.startswith(b"\x89PNG")
         assert page.images[1]["alt"] == "Two < 3."
+
+    def test_identifiers_of_pictures_are_unique(self, tmp_path: pathlib.Path) -> None:
+        draw = partial(plots.qos_against_load, small_results()["summary"], routers=["round_robin"])
+        text = results.write_report(tmp_path, small_results(), {"one": draw}).read_text()
+        wide, narrow = (
+            (set(re.findall(r' id="([^"]*)"', svg)), set(re.findall(r'(?:url\(|href=")#([^")]*)', svg)))
+            for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+        )
+        assert not wide[0] & narrow[0]
+        assert all(used and used <= ids for ids, used in (wide, narrow))
 
     def test_page_says_how_it_was_made(self, tmp_path: pathlib.Path) -> None:
         written = small_results()
@@ -146,7 +173,7 @@ class TestFiles:
 
     def test_tables_show_the_means_and_mark_the_best_that_is_no_oracle(self, tmp_path: pathlib.Path) -> None:
         written = small_results()
-        (qos, *loads) = Page(results.write_report(tmp_path, written, {}).read_text()).tables
+        _, _, qos, *loads = Page(results.write_report(tmp_path, written, {}).read_text()).tables
         assert [row[0][0] for row in qos[1:]] == ["round robin", "only gamma", "refuse all", "oracle"]
         means = {(row["router"], row["load"]): row["mean"] for row in written["summary"] if row["metric"] == "qos"}
         for row in qos[1:]:
@@ -171,14 +198,178 @@ class TestFiles:
             results.write_report(folder, small_results(), {})
         assert [path.name for path in folder.parent.rglob("*") if path.is_file()] in ([], ["taken"])
 
-    def test_writes_nothing_when_a_figure_fails(self, tmp_path: pathlib.Path) -> None:
-        results.write_report(tmp_path / "old", small_results(), {"one": figure()})
-        before = {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
-        for folder in (tmp_path / "old", tmp_path / "new"):
-            with pytest.raises(ValueError, match="frac"):
-                results.write_report(folder, small_results(), {"one": figure(), "two": broken_figure()})
-        assert {path: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
-        assert not (tmp_path / "new").exists()
+    def test_a_figure_that_fails_is_one_warning_and_loses_nothing_else(self, tmp_path: pathlib.Path, capsys) -> None:
+        def fails() -> Figure:
+            raise ZeroDivisionError("no\ndata")
+
+        figures = {"one": figure(), "broken": broken_figure(), "fails": fails, "two": figure()}
+        written = small_results()
+        path = results.write_report(tmp_path, written, figures)
+        assert json.loads((tmp_path / "results.json").read_text()) == written
+        assert len(Page(path.read_text()).images) == 2
+        names = {each.name for each in tmp_path.iterdir()}
+        pictures = {f"{name}.{kind}" for name in ("one", "two") for kind in ("png", "pdf", "svg")}
+        assert names == {"results.json", "summary.csv", "summary.tex", "report.html"} | pictures
+        broken, failed = capsys.readouterr().err.splitlines()
+        assert broken.startswith("warning: the picture broken is left out: ValueError")
+        assert failed == "warning: the picture fails is left out: ZeroDivisionError: no data"
+
+    def test_numbers_are_written_before_anything_is_drawn(self, tmp_path: pathlib.Path) -> None:
+        found = []
+
+        def draw() -> Figure:
+            found.extend(sorted(each.name for each in tmp_path.iterdir()))
+            return figure()
+
+        results.write_report(tmp_path, small_results(), {"one": draw})
+        assert found == ["results.json", "summary.csv", "summary.tex"]
+
+    def test_csv_has_a_line_for_each_object_of_the_summary(self, tmp_path: pathlib.Path) -> None:
+        written = small_results()
+        results.write_report(tmp_path, written, {})
+        with (tmp_path / "summary.csv").open() as file:
+            lines = list(csv.DictReader(file))
+        for line, row in zip(lines, written["summary"], strict=True):
+            assert (line["router"], line["metric"], float(line["load"])) == (row["router"], row["metric"], row["load"])
+            assert line["mean"] == ("" if row["mean"] is None else str(row["mean"]))
+
+    def test_latex_has_a_line_for_each_router_with_the_best_bold_and_oracles_in_italics(
+        self, tmp_path: pathlib.Path
+    ) -> None:
+        written = small_results()
+        results.write_report(tmp_path, written, {})
+        text = (tmp_path / "summary.tex").read_text()
+        lines = {line.split(" & ")[0]: line for line in text.splitlines() if " & $" in line}
+        assert list(lines) == ["round robin", "only gamma", "refuse all", r"\textit{oracle}"]
+        rows = {(row["router"], row["load"]): row for row in written["summary"] if row["metric"] == "qos"}
+        for load in LOADS:
+            row = rows["round_robin", load]
+            cell = rf"$\mathbf{{{row['mean']:.3f}}} \pm {(row['high'] - row['low']) / 2:.3f}$"
+            assert cell in lines["round robin"]
+            assert rf"$\mathit{{{rows['oracle', load]['mean']:.3f}}} " in lines[r"\textit{oracle}"]
+        assert [line for line in text.splitlines() if "rule" in line] == [
+            "\\toprule", "\\midrule", "\\midrule", "\\bottomrule"
+        ]  # fmt: skip
+        assert text.count("&") == len(LOADS) * (1 + len(lines)) + 1 + COMMAND.count("&")
+
+
+class TestPictures:
+    def draw(self, *, width: Width = FULL) -> Figure:
+        drawn = Figure(figsize=(width.inches, 1))
+        drawn.add_subplot().set_title("A title & more")
+        drawn.set_label("A caption.")
+        return drawn
+
+    def test_a_drawing_is_written_in_three_formats_at_two_widths(self, tmp_path: pathlib.Path) -> None:
+        results.write_report(tmp_path, small_results(), {"one": self.draw})
+        for ending, width in (("", FULL), ("_column", COLUMN)):
+            png = (tmp_path / f"one{ending}.png").read_bytes()
+            pixels = int.from_bytes(png[16:20], "big")
+            assert pixels == round(width.inches * width.dots_per_inch)
+            svg = (tmp_path / f"one{ending}.svg").read_text()
+            assert "A title &amp; more" in svg
+            pdf = (tmp_path / f"one{ending}.pdf").read_bytes()
+            assert b"/TrueType" in pdf or b"/CIDFontType2" in pdf
+            assert b"/Type3" not in pdf
+
+    def test_the_same_figure_gives_the_same_files(self, tmp_path: pathlib.Path) -> None:
+        for folder in ("a", "b"):
+            results.write_report(tmp_path / folder, small_results(), {"one": self.draw})
+        for path in (tmp_path / "a").glob("one*"):
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+    def test_a_page_shows_the_narrow_form_on_a_phone(self, tmp_path: pathlib.Path) -> None:
+        text = results.write_report(tmp_path, small_results(), {"one": self.draw}).read_text()
+        assert text.count('<div class="wide">') == text.count('<div class="narrow">') == 1
+
+    def test_main_curves_have_values_to_hover(self, tmp_path: pathlib.Path) -> None:
+        written = small_results()
+        draw = partial(plots.qos_against_load, written["summary"])
+        text = results.write_report(tmp_path, written, {"qos_against_load": draw}).read_text()
+        for row in written["summary"]:
+            if row["metric"] == "qos" and row["router"] == "round_robin":
+                half = (row["high"] - row["low"]) / 2
+                assert f"<title>round robin, load {row['load']:g}: {row['mean']:.3f} ± {half:.3f}</title>" in text
+        assert 'class="tip"' not in (tmp_path / "qos_against_load.pdf").read_text(errors="ignore")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> str:
+    written = small_results()
+    figures = {
+        "gains_against_load": partial(plots.gains_against_load, written["gains"]),
+        "qos_against_load": partial(plots.qos_against_load, written["summary"]),
+        "one": figure(),
+    }
+    return results.write_report(tmp_path_factory.mktemp("report"), written, figures).read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+class TestBrowser:
+    def found(self, report: str, tmp_path: pathlib.Path, width: int, script: str) -> Any:
+        """Returns what a script finds in the report, shown in a frame of a width; nothing there may fail."""
+        frame = report.replace("&", "&amp;").replace('"', "&quot;")
+        page = tmp_path / "frame.html"
+        page.write_text(
+            f'<iframe style="border: 0" width="{width}" height="800" srcdoc="{frame}"></iframe><pre id="found"></pre>'
+            "<script>document.querySelector('iframe').onload = (event) => {"
+            f"const page = event.target.contentDocument; const found = (() => {{ {script} }})();"
+            "document.getElementById('found').textContent = JSON.stringify(found); }</script>"
+        )
+        command = [CHROMIUM, *BROWSER_FLAGS, f"--user-data-dir={tmp_path}/profile", "--window-size=1500,900"]
+        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in done.stderr
+        (found,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+        return json.loads(html.unescape(found))
+
+    @pytest.mark.parametrize("width", [360, 1400])
+    def test_the_page_fits_and_every_picture_is_in_sight(self, report, tmp_path, width) -> None:
+        found = self.found(
+            report,
+            tmp_path,
+            width,
+            "return [page.documentElement.scrollWidth, ...[...page.querySelectorAll('figure svg, figure img')]"
+            ".filter((each) => each.getBoundingClientRect().width).map((each) => [each.closest('div').className,"
+            "each.getBoundingClientRect().left, each.getBoundingClientRect().right])]",
+        )
+        scroll_width, *pictures = found
+        assert scroll_width <= width
+        assert len(pictures) == 3
+        assert [kind for kind, _, _ in pictures[:2]] == ["narrow" if width == 360 else "wide"] * 2
+        assert all(left >= 0 and right <= width for _, left, right in pictures)
+
+    def test_a_click_on_a_head_sorts_the_table(self, report, tmp_path) -> None:
+        names = "[...table.tBodies[0].rows].map((row) => row.cells[0].textContent)"
+        before, descending, ascending, by_name = self.found(
+            report,
+            tmp_path,
+            1400,
+            "const table = page.querySelectorAll('table')[2]; const click = (column) => "
+            "table.tHead.rows[0].cells[column].querySelector('button').click();"
+            f"const found = [{names}]; for (const column of [1, 1, 0]) {{ click(column); found.push({names}); }}"
+            "return found",
+        )
+        first = {
+            row["router"].replace("_", " "): row["mean"]
+            for row in small_results()["summary"]
+            if row["metric"] == "qos" and row["load"] == LOADS[0]
+        }
+        assert before == ["round robin", "only gamma", "refuse all", "oracle"]
+        assert descending == sorted(first, key=lambda name: -first[name])
+        assert ascending == descending[::-1]
+        assert by_name == sorted(first)
+
+    def test_a_pointer_over_a_point_shows_its_value(self, report, tmp_path) -> None:
+        text, hidden = self.found(
+            report,
+            tmp_path,
+            1400,
+            "const mark = page.querySelector('.wide svg .tip'); const tip = page.getElementById('tip');"
+            "const hidden = tip.hidden; const over = new page.defaultView.Event('pointerover', { bubbles: true });"
+            "mark.dispatchEvent(over); return [tip.textContent, [hidden, tip.hidden]]",
+        )
+        assert re.fullmatch(r"[\w -]+, load [\d.]+: [-+]\d\.\d{3} \(\w+\) ± \d\.\d{3}", text)
+        assert hidden == [True, False]
 
 
 class TestTerminalTable:
