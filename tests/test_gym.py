@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -136,6 +138,193 @@ def test_seeds_decide_whatever_the_number_of_environments(vector_env: RouterVect
     alone, _ = RouterEnv(small_env(), PARAMS).reset(seed=3)
     np.testing.assert_allclose(alone, first[0], rtol=1e-6)
     assert np.any(RouterEnv(small_env(), PARAMS).reset()[0] != RouterEnv(small_env(), PARAMS).reset()[0])
+
+
+def test_next_step_plays_the_same_episodes_and_shows_their_ends_first() -> None:
+    same_step = RouterVectorEnv(small_env(), PARAMS, NUM_ENVS)
+    next_step = RouterVectorEnv(small_env(), PARAMS, NUM_ENVS, autoreset_mode=AutoresetMode.NEXT_STEP)
+    reference = SyncVectorEnv([partial(RouterEnv, small_env(), PARAMS)] * NUM_ENVS, autoreset_mode="NextStep")
+    assert next_step.metadata["autoreset_mode"] is reference.metadata["autoreset_mode"]
+    np.testing.assert_allclose(same_step.reset(seed=3)[0], next_step.reset(seed=3)[0], rtol=1e-5)
+    reference.reset(seed=3)
+    same_step.action_space.seed(0)
+    for count in range(1, 2 * STEPS_IN_EPISODE + 1):
+        actions = same_step.action_space.sample()
+        obs, reward, _, truncated, info = same_step.step(actions)
+        next_obs, next_reward, terminated, next_truncated, next_info = next_step.step(actions)
+        assert_same_form(next_info, reference.step(actions)[-1])
+        np.testing.assert_allclose(next_reward, reward, rtol=1e-5)
+        np.testing.assert_array_equal(next_truncated, truncated)
+        assert not terminated.any()
+        if count % STEPS_IN_EPISODE:
+            np.testing.assert_allclose(next_obs, obs, rtol=1e-5)
+            continue
+        np.testing.assert_allclose(next_obs, np.stack(info["final_obs"]), rtol=1e-5)
+        np.testing.assert_array_equal(next_info["action_mask"], info["final_info"]["action_mask"])
+        next_obs, next_reward, _, next_truncated, next_info = next_step.step(actions)
+        reference_info = reference.step(actions)[-1]
+        np.testing.assert_allclose(next_obs, obs, rtol=1e-5)
+        np.testing.assert_array_equal(next_info["action_mask"], info["action_mask"])
+        assert not next_reward.any()
+        assert not next_truncated.any()
+        assert next_info.keys() == reference_info.keys() == {"action_mask", "_action_mask"}
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+def test_a_reset_mask_resets_these_environments_alone(mode: str) -> None:
+    env = RouterVectorEnv(small_env(), PARAMS, NUM_ENVS, autoreset_mode=mode)
+    alike = RouterVectorEnv(small_env(), PARAMS, NUM_ENVS, autoreset_mode=mode)
+    actions, mask = np.zeros(NUM_ENVS, int), np.array([False, True, False])
+    for each in (env, alike):
+        each.reset(seed=5)
+        before, *_ = each.step(actions)
+    options = {"reset_mask": mask}
+    obs, info = env.reset(options=options)
+    assert options == {"reset_mask": mask}
+    np.testing.assert_array_equal(obs[~mask], before[~mask])
+    assert np.all(np.any(obs != before, 1) == mask)
+    assert info.keys() == {"action_mask", "_action_mask"}
+    np.testing.assert_array_equal(info["_action_mask"], mask)
+    for step in range(2, STEPS_IN_EPISODE + 1):
+        (obs, *_, truncated, info), (expected, *_) = env.step(actions), alike.step(actions)
+        np.testing.assert_array_equal(obs[~mask], expected[~mask])
+        assert np.any(obs[mask] != expected[mask])
+        np.testing.assert_array_equal(truncated, ~mask if step == STEPS_IN_EPISODE else np.zeros(NUM_ENVS, bool))
+    again, _ = env.reset(seed=5, options=options)
+    np.testing.assert_array_equal(again[mask], alike.reset(seed=5)[0][mask])
+    np.testing.assert_array_equal(again[~mask], obs[~mask])
+
+
+def test_without_automatic_resets_an_ended_episode_must_be_reset() -> None:
+    env = RouterVectorEnv(small_env(), PARAMS, NUM_ENVS, autoreset_mode="Disabled")
+    actions, mask = np.zeros(NUM_ENVS, int), np.array([True, False, False])
+    env.reset(seed=0)
+    env.reset(options={"reset_mask": mask})
+    env.step(actions)
+    env.reset(options={"reset_mask": mask})
+    for _ in range(STEPS_IN_EPISODE - 1):
+        *_, truncated, _ = env.step(actions)
+    np.testing.assert_array_equal(truncated, ~mask)
+    with pytest.raises(gymnasium.error.ResetNeeded, match="an episode has ended"):
+        env.step(actions)
+    env.reset(options={"reset_mask": truncated})
+    *_, truncated, _ = env.step(actions)
+    np.testing.assert_array_equal(truncated, mask)
+
+
+@pytest.mark.parametrize(
+    "mask", [[True, False, False], np.array([True, False]), np.array([1, 0, 0]), np.zeros(NUM_ENVS, bool)]
+)
+def test_what_is_no_reset_mask_is_refused(vector_env: RouterVectorEnv, mask: Any) -> None:
+    with pytest.raises(InputError, match=r"reset_mask is .* must be an array of 3 booleans, one of them true"):
+        vector_env.reset(options={"reset_mask": mask})
+
+
+def test_unknown_options_are_refused(vector_env: RouterVectorEnv) -> None:
+    for env in (vector_env, RouterEnv(small_env(), PARAMS)):
+        with pytest.raises(InputError, match="reset option 'load' is unknown"):
+            env.reset(options={"load": 0.5})
+    with pytest.raises(InputError, match="autoreset_mode is 'Never', must be one of NextStep, SameStep, Disabled"):
+        RouterVectorEnv(small_env(), PARAMS, NUM_ENVS, autoreset_mode="Never")
+
+
+def test_the_first_reset_is_of_all_environments() -> None:
+    env = RouterVectorEnv(small_env(), PARAMS, NUM_ENVS)
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset_mask"):
+        env.reset(options={"reset_mask": np.array([True, False, True])})
+    env.reset(options={"reset_mask": np.ones(NUM_ENVS, bool)})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 1, 2**70, 1.5, "1", [1, 2, 3]])
+def test_seeds_that_jax_would_cut_are_refused(vector_env: RouterVectorEnv, seed: Any) -> None:
+    for env in (vector_env, RouterEnv(small_env(), PARAMS)):
+        with pytest.raises(InputError, match=r"seed is .* must be a whole number from 0 to 4294967295"):
+            env.reset(seed=seed)
+
+
+def test_all_bits_of_a_seed_count(vector_env: RouterVectorEnv) -> None:
+    first = [vector_env.reset(seed=seed)[0][0] for seed in (1, 2**31 + 1, 2**32 - 1, np.int64(2**31 - 1))]
+    assert len(np.unique(first, axis=0)) == 4
+
+
+def test_gymnasiums_vector_wrappers_take_the_environments() -> None:
+    for mode in AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP:
+        env: Any = RouterVectorEnv(small_env(), PARAMS, NUM_ENVS, autoreset_mode=mode)
+        env = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
+        if mode is AutoresetMode.NEXT_STEP:
+            env = gymnasium.wrappers.vector.NormalizeObservation(env)
+        env = gymnasium.wrappers.vector.NormalizeReward(env)
+        env.reset(seed=0)
+        ends, returns = 0, np.zeros(NUM_ENVS)
+        for _ in range(2 * STEPS_IN_EPISODE + 2):
+            obs, reward, _, truncated, info = env.step(env.action_space.sample())
+            assert obs in env.observation_space
+            assert np.isfinite(reward).all()
+            if truncated.any():
+                ends += 1
+                episode = info["episode"] if "episode" in info else info["final_info"]["episode"]
+                np.testing.assert_array_equal(episode["l"], STEPS_IN_EPISODE)
+                returns += episode["r"]
+        assert ends == 2
+        assert returns.any()
+
+
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
+
+
+ASYNC = """
+from functools import partial
+from gymnasium.vector import AsyncVectorEnv
+from qos_jax import InputError
+from qos_jax.gym import RouterEnv
+from tests.helpers.small_env import small_env, small_params
+
+if __name__ == "__main__":
+    make_env = {make_env}
+    envs = AsyncVectorEnv([make_env] * 2, context={context!r})
+    try:
+        obs, _ = envs.reset(seed=[3, 3])
+        print((obs[0] == obs[1]).all(), envs.step(envs.action_space.sample())[0].shape == obs.shape)
+    except InputError as error:
+        print("refused:", error)
+    envs.close(terminate=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_process_is_refused_and_does_not_hang() -> None:
+    run = run_python(ASYNC.format(make_env="partial(RouterEnv, small_env(), small_params())", context="fork"))
+    assert run.stdout.startswith("refused: JAX does not work in a forked process"), run.stderr
+    assert 'context="spawn"' in run.stdout
+    # An environment that is made in the forked process ends it, and gymnasium notices.
+    run = run_python(ASYNC.format(make_env="lambda: RouterEnv(small_env(), small_params())", context="fork"))
+    assert run.returncode == 1
+    assert "InputError: JAX does not work in a forked process" in run.stderr
+
+
+def test_a_process_may_fork_before_it_uses_jax() -> None:
+    program = """
+import os
+import qos_jax.gym
+if os.fork() == 0:
+    from tests.helpers.small_env import small_env, small_params
+    qos_jax.gym.RouterEnv(small_env(), small_params())
+    os._exit(0)
+print(os.wait()[1])
+"""
+    assert run_python(program).stdout.strip() == "0"
+
+
+@pytest.mark.slow
+def test_spawned_processes_work(tmp_path: pathlib.Path) -> None:
+    script = tmp_path / "script.py"  # spawned processes import the main module, which must be a file
+    script.write_text(ASYNC.format(make_env="partial(RouterEnv, small_env(), small_params())", context="spawn"))
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert run.stdout.strip() == "True True", run.stderr
 
 
 @pytest.mark.parametrize("actions", [[0, 1, 4], [0, -1, 0], [0, 1], 1, [0.0, 1.0, 2.0]])

@@ -1,14 +1,16 @@
-"""The environment: one step is one arriving request, by the contract of gymnax 1.0.
+"""The environment of the router, by the contract of gymnax 1.0: one step is one arriving request.
 
 ``reset(key, params) -> (obs, state)`` and ``step(key, state, action, params) -> (obs, state, reward, terminated,
-truncated, info)``, pure and for one environment: ``jax.vmap`` over keys, over params or over both makes many.
+truncated, info)`` are pure functions of one environment. ``jax.vmap`` over keys, over params or over both makes many.
 Everything in ``params`` is traced, so a sweep over loads, limits, profiles or arrival laws compiles once. An episode
-never terminates; it is truncated after ``params.max_steps_in_episode`` requests, the next one begins by itself, and
-``info["final_observation"]`` is what to bootstrap from.
+never terminates. It is truncated after ``params.max_steps_in_episode`` requests, and the next episode starts in the
+same step; ``info["final_observation"]`` is the observation to bootstrap from.
 """
 
 from __future__ import annotations
 
+import copy
+import os
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,9 @@ from flax import struct
 from jax import Array, lax
 from jax.experimental import checkify
 
+from qos_jax.errors import InputError
 from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.spaces import Discrete, space_class, space_of
 from qos_jax.sim.types import ExpertProfile, Observation, Request, Workload
 from qos_jax.sim.world import World, WorldSpec, advance, collect, dispatch, empty_world, observe
 
@@ -29,8 +33,8 @@ class EnvParams(struct.PyTreeNode):
     experts: ExpertProfile  # [N] each
     workload: Workload
     max_steps_in_episode: Array | int = 5000  # requests
-    staleness_s: Array | float = 0.0  # the router sees metrics at least this old; needs a spec with history
-    saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN where nobody asked for it
+    staleness_s: Array | float = 0.0  # s, least age of the metrics that the router observes; needs a spec with history
+    saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN if not computed
 
     def at_load(self, load: Array | float) -> EnvParams:
         """Returns the same world at another load, a fraction of the fleet's saturation rate."""
@@ -52,27 +56,51 @@ class EnvState(struct.PyTreeNode):
 
 
 class Environment:
-    """The decision process of the router. Instances are immutable and hash by their spec."""
+    """The decision process of the router.
 
-    def __init__(self, spec: WorldSpec, *, expert_names: tuple[str, ...] = (), check: bool = False) -> None:
+    Instances are immutable and hashable, so that they can be static arguments of ``jax.jit``.
+    """
+
+    def __init__(
+        self,
+        spec: WorldSpec,
+        *,
+        expert_names: tuple[str, ...] = (),
+        check: bool = False,
+        default_params: EnvParams | None = None,
+    ) -> None:
         """Makes the environment.
 
         Args:
-          spec: what fixes its shapes.
-          expert_names: names of the experts, for people.
-          check: adds invariants to each step, to be run under ``checkify.checkify``.
+          spec: static shapes and rules of the world.
+          expert_names: names of the experts for tables and pictures, [N]; "expert 0", ... without them.
+          check: adds invariants to each step. Such a step must run under ``checkify.checkify``.
+          default_params: parameters of ``reset`` and ``step`` when they are called without any.
+
+        Raises:
+          InputError: in a process that was forked after JAX had been used, see ``check_process``.
         """
+        check_process()
         self.spec = spec
         self.expert_names = expert_names or tuple(f"expert {i}" for i in range(spec.num_experts))
         self.check = check
+        self._default_params = default_params
 
     def __hash__(self) -> int:
-        """Makes equal environments one static argument of jit."""
+        """Hashes the shapes and rules."""
         return hash((self.spec, self.check))
 
     def __eq__(self, other: object) -> bool:
-        """Compares what fixes the compiled program."""
-        return isinstance(other, Environment) and (self.spec, self.check) == (other.spec, other.check)
+        """Compares everything that a compiled program depends on.
+
+        This includes the identity of the default parameters: a trace without explicit parameters contains them.
+        """
+        return self is other or (
+            type(self) is type(other)
+            and isinstance(other, Environment)
+            and (self.spec, self.check) == (other.spec, other.check)
+            and self._default_params is other._default_params
+        )
 
     @property
     def name(self) -> str:
@@ -81,24 +109,72 @@ class Environment:
 
     @property
     def num_actions(self) -> int:
-        """Experts, and the drop."""
+        """Number of actions: one for each expert, and the drop."""
         return self.spec.num_experts + 1
 
-    def reset(self, key: Array, params: EnvParams) -> tuple[Observation, EnvState]:
-        """Returns the first observation, of the first request before idle experts, and the state."""
+    @property
+    def default_params(self) -> EnvParams:
+        """Parameters that ``reset`` and ``step`` take when they are called without any.
+
+        Raises:
+          InputError: the environment has none; those of ``qos_jax.make`` have the parameters returned beside them.
+        """
+        if self._default_params is None:
+            raise InputError(
+                "the environment has no default parameters: pass params, or use with_default_params(params)"
+            )
+        return self._default_params
+
+    def with_default_params(self, params: EnvParams) -> Environment:
+        """Returns the same environment with other default parameters."""
+        env = copy.copy(self)
+        env._default_params = params
+        return env
+
+    def action_space(self, params: EnvParams | None = None) -> Any:
+        """Returns the space of actions: ``Discrete(num_actions)``, of gymnax if it has been imported."""
+        del params
+        return space_class(Discrete)(self.num_actions)
+
+    def observation_space(self, params: EnvParams | None = None) -> Any:
+        """Returns the space of observations: a ``Dict`` with the fields of ``Observation``.
+
+        The bounds are those of the types. ``qos_jax.encoder.flat_env.FlatEnvironment`` has a bounded ``Box`` instead.
+        """
+        params = self._params_or_default(params)
+        return space_of(jax.eval_shape(self.reset, jax.eval_shape(jax.random.key, 0), params)[0])
+
+    def reset(self, key: Array, params: EnvParams | None = None) -> tuple[Observation, EnvState]:
+        """Returns the first observation, of the first request and idle experts, and the state.
+
+        Args:
+          key: randomness of the first request and of the workload's state.
+          params: parameters of the world; ``default_params`` without them.
+        """
+        params = self._params_or_default(params)
         key_init, key_next = jax.random.split(key)
         _, request, workload = params.workload.next(key_next, params.workload.init(key_init))
         state = EnvState(jnp.int32(0), empty_world(self.spec, params.experts), request, workload)
         return self.observe(state, params), state
 
     def step(
-        self, key: Array, state: EnvState, action: Array, params: EnvParams
+        self, key: Array, state: EnvState, action: Array | int, params: EnvParams | None = None
     ) -> tuple[Observation, EnvState, Array, Array, Array, dict[str, Any]]:
-        """Sends the waiting request to expert ``action`` [] int32 (N drops it) and runs the world to the next arrival.
+        """Sends the waiting request to an expert and advances the world to the next arrival.
 
-        The reward is the QoS of the requests that finish before that arrival. ``info`` holds ``completions`` (sums over
-        these requests, see ``world.Completions``), ``dropped``, ``gap_s``, ``final_observation`` and the two flags.
+        Args:
+          key: randomness of the next request, and of the next episode where this one ends.
+          state: the state before the decision.
+          action: [] int32, index of the expert; N drops the request.
+          params: parameters of the world; ``default_params`` without them.
+
+        Returns:
+          The next observation, the next state, the reward [] (QoS of the requests that finish before the next arrival),
+          ``terminated`` [] bool, ``truncated`` [] bool, and ``info``. ``info`` has ``completions`` (sums over these
+          requests, see ``world.Completions``), ``dropped`` [] bool, ``gap_s`` [] s to the next arrival,
+          ``final_observation`` (the next observation of this episode, also where it ends) and the two flags.
         """
+        params, action = self._params_or_default(params), jnp.asarray(action)
         key_step, key_reset = jax.random.split(key)
         next_obs, next_state, reward, info = self._step(key_step, state, action, params)
         terminated, truncated = jnp.bool_(False), next_state.time >= params.max_steps_in_episode
@@ -107,16 +183,19 @@ class Environment:
         return obs, state, reward, terminated, truncated, info
 
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
-        """Returns what the router sees in ``state``."""
+        """Returns the router's observation of a state."""
         return observe(self.spec, params.experts, state.world, state.request, params.staleness_s)
+
+    def _params_or_default(self, params: EnvParams | None) -> EnvParams:
+        return self.default_params if params is None else params
 
     def _anew(
         self, over: Array, key: Array, params: EnvParams, going_on: tuple[Observation, EnvState]
     ) -> tuple[Observation, EnvState]:
-        """Returns a new episode if this one is ``over`` [] bool, else what is ``going_on``.
+        """Returns the start of a new episode if this one is ``over`` [] bool, else ``going_on``.
 
-        Under plain ``vmap`` every environment would draw an episode at every step, which is a quarter of the work. Here
-        all of them draw one at the steps where any needs it.
+        Plain ``vmap`` would reset every environment at every step, which takes a quarter of the time. This rule resets
+        all environments, but only at steps where at least one episode ends.
         """
         begin = jax.custom_batching.custom_vmap(
             lambda over, key, params, going_on: lax.cond(over, lambda: self.reset(key, params), lambda: going_on)
@@ -163,3 +242,23 @@ def _check_invariants(spec: WorldSpec, profile: ExpertProfile, world: World, gap
     checkify.check(
         jnp.all((slots.computed >= 0) & (slots.generated >= 0)), "a token count is negative: {x}", x=slots.computed
     )
+
+
+_pid_of_first_use: int | None = None
+
+
+def check_process() -> None:
+    """Refuses a process that was forked after its parent had used JAX, where any call into JAX may wait for ever.
+
+    Raises:
+      InputError: the first environment was made in another process than this one.
+    """
+    global _pid_of_first_use
+    if _pid_of_first_use is None:
+        _pid_of_first_use = os.getpid()
+    elif _pid_of_first_use != os.getpid():
+        raise InputError(
+            "JAX does not work in a forked process if the parent process has used it: start processes with "
+            'context="spawn", as in gymnasium.vector.AsyncVectorEnv(..., context="spawn"), or use '
+            "qos_jax.gym.RouterVectorEnv, which runs all environments in one process"
+        )
