@@ -1,8 +1,8 @@
-"""The learner: training as three pure phases, init, warm_up and train_chunk, to be jitted and vmapped over seeds.
+"""The learner: training as three pure functions, init, warm_up and train_chunk, which jit and vmap over seeds.
 
-A chunk lets every environment route some requests, adds what the targets collected to the replay buffer, and takes some
-gradient steps. Counters stay outside: a counter in a vmapped state would turn branches on it into selects. So the
-caller says which chunk it is.
+In a chunk every environment routes some requests, the rows that the targets collected go to the replay buffer, and some
+gradient steps are taken. The caller counts the chunks: a counter in a vmapped state would turn branches on it into
+selects.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from qos_jax.agent.targets import Targets, targets_named
 from qos_jax.routers.base import Router, gumbel_if_stale
 from qos_jax.sim.env import EnvParams, axis_of_environments
 
-_TEMPERATURE = 0.03  # QoS, of values where metrics are stale; see docs/decisions
-_PREFERENCE_SD = 2.0  # of the log odds of each action in the warm-up, so that some experts are overrun
+_TEMPERATURE = 0.03  # QoS, of the sampled action where metrics are stale; see docs/decisions
+_PREFERENCE_SD = 2.0  # of the log odds of each action in the warm-up; overloads some experts
 
 
 class TrainState(struct.PyTreeNode):
@@ -35,9 +35,9 @@ class TrainState(struct.PyTreeNode):
 
     learner: LearnerState
     envs: tuple[Any, Any]  # observations and states, leaves [num_envs, ...]
-    warm_state: Any  # states after the warm-up, to reset environments to
-    beside: Any  # what the targets keep beside the environments, leaves [num_envs, ...]; None for nothing
-    replay: Any  # rows of the targets, leaves [capacity, ...]
+    warm_state: Any  # states after the warm-up, to which environments are reset
+    beside: Any  # state of the targets beside the environments, leaves [num_envs, ...]; None without any
+    replay: Any  # replay buffer: rows of the targets, leaves [capacity, ...]
     key: Array
 
 
@@ -45,16 +45,16 @@ class TrainState(struct.PyTreeNode):
 class Learner:
     """Trains an agent in an environment; build one with ``make_learner``."""
 
-    env: Any  # reset, step and observe as ``qos_jax.Environment`` has them
+    env: Any  # with reset, step and observe like ``qos_jax.Environment``
     config: AgentConfig
     features: Callable[[Any], Inputs]
     network: nn.Module
     reward: Callable[..., Array] = shaped_reward
-    axes: tuple[str, ...] = ()  # by name, along which shards train together; see ``qos_jax.training.parallel``
+    axes: tuple[str, ...] = ()  # names of the axes of shards that train together; see ``qos_jax.training.parallel``
 
     @property
     def targets(self) -> Targets:
-        """What the critics learn from."""
+        """The implementation of ``config.targets``."""
         return targets_named(self.config.targets)
 
     @property
@@ -68,9 +68,15 @@ class Learner:
         return self.targets.requests_per_chunk(self.config, self.env.spec.num_experts)
 
     def init(self, key: Array, params: EnvParams, hyper: Hyperparameters) -> TrainState:
-        """Returns the state before training; ``params`` may have an axis [num_envs] on every leaf."""
+        """Returns the state before training.
+
+        Args:
+          key: random key.
+          params: of the environments, shared or with an axis [num_envs] on every leaf.
+          hyper: numbers of the algorithm.
+        """
         key, key_reset, key_net = jax.random.split(key, 3)
-        if self.axes:  # the weights are common to all shards, the environments are not
+        if self.axes:  # shards share the weights and have different environments
             key, key_reset = (jax.random.fold_in(one, lax.axis_index(self.axes)) for one in (key, key_reset))
         keys = jax.random.split(key_reset, self.config.num_envs)
         obs, states = jax.vmap(self.env.reset, in_axes=(0, axis_of_environments(params)))(keys, params)
@@ -86,7 +92,10 @@ class Learner:
         )
 
     def warm_up(self, state: TrainState, params: EnvParams, hyper: Hyperparameters) -> TrainState:
-        """Routes at random for a while, each environment with preferences of its own, so that training starts busy."""
+        """Routes ``config.warm_up`` requests at random in every environment, so that training starts with busy experts.
+
+        Each environment has random preferences of its own.
+        """
         del hyper
         key, key_preference, key_steps = jax.random.split(state.key, 3)
         legal = self._legal(state.envs[0])
@@ -108,14 +117,14 @@ class Learner:
         """Trains for one chunk.
 
         Args:
-          state: after ``warm_up`` or the chunk before.
-          params: of the environments, as they were given to ``init``.
+          state: after ``warm_up`` or the previous chunk.
+          params: of the environments, as for ``init``.
           hyper: numbers of the algorithm.
-          chunk: [] int32, chunks done before.
+          chunk: [] int32, number of previous chunks.
           progress: [] share of the training that is done.
 
         Returns:
-          The state, and metrics [] of the chunk.
+          The state after the chunk, and its metrics [].
         """
         key, key_act, key_learn = jax.random.split(state.key, 3)
         state, rows, metrics = self.targets.collect(self, state, params, hyper, key_act, chunk)
@@ -137,15 +146,20 @@ class Learner:
         return state.replace(learner=learner, replay=ring, key=key), metrics
 
     def weights(self, state: TrainState) -> Weights:
-        """Returns what a router needs of a state."""
+        """Returns the weights of the router: the running average of the network's parameters."""
         return state.learner.average
 
     def act(self, weights: Weights, key: Array, obs: Any) -> Array:
-        """Returns the action [] int32 that is best by the learned values or policy, for one environment.
+        """Returns the router's action [] int32 in one environment: the best one by the learned values or policy.
 
-        The action is sampled where the best policy depends on what a router cannot see: where metrics are stale, and
-        always for a network that reads the arrived node alone, as it cannot tell which expert is busy (``paper`` ended
-        at a QoS of 0.30 with sampling and at 0.04 with its likeliest action).
+        The action is sampled where the best policy depends on something that the router does not observe. This is the
+        case where metrics are stale, and always for a network that reads the arrived node alone, as it cannot observe
+        which expert is busy (``paper`` ends at a QoS of 0.30 with sampling and at 0.04 with its likeliest action).
+
+        Args:
+          weights: see ``weights``.
+          key: random key.
+          obs: the observation.
         """
         inputs = self.features(obs)
         heads = heads_of(self.network, weights, inputs)
@@ -165,12 +179,12 @@ class Learner:
         )
 
     def sample(self, learner: LearnerState, key: Array, inputs: Inputs) -> Array:
-        """Draws an action [] from the policy for one environment."""
+        """Samples an action [] int32 from the policy for one environment."""
         heads = heads_of(self.network, learner.params, inputs)
         return jax.random.categorical(key, sac.policy_logits(heads, inputs.legal, learner.log_alpha))
 
     def step(self, key: Array, states: Any, action: Array, params: EnvParams) -> Any:
-        """Steps all environments."""
+        """Steps all environments; the state and action have an axis [num_envs]."""
         keys = jax.random.split(key, self.config.num_envs)
         return jax.vmap(self.env.step, in_axes=(0, 0, 0, axis_of_environments(params)))(keys, states, action, params)
 
@@ -179,11 +193,11 @@ class Learner:
 
 
 def make_learner(env: Any, config: AgentConfig) -> Learner:
-    """Builds the learner of a named or own configuration.
+    """Builds the learner of an agent.
 
     Args:
       env: the environment, see ``qos_jax.Environment``.
-      config: the agent.
+      config: the agent, one of ``AGENTS`` or another.
     """
     features, network = network_of(config.network)
     return Learner(env, config, features, network)

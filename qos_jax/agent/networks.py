@@ -1,7 +1,10 @@
-"""What the agent computes from an observation: features, then an encoder, then a policy and two critics.
+"""Networks of the agents: features of an observation, an encoder, and heads for a policy and two critics.
 
-``pointer`` networks score each expert from its own node, so that one set of parameters serves any number of experts in
-any order. ``arrived`` reads only the arrived request's node, as the paper does, and has one output per action.
+The readout ``pointer`` scores each expert from its own node, so that one set of parameters serves any number of experts
+in any order. The readout ``arrived`` reads only the node of the arrived request, as in the paper, and has one output
+per action.
+
+``register_network`` adds a network of another kind.
 """
 
 from __future__ import annotations
@@ -22,43 +25,48 @@ from qos_jax.encoder.han import HAN, Embedding, HANConfig
 from qos_jax.errors import InputError
 from qos_jax.sim.types import Observation
 
-Encoder = Literal["han", "pooled", "flat"]
 Readout = Literal["pointer", "arrived"]
 
 NUM_CRITICS = 2
 
 _NET = (*EXPERT_FEATURES, *IMPACT_FEATURES).index("net")
-_LOWEST_PRIOR = -2.0  # QoS; a placement predicted to cost more than two answers is as bad as any
+_LOWEST_PRIOR = -2.0  # QoS; lower clip of the prior, the cost of two answers
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """Shape of the network; every field needs new parameters."""
+    """Kind and shape of a network. A change of any field needs new parameters."""
 
-    encoder: Encoder = "han"
-    """Graph attention; expert nodes without their requests; the flat view."""
+    encoder: str = "han"
+    """``han`` for graph attention, ``pooled`` for expert nodes without their requests, ``flat`` for the flat view, or a
+    name registered with ``register_network``."""
     readout: Readout = "pointer"
-    actor: bool = False  # a policy of its own; else the soft-optimal one for its critics
+    actor: bool = False  # a separate policy head; without it the policy is soft-optimal for the critics
     with_impact: bool = True  # the impact estimate is among the features
-    with_rates: bool = True  # the recent rates of arrivals are, too; always in the flat view
-    residual: bool = True  # the critics learn what the impact estimate misses
-    slots: int | None = None  # requests that are seen of each expert; all without it
+    with_rates: bool = True  # the recent arrival rates are among the features; always in the flat view
+    residual: bool = True  # the critics learn the difference to the impact estimate
+    slots: int | None = None  # requests of each expert among the features; None for all
     rate_clip_per_s: float | None = None
-    """Requests/s for each expert up to which recent rates are told apart; None for all. A burst faster than any in
-    training then looks like one of those; of what it has never seen, a network may say anything. ``qos-jax train``
-    sets it to ``domain.rate_clip_per_s`` unless it is given."""
-    hidden: tuple[int, ...] = (64,)  # widths of the heads
+    """Upper clip of the observed arrival rates [requests/s per expert]; None for no clip.
+
+    Outside the range of training a network extrapolates badly. With the clip a burst faster than any in training looks
+    like the fastest one there. Recipes set it to ``worlds.randomization.rate_clip_per_s``."""
+    hidden: tuple[int, ...] = (64,)  # widths of the hidden layers of the heads
     han: HANConfig = HANConfig()
 
     def __post_init__(self) -> None:
-        """Checks the fields, and that they go together.
+        """Checks the fields.
 
         Raises:
-          InputError: a field is out of range, or they do not.
+          InputError: a field is out of range, or two fields contradict each other.
         """
-        for name, known in (("encoder", get_args(Encoder)), ("readout", get_args(Readout))):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
+        if not isinstance(self.encoder, str) or self.encoder not in _NETWORKS:
+            raise InputError(
+                f"encoder {self.encoder!r} is not known: register it first (qos_jax.register_network), "
+                f"or choose from {', '.join(_NETWORKS)}"
+            )
+        if self.readout not in get_args(Readout):
+            raise InputError(f"readout is {self.readout!r}, must be one of {', '.join(get_args(Readout))}")
         if self.slots is not None and not (isinstance(self.slots, int) and self.slots >= 1):
             raise InputError(f"slots is {self.slots}, must be a whole number of at least 1, or None for all")
         if self.rate_clip_per_s is not None and not 0 < self.rate_clip_per_s < math.inf:
@@ -72,7 +80,7 @@ class NetworkConfig:
 
 
 class FlatInputs(struct.PyTreeNode):
-    """The flat view, and what is legal."""
+    """The flat view and the legal actions."""
 
     columns: Array  # [F] float32
     legal: Array  # [N + 1] bool
@@ -82,31 +90,24 @@ Inputs = Any  # a pytree with a field ``legal`` [A] bool: GraphFeatures, FlatInp
 
 
 class Heads(struct.PyTreeNode):
-    """What the network says of each action."""
+    """Outputs of a network for each of the A actions; leading batch axes are those of the inputs."""
 
-    logits: Array | None  # [A] of the policy; None where the critics are the policy
+    logits: Array | None  # [A] of the policy; None without a policy head
     q: Array  # [NUM_CRITICS, A]
 
 
-def inputs_of(config: NetworkConfig, obs: Observation) -> Inputs:
-    """Returns the features of the observation of one environment."""
-    if config.rate_clip_per_s is not None:
-        most_per_s = config.rate_clip_per_s * obs.experts.running.shape[-1]
-        rate_per_s = jnp.minimum(obs.arrived.recent_rate_per_s, most_per_s)
-        obs = obs.replace(arrived=obs.arrived.replace(recent_rate_per_s=rate_per_s))
-    if config.encoder == "flat":
-        return FlatInputs(flat_view(obs), obs.action_mask)
-    return graph_features(obs, with_impact=config.with_impact, with_rates=config.with_rates, slots=config.slots)
+Features = Callable[[Observation], Inputs]  # from the observation of one environment to the inputs of the network
+NetworkFactory = Callable[[NetworkConfig], tuple[Features, nn.Module]]
 
 
 class ActorCritic(nn.Module):
-    """Policy and critics over one encoder; takes inputs with any leading batch axes."""
+    """Policy and critics on top of one encoder; the inputs may have any leading batch axes."""
 
     config: NetworkConfig
 
     @nn.compact
     def __call__(self, inputs: Inputs) -> Heads:
-        """Returns the heads for each action."""
+        """Returns the heads."""
         config = self.config
         if config.encoder == "flat":
             return self._heads(lambda name: self._mlp(name, inputs.legal.shape[-1])(inputs.columns))
@@ -139,12 +140,12 @@ class _MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         for width in self.widths[:-1]:
             x = nn.relu(nn.Dense(width)(x))
-        # Small, so that the first policy is that of the prior, and without one near uniform.
+        # Small weights: the initial policy is that of the prior, or nearly uniform without a prior.
         return nn.Dense(self.widths[-1], kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal"))(x)
 
 
 class _Pooled(nn.Module):
-    """The ablation of the graph: an expert is known by its own features alone."""
+    """The ablation of the graph: the embedding of an expert depends on its own features alone."""
 
     config: HANConfig
 
@@ -158,40 +159,90 @@ class _Pooled(nn.Module):
 
 
 def _in_context(embedding: Embedding) -> tuple[Array, Array]:
-    """Returns each expert beside all others [..., N, 4 D], and the fleet as a whole [..., 3 D]."""
+    """Returns each expert together with the fleet [..., N, 4 D], and the fleet alone [..., 3 D]."""
     experts = embedding.experts
-    fleet = jnp.concatenate([embedding.arrived, jnp.mean(experts, -2), _most(experts)], -1)
-    around = jnp.broadcast_to(fleet[..., None, :], (*experts.shape[:-1], fleet.shape[-1]))
-    return jnp.concatenate([experts, around], -1), fleet
+    fleet = jnp.concatenate([embedding.arrived, jnp.mean(experts, -2), _max_over_experts(experts)], -1)
+    context = jnp.broadcast_to(fleet[..., None, :], (*experts.shape[:-1], fleet.shape[-1]))
+    return jnp.concatenate([experts, context], -1), fleet
 
 
-def _most(experts: Array) -> Array:
+def _max_over_experts(experts: Array) -> Array:
     """Returns the maximum [..., D] over the experts [..., N, D].
 
-    The gradient of ``jnp.max`` divides by how many inputs equal the maximum. Where XLA computes the inputs anew for
-    that and rounds otherwise, these are none, and it is NaN.
+    The gradient of ``jnp.max`` divides by the number of inputs that equal the maximum. This number is 0, and the
+    gradient NaN, where XLA recomputes the inputs with other rounding.
     """
     is_first = jnp.argmax(experts, -2, keepdims=True) == jnp.arange(experts.shape[-2])[:, None]
     return jnp.sum(jnp.where(is_first, experts, 0.0), -2)
 
 
 def _prior(inputs: GraphFeatures) -> Array:
-    """Returns the QoS [..., N] that each placement is estimated to add, out of its compressed feature."""
+    """Returns the estimated QoS gain [..., N] of each placement, decoded from its compressed feature."""
     net = inputs.experts[..., _NET]
     return jnp.maximum(jnp.sign(net) * jnp.expm1(jnp.abs(net)), _LOWEST_PRIOR)
 
 
-def network_of(config: NetworkConfig) -> tuple[Callable[[Observation], Inputs], nn.Module]:
+def _graph_network(config: NetworkConfig) -> tuple[Features, nn.Module]:
+    def features(obs: Observation) -> GraphFeatures:
+        return graph_features(obs, with_impact=config.with_impact, with_rates=config.with_rates, slots=config.slots)
+
+    return features, ActorCritic(config)
+
+
+def _flat_network(config: NetworkConfig) -> tuple[Features, nn.Module]:
+    return lambda obs: FlatInputs(flat_view(obs), obs.action_mask), ActorCritic(config)
+
+
+_NETWORKS: dict[str, NetworkFactory] = {"han": _graph_network, "pooled": _graph_network, "flat": _flat_network}
+_BUILT_IN = tuple(_NETWORKS)
+
+
+def register_network(name: str, factory: NetworkFactory) -> None:
+    """Registers a kind of network under a name for ``NetworkConfig.encoder``.
+
+    A later registration under the same name replaces the earlier one. Run folders hold the name only: register the
+    network before ``load_router`` reads a run that was trained with it.
+
+    Args:
+      name: of the kind.
+      factory: called as ``factory(config)``; returns the features and the network of a ``NetworkConfig``. The features
+        of one observation are a pytree with a field ``legal`` [A] bool, and the network takes them with any leading
+        batch axes and returns ``Heads``.
+
+    Raises:
+      InputError: the name is a built-in network's.
+    """
+    if name in _BUILT_IN:
+        raise InputError(f"network {name!r} is built in: choose another name")
+    _NETWORKS[name] = factory
+
+
+def network_of(config: NetworkConfig) -> tuple[Features, nn.Module]:
     """Returns the features that a network reads, and the network."""
-    return lambda obs: inputs_of(config, obs), ActorCritic(config)
+    features, network = _NETWORKS[config.encoder](config)
+    return lambda obs: features(_with_clipped_rates(config, obs)), network
+
+
+def _with_clipped_rates(config: NetworkConfig, obs: Observation) -> Observation:
+    if config.rate_clip_per_s is None:
+        return obs
+    max_rate_per_s = config.rate_clip_per_s * obs.experts.running.shape[-1]
+    rate_per_s = jnp.minimum(obs.arrived.recent_rate_per_s, max_rate_per_s)
+    return obs.replace(arrived=obs.arrived.replace(recent_rate_per_s=rate_per_s))
 
 
 def heads_of(network: nn.Module, weights: Any, inputs: Inputs) -> Heads:
-    """Returns what a network with these parameters says of inputs with any leading batch axes."""
+    """Returns the heads of a network with these parameters, for inputs with any leading batch axes."""
     return cast(Heads, network.apply(weights, inputs))
 
 
 def greedy(heads: Heads, legal: Array, noise: Array | float = 0.0) -> Array:
-    """Returns the best legal action [] int32, with ``noise`` [N + 1] added to what each is worth."""
+    """Returns the best legal action [] int32 by the policy, or by the mean of the critics where there is no policy.
+
+    Args:
+      heads: of one observation.
+      legal: [A] bool.
+      noise: [A], added to the logits or values.
+    """
     score = jnp.mean(heads.q, -2) if heads.logits is None else heads.logits
     return jnp.argmax(jnp.where(legal, score + noise, -jnp.inf), -1).astype(jnp.int32)

@@ -6,20 +6,21 @@ without it; every other expert has a copy with it. Experts and copies receive th
 the router sends to that expert in the actual world. At the horizon both are drained. The difference of their returns is
 the marginal value of placing the request there.
 
-In the queueing literature the additional request is a *virtual (phantom) customer*. In reinforcement learning the
-values are *difference rewards*, or a *counterfactual baseline* with the other actions fixed (COMA, arXiv 1705.08926).
+In the queueing literature the additional request is a *virtual (phantom) customer* (zbMATH 0787.60057). In
+reinforcement learning the values are *difference rewards*, or a *counterfactual baseline* with the other actions fixed
+(COMA, arXiv 1705.08926).
 
 * The noise of later requests is common to an expert and its copy and cancels.
-* Later decisions are held fixed. For a router near its optimum the error is of second order (envelope theorem), and it
-  makes the experts independent: N placements cost one copy of the fleet, not N + 1 fleets with a router each.
-* The horizon must be long. If delayed later requests do not count, the router learns to crowd experts.
-* Answers are judged by a soft QoS: a narrow logistic replaces the step at the latency limit. A small slowdown seldom
-  turns an answer late, and then costs its whole score; the logistic spreads this cost over all answers near the limit.
-* A router that reacts would refuse one later request instead of letting several be late. With fixed decisions this is
-  not seen, so the cost of a placement to others is overestimated. ``Hyperparameters.max_externality`` clips it.
+* Later decisions are held fixed. This makes the experts independent: N placements cost one copy of the fleet instead of
+  N + 1 fleets with a router each. For a router near its optimum the error is of second order (envelope theorem).
+* The horizon must be long. If delays of later requests do not count, the router learns to crowd experts.
+* Soft QoS replaces the step at the latency limit by a narrow logistic. A small slowdown seldom makes an answer late,
+  and then costs its whole score; the logistic spreads this cost over all answers near the limit.
+* A reactive router would drop one later request rather than let several be late. Fixed decisions exclude this, so the
+  cost of a placement to later requests is overestimated. ``Hyperparameters.max_externality`` clips it.
 
-Several probes run at a time, each from its own decision. True lengths and scores are used here, in training only: the
-network that learns these values sees predictions.
+Several probes run at a time, each from its own decision. Probes use true lengths and scores, and run in training only.
+The network that learns their values observes predictions.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ class Probe(struct.PyTreeNode):
     """The probes of one environment, T of them; a single probe lacks the axis T."""
 
     experts: ExpertState  # [T, N] the copies
-    decision: Any  # leaves [T, ...], whatever the caller keeps of the observation
+    decision: Any  # leaves [T, ...], what the caller keeps of the observation
     action: Array  # [T] int32, the action taken
     gain: Array  # [T, N] return of the copies minus that of the experts so far, in reward units
     valid: Array  # [T] bool; False until the probe has been started, or after an interruption
 
 
 class SoftQos(NamedTuple):
-    """How answers are judged."""
+    """QoS with a logistic in place of the step at the latency limit."""
 
     weights: RewardWeights
-    width_s: Array | float  # s/token, of the logistic at the limit
+    width_s: Array | float  # s/token, of the logistic
 
 
 class ChunkSums(struct.PyTreeNode):
@@ -67,7 +68,13 @@ class ChunkSums(struct.PyTreeNode):
 
 
 def empty_probes(state: EnvState, decision: Any, count: int) -> Probe:
-    """Returns ``count`` invalid probes, for decisions like ``decision``."""
+    """Returns ``count`` invalid probes.
+
+    Args:
+      state: of one environment; gives the shapes of the copies.
+      decision: gives the shapes of what is kept of a decision.
+      count: T.
+    """
     num_experts = state.world.experts.clock_s.shape[-1]
     return Probe(
         experts=_stacked(state.world.experts, count),
@@ -79,7 +86,18 @@ def empty_probes(state: EnvState, decision: Any, count: int) -> Probe:
 
 
 def marginal_values(env: Environment, params: EnvParams, soft_qos: SoftQos, state: EnvState, probe: Probe) -> Array:
-    """Returns the value of each action [N + 1], the drop last, at the decision of a single probe that ends now."""
+    """Finishes a probe.
+
+    Args:
+      env: the environment.
+      params: its parameters.
+      soft_qos: the return of an answer.
+      state: at the horizon of the probe.
+      probe: a single one.
+
+    Returns:
+      The value of each action [N + 1] at the decision of the probe, in reward units; the drop is last.
+    """
     pair = jax.tree.map(lambda actual, copy: jnp.stack([actual, copy]), state.world.experts, probe.experts)
     drained = jax.vmap(lambda experts: engine.drain(env.spec.engine, params.experts, experts))(pair)
     actual, copy = jax.vmap(lambda experts: expert_returns(params.experts, experts, *soft_qos))(drained)
@@ -98,7 +116,21 @@ def start_probe(
     decision: Any,
     action: Array,
 ) -> Probe:
-    """Returns the probes with number ``which`` started at the decision due in ``state``, which will be ``action``."""
+    """Starts one of the probes at the decision that is due.
+
+    Args:
+      env: the environment.
+      params: its parameters.
+      soft_qos: the return of an answer.
+      state: before the decision.
+      probes: T of them.
+      which: [] int32, the probe to start.
+      decision: what to keep of the observation.
+      action: [] int32, the router's decision.
+
+    Returns:
+      The T probes.
+    """
     num_experts = env.spec.num_experts
 
     def copy(expert: Array) -> tuple[ExpertState, Array]:
@@ -124,13 +156,13 @@ def simulate(
     probes: Probe,
     newest: Array,
 ) -> tuple[EnvState, Probe, ChunkSums]:
-    """Lets the router decide on some requests, in the actual world and for all probes alike.
+    """Routes some requests in the actual world and in all probes by the same decisions.
 
     Args:
-      env: the environment; its time limit plays no part here.
+      env: the environment; its time limit is not used.
       params: its parameters.
       policy: the router; the first request gets the action that probe ``newest`` was started with.
-      soft_qos: how answers are judged.
+      soft_qos: the return of an answer.
       requests: number of requests.
       key: of the router and the workload.
       state: before the first decision.
@@ -138,7 +170,7 @@ def simulate(
       newest: [] int32, the probe that was started at the first decision.
 
     Returns:
-      The state after these requests, the probes then, and sums over the requests.
+      The state and the probes after these requests, and sums over the requests.
     """
     spec, profile = env.spec, params.experts
     count = probes.valid.shape[0]
@@ -146,7 +178,7 @@ def simulate(
     def step(carry: tuple[Any, ...], x: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array, Array]]:
         (experts, telemetry, request, action, workload), (is_first, key) = carry, x
         key_next, key_policy = jax.random.split(key)
-        # The newest probe's copies have, or lack, the first request already.
+        # The copies of the newest probe have, or lack, the first request since its start.
         settled = is_first & (jnp.arange(1 + count) == 1 + newest)
         actions = jnp.where(settled, spec.num_experts, action)
         experts, dropped = jax.vmap(lambda e, a: _send(spec, profile, request, e, a))(experts, actions)
@@ -154,7 +186,7 @@ def simulate(
         gap_s, request, workload = params.workload.next(key_next, workload)
         experts = jax.vmap(lambda e: engine.advance(spec.engine, profile, e, gap_s))(experts)
         returns = jax.vmap(lambda e: expert_returns(profile, e, *soft_qos))(experts)
-        # A queue may be full in one copy and not in another.
+        # A full queue may refuse a request in one copy and not in another.
         returns -= soft_qos.weights.drop * refused[:, None] * (jnp.arange(spec.num_experts) == action)
         worlds, completions = jax.vmap(lambda e: collect(profile, World(e, None)))(experts)
         actual = record_arrival(spec, World(_at(worlds.experts, 0), telemetry), gap_s)

@@ -1,7 +1,7 @@
-"""Two views of an observation: a vector of fixed length for simple agents, and a graph for pictures and analysis.
+"""The flat view: an observation as a vector of fixed length, with the same columns for every expert.
 
-The flat view is JAX and made for speed: it has the same columns for every expert and sums up the requests there. The
-graph view is NumPy, on the host, and ragged: only requests that exist are nodes, so it fits a real system of any size.
+The requests on an expert are summarised in a few columns. ``encoder.graph`` and ``encoder.jraph_views`` have a node for
+each request instead.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ FLAT_EXPERT = (
     "waiting_score",
 )
 
-
-_LATENCY_LIMIT_S = 0.03  # s/token: a limit of this size is 1 in the flat view
-_MANY_TOKENS = 1024  # so many tokens are 1 in the flat view, on a logarithmic scale
-_PREFILL_TOKENS = 256  # prompt tokens whose prefill time stands for the speed of all prefills
-_NO_TIME_S = 1e-6  # what a limit of 0 counts as, so that nothing is divided by 0
+_LATENCY_LIMIT_S = 0.03  # s/token; a limit of this size is 1 in the flat view
+_UNIT_TOKENS = 1024  # tokens that are 1 in the flat view, on a logarithmic scale
+_PREFILL_TOKENS = 256  # prompt tokens of the prefill whose time is a column
+_MIN_TIME_S = 1e-6  # lower clip of divisors
 
 
 def flat_size(num_experts: int) -> int:
@@ -50,13 +49,16 @@ def flat_size(num_experts: int) -> int:
 def flat_view(obs: Observation) -> Array:
     """Returns the observation of one environment as float32 [F]: ``FLAT_ARRIVED``, then ``FLAT_EXPERT`` by expert.
 
-    Rates are log(1 + requests/s per expert) over about the last 2, 10 and 60 s. Loads are fractions of what the expert
-    can hold, tokens are on a logarithmic scale, and times are fractions of the
-    arrived request's latency limit: an iteration's floor, the prefill of 256 tokens, what a full batch and full memory
-    add to an iteration, and the network. ``tokens_left``, ``latency`` and ``score`` sum up the requests that run (wait)
-    on the expert: the tokens that they are predicted to emit from now on, the mean of their age over the time that they
-    may take (latency limit times predicted tokens), and the mean of their predicted scores; 0 where there are none.
-    Every value is finite and cut to +-``FLAT_LIMIT``.
+    * Rates are log(1 + requests/s per expert) over about the last 2, 10 and 60 s.
+    * Numbers of requests and memory are fractions of the expert's capacity.
+    * Tokens are on a logarithmic scale, see ``log_tokens``.
+    * Times are fractions of the arrived request's latency limit: the lower bound of an iteration, the prefill of 256
+      tokens, what a full batch and what full memory add to an iteration, and the network delay.
+    * ``tokens_left``, ``latency`` and ``score`` summarise the running (waiting) requests on the expert: their predicted
+      remaining tokens, the mean of their age relative to the allowed time (latency limit times predicted tokens), and
+      the mean of their predicted scores; 0 without requests.
+
+    Every value is finite and clipped to +-``FLAT_LIMIT``.
     """
     shared, each = arrived_columns(obs), expert_columns(obs)
     flat = jnp.concatenate(
@@ -69,22 +71,22 @@ def flat_view(obs: Observation) -> Array:
 
 
 def arrived_columns(obs: Observation) -> dict[str, Array]:
-    """Returns what ``flat_view`` says of the arrived request: scalars by ``FLAT_ARRIVED``, not cut yet."""
+    """Returns the columns of the arrived request, scalars by the names of ``FLAT_ARRIVED``, before clipping."""
     arrived = jax.tree.map(jnp.asarray, obs.arrived)
     rates = jnp.log1p(arrived.recent_rate_per_s / obs.experts.running.shape[-1])
     return {
         "prompt_tokens": log_tokens(arrived.prompt_tokens),
-        "latency_limit": jnp.maximum(arrived.latency_limit_s, _NO_TIME_S) / _LATENCY_LIMIT_S,
+        "latency_limit": jnp.maximum(arrived.latency_limit_s, _MIN_TIME_S) / _LATENCY_LIMIT_S,
         **{name: rates[k] for k, name in enumerate(FLAT_ARRIVED[-len(RATE_WINDOWS_S) :])},
     }
 
 
 def expert_columns(obs: Observation) -> dict[str, Array]:
-    """Returns what ``flat_view`` says of each expert: columns [N] by ``FLAT_EXPERT``, not cut yet."""
+    """Returns the columns of the experts, [N] each by the names of ``FLAT_EXPERT``, before clipping."""
     obs = jax.tree.map(jnp.asarray, obs)
     arrived, experts, requests = obs.arrived, obs.experts, obs.requests
     profile = experts.profile
-    limit_s = jnp.maximum(arrived.latency_limit_s, _NO_TIME_S)
+    limit_s = jnp.maximum(arrived.latency_limit_s, _MIN_TIME_S)
     columns = {
         "predicted_score": arrived.predicted_score,
         "predicted_tokens": log_tokens(arrived.predicted_tokens),
@@ -96,25 +98,25 @@ def expert_columns(obs: Observation) -> dict[str, Array]:
         "sequences_time": profile.per_sequence_s * profile.max_running / limit_s,
         "kv_time": profile.per_kv_token_s * profile.kv_blocks * BLOCK_SIZE_TOKENS / limit_s,
         "network_time": profile.network_s / limit_s,
-        **_summed_up("running", requests, requests.running),
-        **_summed_up("waiting", requests, requests.waiting),
+        **_summary("running", requests, requests.running),
+        **_summary("waiting", requests, requests.waiting),
     }
     return {name: jnp.broadcast_to(column, experts.running.shape) for name, column in columns.items()}
 
 
 def log_tokens(tokens: Array) -> Array:
-    """Returns numbers of tokens on a logarithmic scale on which 1024 tokens are 1."""
-    return jnp.log1p(tokens) / math.log1p(_MANY_TOKENS)
+    """Returns numbers of tokens on a logarithmic scale, on which 1024 tokens are 1."""
+    return jnp.log1p(tokens) / math.log1p(_UNIT_TOKENS)
 
 
-def _summed_up(name: str, requests: RequestView, here: Array) -> dict[str, Array]:
-    """Returns the columns [N] of the requests where ``here`` [N, S] is set."""
-    count = jnp.maximum(jnp.sum(here, -1), 1)
-    left_tokens = requests.predicted_tokens - requests.generated_tokens
-    allowed_s = jnp.maximum(requests.latency_limit_s * requests.predicted_tokens, _NO_TIME_S)
+def _summary(name: str, requests: RequestView, mask: Array) -> dict[str, Array]:
+    """Returns the columns [N] that summarise the requests where ``mask`` [N, S] is set."""
+    count = jnp.maximum(jnp.sum(mask, -1), 1)
+    remaining_tokens = requests.predicted_tokens - requests.generated_tokens
+    allowed_s = jnp.maximum(requests.latency_limit_s * requests.predicted_tokens, _MIN_TIME_S)
     latency = jnp.minimum(requests.age_s / allowed_s, FLAT_LIMIT)
     return {
-        f"{name}_tokens_left": log_tokens(jnp.sum(jnp.where(here, left_tokens, 0.0), -1)),
-        f"{name}_latency": jnp.sum(jnp.where(here, latency, 0.0), -1) / count,
-        f"{name}_score": jnp.sum(jnp.where(here, requests.predicted_score, 0.0), -1) / count,
+        f"{name}_tokens_left": log_tokens(jnp.sum(jnp.where(mask, remaining_tokens, 0.0), -1)),
+        f"{name}_latency": jnp.sum(jnp.where(mask, latency, 0.0), -1) / count,
+        f"{name}_score": jnp.sum(jnp.where(mask, requests.predicted_score, 0.0), -1) / count,
     }

@@ -1,6 +1,6 @@
-"""What is known of each node of the heterogeneous graph, as normalised features that a network can read.
+"""Normalised features of the nodes of the heterogeneous graph: the arrived request, the experts and their requests.
 
-The arrays are dense: every expert has the same number of request slots, and masks tell which of them hold a request.
+The arrays are dense. Every expert has the same number of request slots, and masks mark the slots that hold a request.
 """
 
 from __future__ import annotations
@@ -32,37 +32,41 @@ REQUEST_FEATURES = (
     "computed",
 )
 
-_SHORTEST_LIMIT_S, _LONGEST_LIMIT_S = 1e-6, 1e6  # s/token, so that ratios of limits of 0 or infinity are numbers
+_MIN_LIMIT_S, _MAX_LIMIT_S = 1e-6, 1e6  # s/token; clips limits, so that ratios of limits are finite
 
 
 class GraphFeatures(struct.PyTreeNode):
-    """The nodes of the graph and where they hang together; any leading batch axes may stand in front."""
+    """Features of the nodes and the edges between them; batched instances have further axes in front."""
 
-    arrived: Array  # [Fa] float32, ``ARRIVED_FEATURES``, or without the recent rates those before them
-    experts: Array  # [N, Fe] float32, ``EXPERT_FEATURES`` and perhaps ``IMPACT_FEATURES``
-    requests: Array  # [N, S, Fr] float32, ``REQUEST_FEATURES``; 0 where there is no request
+    arrived: Array  # [Fa] float32, ``ARRIVED_FEATURES`` with or without the recent rates
+    experts: Array  # [N, Fe] float32, ``EXPERT_FEATURES`` with or without ``IMPACT_FEATURES``
+    requests: Array  # [N, S, Fr] float32, ``REQUEST_FEATURES``; 0 in empty slots
     running: Array  # [N, S] bool
     waiting: Array  # [N, S] bool
-    legal: Array  # [N + 1] bool, legal actions; the last one drops the request
+    legal: Array  # [N + 1] bool, legal actions; the last action drops the request
 
 
 def graph_features(
     obs: Observation, *, with_impact: bool = True, with_rates: bool = True, slots: int | None = None
 ) -> GraphFeatures:
-    """Returns the nodes of the observation of one environment.
+    """Returns the features of the observation of one environment.
 
-    Arrived and expert features are the columns of ``flat_view``. The impact estimate's own latency is a fraction of the
-    request's limit, and what it says of many requests is compressed to sign(x) log(1 + |x|). Of a request, ``age`` is
-    the part of its allowed time (latency limit times predicted tokens) that has gone by, ``slack`` is the allowed time
-    left per predicted token left, as a fraction of its limit (1: on schedule, below 0: lost), ``latency_limit`` is
-    relative to the arrived request's, ``kv_share`` is the part of its expert's KV memory that it holds and ``computed``
-    the part of its known tokens whose keys and values are cached. Every value is finite and cut to +-``FEATURE_LIMIT``.
+    Features of the arrived request and the experts are the columns of ``flat_view``. Of ``IMPACT_FEATURES``,
+    ``own_latency`` is a fraction of the latency limit, and sums over requests are compressed to sign(x) log(1 + |x|).
+    Every value is finite and clipped to +-``FEATURE_LIMIT``. Of ``REQUEST_FEATURES``:
+
+    * ``age`` is the elapsed share of the allowed time (latency limit times predicted tokens).
+    * ``slack`` is the remaining allowed time per predicted remaining token, as a fraction of the limit: 1 is on
+      schedule, below 0 the limit is violated already.
+    * ``latency_limit`` is relative to the limit of the arrived request.
+    * ``kv_share`` is the share of the expert's KV memory that the request holds.
+    * ``computed`` is the share of its prompt and generated tokens whose keys and values are cached.
 
     Args:
-      obs: what the router sees.
-      with_impact: gives the experts ``IMPACT_FEATURES`` too.
-      with_rates: gives the arrived request the recent rates of arrivals too.
-      slots: keeps only this many requests of each expert, the first to arrive; all slots without it.
+      obs: the observation.
+      with_impact: adds ``IMPACT_FEATURES`` to the experts.
+      with_rates: adds the recent arrival rates to the arrived request.
+      slots: number of requests of each expert to keep, the first to arrive; None keeps all slots.
 
     Raises:
       InputError: ``slots`` is below 1.
@@ -74,12 +78,12 @@ def graph_features(
     if with_impact:
         experts |= _impact_columns(obs)
     running, waiting = obs.requests.running, obs.requests.waiting
-    here = running | waiting
-    requests = jnp.where(here[..., None], _stacked(_request_columns(obs), REQUEST_FEATURES), 0.0)
-    if slots is not None and slots < here.shape[-1]:
-        first, there = _first_requests(here, slots)
-        requests = jnp.where(there[..., None], jnp.take_along_axis(requests, first[..., None], -2), 0.0)
-        running, waiting = (jnp.take_along_axis(mask, first, -1) & there for mask in (running, waiting))
+    present = running | waiting
+    requests = jnp.where(present[..., None], _stacked(_request_columns(obs), REQUEST_FEATURES), 0.0)
+    if slots is not None and slots < present.shape[-1]:
+        first, exists = _first_requests(present, slots)
+        requests = jnp.where(exists[..., None], jnp.take_along_axis(requests, first[..., None], -2), 0.0)
+        running, waiting = (jnp.take_along_axis(mask, first, -1) & exists for mask in (running, waiting))
     return GraphFeatures(
         arrived=_stacked(arrived, ARRIVED_FEATURES if with_rates else ARRIVED_FEATURES[: -len(RATE_WINDOWS_S)]),
         experts=_stacked(experts, EXPERT_FEATURES + IMPACT_FEATURES if with_impact else EXPERT_FEATURES),
@@ -91,7 +95,7 @@ def graph_features(
 
 
 def _impact_columns(obs: Observation) -> dict[str, Array]:
-    # An answer has a token at least, and the estimate divides by their number.
+    # The estimate divides by the number of predicted tokens.
     tokens = jnp.maximum(obs.arrived.predicted_tokens, 1.0)
     estimate = impact(obs.replace(arrived=obs.arrived.replace(predicted_tokens=tokens)))
     return {
@@ -105,34 +109,35 @@ def _impact_columns(obs: Observation) -> dict[str, Array]:
 
 
 def _request_columns(obs: Observation) -> dict[str, Array]:
-    """Returns the columns [N, S] of the requests, not cut yet and without meaning where there is none."""
-    seen = obs.requests
-    limit_s = _limit_s(seen.latency_limit_s)
-    predicted_tokens = jnp.maximum(seen.predicted_tokens, 1.0)
-    left_tokens = jnp.maximum(predicted_tokens - seen.generated_tokens, 1.0)
-    age_tokens = seen.age_s / limit_s  # tokens that should have come by now
-    known_tokens = jnp.maximum(seen.prompt_tokens + seen.generated_tokens, 1)
+    """Returns the columns [N, S] of the requests, before clipping; values in empty slots have no meaning."""
+    requests = obs.requests
+    limit_s = _limit_s(requests.latency_limit_s)
+    predicted_tokens = jnp.maximum(requests.predicted_tokens, 1.0)
+    remaining_tokens = jnp.maximum(predicted_tokens - requests.generated_tokens, 1.0)
+    due_tokens = requests.age_s / limit_s  # a request on schedule has generated as many
+    known_tokens = jnp.maximum(requests.prompt_tokens + requests.generated_tokens, 1)
+    blocks = blocks_of(requests.computed_tokens, BLOCK_SIZE_TOKENS)
     return {
-        "prompt_tokens": log_tokens(seen.prompt_tokens),
-        "predicted_score": seen.predicted_score,
+        "prompt_tokens": log_tokens(requests.prompt_tokens),
+        "predicted_score": requests.predicted_score,
         "predicted_tokens": log_tokens(predicted_tokens),
-        "generated_tokens": log_tokens(seen.generated_tokens),
-        "age": age_tokens / predicted_tokens,
-        "slack": (predicted_tokens - age_tokens) / left_tokens,
+        "generated_tokens": log_tokens(requests.generated_tokens),
+        "age": due_tokens / predicted_tokens,
+        "slack": (predicted_tokens - due_tokens) / remaining_tokens,
         "latency_limit": limit_s / _limit_s(obs.arrived.latency_limit_s),
-        "kv_share": blocks_of(seen.computed_tokens, BLOCK_SIZE_TOKENS) / obs.experts.profile.kv_blocks[..., None],
-        "computed": seen.computed_tokens / known_tokens,
+        "kv_share": blocks / obs.experts.profile.kv_blocks[..., None],
+        "computed": requests.computed_tokens / known_tokens,
     }
 
 
-def _first_requests(here: Array, count: int) -> tuple[Array, Array]:
-    """Returns the slots [N, count] of the first requests, and whether there are so many; there may be gaps in between.
+def _first_requests(present: Array, count: int) -> tuple[Array, Array]:
+    """Returns the slots [N, count] of the first requests of each expert, and whether these requests exist.
 
-    Finished requests leave their slots empty, so the first slots need not hold the first requests.
+    Finished requests leave empty slots, so the first slots need not hold the first requests.
     """
-    before = jnp.cumsum(here, -1)[..., None, :] <= jnp.arange(count)[:, None]  # [N, count, S] slots to pass over
+    before = jnp.cumsum(present, -1)[..., None, :] <= jnp.arange(count)[:, None]  # [N, count, S] slots to skip
     slot = jnp.sum(before, -1)
-    return jnp.minimum(slot, here.shape[-1] - 1), slot < here.shape[-1]
+    return jnp.minimum(slot, present.shape[-1] - 1), slot < present.shape[-1]
 
 
 def _stacked(columns: dict[str, Array], names: tuple[str, ...]) -> Array:
@@ -141,7 +146,7 @@ def _stacked(columns: dict[str, Array], names: tuple[str, ...]) -> Array:
 
 
 def _limit_s(limit_s: Array) -> Array:
-    return jnp.clip(limit_s, _SHORTEST_LIMIT_S, _LONGEST_LIMIT_S)
+    return jnp.clip(limit_s, _MIN_LIMIT_S, _MAX_LIMIT_S)
 
 
 def _compressed(x: Array) -> Array:

@@ -1,22 +1,23 @@
 """The encoder: a heterogeneous graph attention network (HAN, Wang et al. 2019) over arrived, expert and request nodes.
 
-The graph is a tree: each running or waiting request hangs on its expert, and each expert on the arrived request. In
+The graph is a tree. Each running or waiting request is linked to its expert, and each expert to the arrived request. In
 every layer an expert reads its running requests, its waiting requests and the arrived request, a request reads its
-expert, and the arrived request reads all experts. A relation is read by multi-head attention over the neighbours as in
-GAT (a score from target and source, leaky ReLU, softmax), and an expert weighs what its relations say by semantic
-attention. No weight belongs to one expert, so one set of parameters serves any number of experts in any order.
+expert, and the arrived request reads all experts. Within a relation, nodes read their neighbours by multi-head
+attention as in GAT (a score from target and source, leaky ReLU, softmax). An expert weighs its relations by semantic
+attention. All experts share the parameters, so one set of parameters serves any number of experts in any order.
 
-``HAN`` reads dense arrays with masks, without scatter, which is fast in training; ``segment.py`` runs the same network
-on ragged graphs. Where it departs from HAN:
+``HAN`` reads dense arrays with masks. It needs no scatter operations, so it trains fast. ``encoder.han_ragged`` runs
+the same network on ragged graphs. Differences to HAN:
 
-* Semantic weights are computed for each node. HAN averages them over all nodes of the batch: then what is decided in
-  one environment would depend on the others beside it, and an idle expert would weigh its requests as a busy one does.
-  Relations in which a node has no neighbour are left out of the softmax.
-* The score vectors of GAT are folded into the projections, and neighbours are averaged before they are projected, which
-  is the same by linearity: then next to nothing is computed for each of the many requests.
-* Attention over one neighbour is 1 and is not computed: the arrived request to an expert, an expert to its requests.
-* Running and waiting requests, which have the same features, share the projection of their own features; what differs
-  by type is what they read from their expert. Two projections made the gradient of that step twice as slow on a CPU.
+* Semantic weights are computed for each node. HAN averages them over all nodes of the batch. Decisions in one
+  environment would then depend on the other environments of the batch, and an idle expert would weigh its requests like
+  a busy one. Relations in which a node has no neighbours are left out of the softmax.
+* The score vectors of GAT are folded into the projections, and neighbours are averaged before projection, which is the
+  same by linearity. This leaves little computation for each of the many requests.
+* Attention over a single neighbour is 1 and is not computed: from the arrived request to an expert, and from an expert
+  to its requests.
+* Running and waiting requests have the same features and share the projection of these. They differ in the projection
+  that they read from their expert. A second projection doubles the time of that gradient on a CPU.
 * Each node adds a projection of its own features (a residual), and arrived and expert nodes are layer-normalised.
 """
 
@@ -36,9 +37,9 @@ from qos_jax.encoder.graph import GraphFeatures
 from qos_jax.errors import InputError
 
 REQUEST_RELATIONS = ("running", "waiting")
-EXPERT_RELATIONS = (*REQUEST_RELATIONS, "arrived")  # what an expert reads, in the order of its semantic weights
+EXPERT_RELATIONS = (*REQUEST_RELATIONS, "arrived")  # that an expert reads, in the order of its semantic weights
 
-_MASKED = -1e9  # not minus infinity, which has no gradient where everything is masked
+_MASKED = -1e9  # minus infinity has no gradient where everything is masked
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -47,15 +48,15 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 class HANConfig:
     """Size of the encoder."""
 
-    features: int = 32  # D, of every embedding
-    heads: int = 4  # H, of every attention; D is a multiple of it
+    features: int = 32  # D, width of every embedding, a multiple of ``heads``
+    heads: int = 4  # H, of every attention
     layers: int = 2
 
     def __post_init__(self) -> None:
         """Checks the fields.
 
         Raises:
-          InputError: a field is below 1, or ``features`` is no multiple of ``heads``.
+          InputError: a field is below 1, or ``features`` is not a multiple of ``heads``.
         """
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
@@ -65,34 +66,36 @@ class HANConfig:
 
 
 class Embedding(struct.PyTreeNode):
-    """What the encoder makes of an observation."""
+    """The embeddings of an observation."""
 
     arrived: Array  # [D]
     experts: Array  # [N, D]
 
 
 class Links(NamedTuple):
-    """How nodes find their neighbours: all that differs between dense arrays and ragged graphs.
+    """How nodes read their neighbours: the only difference between dense arrays and ragged graphs.
 
-    An ``Attend`` takes the scores of T targets [T, R, H] and of K sources [K, R, H] and the sources' values [K, F]. It
-    returns their means [T, R, H, F] over the neighbours in each of R relations, 0 where there are none, weighted by the
-    softmax of the leaky ReLU of the sum of both scores, and those weights.
+    An ``Attend`` takes the scores of T targets [T, R, H] and of K sources [K, R, H], and the values of the sources
+    [K, F]. It returns the weighted means of the values [T, R, H, F] over the neighbours in each of R relations, 0
+    without neighbours, and the weights. The weights are the softmax of the leaky ReLU of the sum of both scores.
     """
 
     to_experts: Attend  # from requests, R = 2: running, waiting
     to_arrived: Attend  # from experts, R = 1
     of_arrived: Callable[[Array], Array]  # arrived [F] -> what each expert reads from it [N, F]
     of_experts: Callable[[Array], Array]  # experts [N, F] -> what each request reads from its expert [N, S, F]
-    has_requests: Array  # [N, 2] bool: there are running, waiting requests
-    running: Array  # [N, S] bool, of the requests
+    has_requests: Array  # [N, 2] bool: the expert has running requests, waiting requests
+    running: Array  # [N, S] bool: the request is running
 
 
 class HAN(nn.Module):
     """The heterogeneous graph attention network.
 
-    Attention weights are sown as ``intermediates``, under the name of each layer (``layer_0`` is the first):
-    ``request_attention`` [..., N, 2, H, S] of running and waiting requests, ``expert_attention`` [..., 1, H, N] that
-    the arrived request pays, and ``semantic_attention`` [..., N, 3] over ``EXPERT_RELATIONS``.
+    Attention weights are sown as ``intermediates`` under the name of each layer (``layer_0`` is the first):
+
+    * ``request_attention`` [..., N, 2, H, S] of the experts to their running and waiting requests
+    * ``expert_attention`` [..., 1, H, N] of the arrived request to the experts
+    * ``semantic_attention`` [..., N, 3] of the experts to ``EXPERT_RELATIONS``
     """
 
     config: HANConfig = HANConfig()
@@ -103,7 +106,7 @@ class HAN(nn.Module):
 
     @nn.compact
     def encode(self, arrived: Array, experts: Array, requests: Array, links: Links) -> Embedding:
-        """Returns the embeddings of nodes that find each other by ``links``."""
+        """Returns the embeddings of nodes with these features and links."""
         for i in range(self.config.layers):
             is_last = i == self.config.layers - 1
             layer = _Layer(self.config, updates_requests=not is_last, name=f"layer_{i}")
@@ -113,7 +116,7 @@ class HAN(nn.Module):
 
 class _Layer(nn.Module):
     config: HANConfig
-    updates_requests: bool  # nobody reads requests after the last layer
+    updates_requests: bool  # False in the last layer, after which requests are not read
 
     @nn.compact
     def __call__(self, arrived: Array, experts: Array, requests: Array, links: Links) -> tuple[Array, Array, Array]:
@@ -153,7 +156,7 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, targets: Array, sources: Array, attend: Attend) -> tuple[Array, Any]:
-        """Returns what targets [..., T, F] read in each relation [..., T, R, D], and the attention weights."""
+        """Returns the messages to targets [..., T, F] in each relation [..., T, R, D], and the attention weights."""
         heads, width = self.config.heads, self.config.features
         stacked = (self.relations, heads)
         from_target = nn.DenseGeneral(stacked, name="target_score")(targets)
@@ -167,11 +170,11 @@ class _Attention(nn.Module):
 
 
 class _SemanticAttention(nn.Module):
-    """Weighs what a node reads in its relations."""
+    """The weighted mean of the messages that a node reads in its relations."""
 
     @nn.compact
     def __call__(self, read: Array, present: Array) -> tuple[Array, Array]:
-        """Returns the mean [..., D] over what is read [..., R, D] where present [..., R], and its weights [..., R]."""
+        """Returns the mean [..., D] of the messages [..., R, D] that are present [..., R], and the weights [..., R]."""
         key = jnp.tanh(nn.Dense(read.shape[-1], name="key")(read))
         score = nn.Dense(1, use_bias=False, name="query")(key)[..., 0]
         weights = jax.nn.softmax(jnp.where(present, score, _MASKED), -1)
@@ -192,9 +195,9 @@ def _dense_links(nodes: GraphFeatures) -> Links:
 
 
 def _attend(mask: Array, target_score: Array, source_score: Array, values: Array) -> tuple[Array, Array]:
-    """Attends over K sources on an axis of their own: mask [..., R, K], scores [..., R, H] and [..., K, R, H].
+    """Attends over K sources on a dense axis: mask [..., R, K], scores [..., R, H] and [..., K, R, H].
 
-    Sources come last in the scores, and all relations share one matrix product, which is fastest on a CPU.
+    Sources are the last axis of the scores, and all relations share one matrix product, as this is fastest on a CPU.
     """
     mask = mask[..., None, :]
     logits = nn.leaky_relu(target_score[..., None] + jnp.moveaxis(source_score, -3, -1), 0.2)

@@ -1,7 +1,7 @@
 """The encoder on ragged graphs: the parameters of ``HAN``, run with jraph's segment operations.
 
-Only requests that exist are nodes, so it fits a real system of any size, and fleets of different sizes make one batch.
-The shapes differ from graph to graph, which is why it is not meant for jit; training takes the dense form.
+Nodes are the existing requests only, so the graphs fit real systems of any size, and fleets of different sizes make one
+batch. Shapes differ between graphs, so jit would compile for each graph. Training uses the dense form.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from qos_jax.encoder.jraph_views import NODE_KINDS, Graphs
 
 
 def segment_encode(variables: Any, config: HANConfig, graphs: Graphs) -> Embedding:
-    """Returns what ``HAN(config)`` makes of one graph or of a batch of graphs.
+    """Returns the embeddings of ``HAN(config)`` for one graph or a batch of graphs.
 
     Args:
-      variables: of ``HAN(config)``.
+      variables: parameters of ``HAN(config)``.
       config: size of the encoder.
-      graphs: as from ``to_graphs``, or such graphs joined by relation.
+      graphs: as returned by ``to_graphs``, or several of them joined by relation.
 
     Returns:
-      The embeddings: arrived [G, D] of the G graphs, experts [E, D] of all their experts, in order.
+      The embeddings: arrived [G, D] of the G graphs, and experts [E, D] of all their experts, in order.
     """
     table = graphs["arrived", "expert"].nodes
     arrived, experts, requests = (jnp.asarray(table[name][table["kind"] == i]) for i, name in enumerate(NODE_KINDS))
@@ -61,7 +61,7 @@ def _segment_links(graphs: Graphs) -> Links:
 
 
 def _attend(edges: list[tuple[np.ndarray, np.ndarray]], num_targets: int) -> Attend:
-    """Builds the attention along the edges (senders, receivers) of each relation; its weights are [E, H] for each."""
+    """Builds the attention along the edges (senders, receivers) of each relation; the weights are [E, H] for each."""
 
     def attend(target_score: Array, source_score: Array, values: Array) -> tuple[Array, list[Array]]:
         means, weights = [], []

@@ -1,4 +1,4 @@
-"""Observations as jraph graphs, one per relation, on the host: for pictures, analysis and real systems of any size."""
+"""Observations as NumPy graphs of jraph, one per relation: for plots, analysis and real systems of any size."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def graph_view(obs: Observation) -> dict[Relation, jraph.GraphsTuple]:
 
     Nodes are the arrived request, then the N experts, then the R requests on them by expert and arrival. ``nodes`` is a
     dict of columns [1 + N + R]: ``kind``, an index into ``NODE_KINDS``, and in float32 the fields of ``ArrivedView``,
-    ``ExpertView``, ``ExpertProfile`` and ``RequestView`` under their own names and in their own units, 0 where a node
-    has no such field.
+    ``ExpertView``, ``ExpertProfile`` and ``RequestView`` under their own names and in their own units, 0 for nodes
+    without that field.
 
-    Edges lead to experts: ``("arrived", "expert")`` to each of them, with ``predicted_score``, ``predicted_tokens`` and
-    ``legal``, columns [N]; ``("running", "expert")`` and ``("waiting", "expert")`` from each request to where it is,
-    without features. ``globals`` holds ``drop_legal`` [1] and ``recent_rate_per_s`` [1, K].
+    Edges lead to experts. ``("arrived", "expert")`` has one to each expert, with the columns [N] ``predicted_score``,
+    ``predicted_tokens`` and ``legal``. ``("running", "expert")`` and ``("waiting", "expert")`` have one from each
+    request to its expert, without features. ``globals`` holds ``drop_legal`` [1] and ``recent_rate_per_s`` [1, K].
     """
     obs = jax.tree.map(np.asarray, obs)
     num_experts = obs.experts.running.shape[0]
@@ -93,16 +93,15 @@ Graphs = dict[Relation, jraph.GraphsTuple]
 
 
 def to_graphs(nodes: GraphFeatures) -> Graphs:
-    """Returns the nodes of one environment as one NumPy graph per relation, all over the same table of nodes.
+    """Returns the features of one environment as one NumPy graph per relation, all over the same table of nodes.
 
     Nodes are the arrived request, then the N experts, then the R requests on them by expert and slot. ``nodes`` is a
     dict of arrays [1 + N + R, ...]: ``kind``, an index into ``NODE_KINDS``, and under the name of each kind its
-    features, 0 for nodes of another kind. Edges lead to experts, as in ``graph_view``: ``("arrived", "expert")`` to
-    each, ``("running", "expert")`` and ``("waiting", "expert")`` from each request to where it is. The network reads
-    them both ways. ``jraph.batch_np`` joins graphs of the same relation.
+    features, 0 for nodes of another kind. Edges lead to experts, as in ``graph_view``. The network reads them in both
+    directions. ``jraph.batch_np`` joins graphs of the same relation.
 
     Raises:
-      InputError: there are batch axes.
+      InputError: the features have batch axes.
     """
     arrived, experts, requests = (np.asarray(x) for x in (nodes.arrived, nodes.experts, nodes.requests))
     if arrived.ndim != 1:
@@ -129,6 +128,6 @@ def to_graphs(nodes: GraphFeatures) -> Graphs:
 
     graphs = {("arrived", "expert"): relation(np.zeros(len(experts)), np.arange(len(experts)))}
     for name, mask in masks.items():
-        here = np.flatnonzero(mask[expert_of, slot])
-        graphs[name, "expert"] = relation(1 + len(experts) + here, expert_of[here])
+        requests_in = np.flatnonzero(mask[expert_of, slot])
+        graphs[name, "expert"] = relation(1 + len(experts) + requests_in, expert_of[requests_in])
     return graphs

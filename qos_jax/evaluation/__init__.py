@@ -1,1 +1,1 @@
-"""Judging routers: evaluation, metrics, statistics, planners and bounds, and comparison with measured runs."""
+"""Evaluation of routers: runs, metrics, statistics, hindsight plans, bounds, and comparison with measured runs."""

@@ -1,16 +1,17 @@
-"""Evaluation: what every router makes of the same requests.
+"""Evaluation: all routers on the same requests.
 
-For each load and seed one trace of requests is drawn; every router decides on that very trace (common random numbers),
-and each one's decisions are replayed by the exact engine into a log of all requests, from which all metrics come.
-Oracles decide on the same observation with truths in the place of predictions.
+One trace of requests is sampled for each load and seed, and every router routes this trace (common random numbers). The
+exact engine replays the decisions of each router into a log of all requests, from which all metrics are computed.
+Oracles observe ground truth instead of predictions.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from qos_jax.errors import InputError
 from qos_jax.evaluation.metrics import metrics_of
 from qos_jax.routers.base import Router
 from qos_jax.sim.batching import map_environments
@@ -28,29 +30,55 @@ from qos_jax.sim.replay import ReplayResult, replay_many
 from qos_jax.sim.types import Request, RequestTrace
 from qos_jax.sim.world import WorldSpec, advance, dispatch, empty_world, observe
 
+_NUM_SEEDS = 2**32  # of jax.random.key
+_REAL = (int, float, np.integer, np.floating)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """One load and one seed: the requests that every router is given."""
+    """A load and a seed, which fix the requests that every router is given."""
 
     load: float  # fraction of the fleet's saturation rate
-    rate_per_s: float
+    rate_per_s: float  # requests/s
     seed: int
 
 
+def scenarios(params: EnvParams, loads: Sequence[float], seeds: Iterable[int]) -> list[Scenario]:
+    """Returns the scenarios of every load with every seed, load by load. Loads and rates are not rounded.
+
+    Args:
+      params: of the world; ``params.saturation_per_s`` turns loads into arrival rates.
+      loads: fractions of the fleet's saturation rate.
+      seeds: whole numbers below 2^32. Training uses seeds below 1000.
+
+    Raises:
+      InputError: a load or a seed is out of range, or the saturation rate of the world is unknown.
+    """
+    saturation_per_s, seeds = float(params.saturation_per_s), list(seeds)
+    if not 0 < saturation_per_s < math.inf:
+        raise InputError(f"saturation_per_s is {saturation_per_s}: measure it with qos_jax.saturation_rate")
+    for load in loads:
+        if isinstance(load, bool) or not isinstance(load, _REAL) or not 0 < load < math.inf:
+            raise InputError(f"load is {load!r}, must be a finite number above 0")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < _NUM_SEEDS:
+            raise InputError(f"seed is {seed!r}, must be a whole number from 0 to {_NUM_SEEDS - 1}")
+    return [Scenario(float(load), float(load) * saturation_per_s, int(seed)) for load in loads for seed in seeds]
+
+
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What one router made of one scenario."""
+class RouterRun:
+    """One router on one scenario of J requests."""
 
     router: Router
     scenario: Scenario
     trace: RequestTrace
-    assignment: np.ndarray  # [J] int32, -1 where the router dropped the request
+    assignment: np.ndarray  # [J] int32 expert, -1 where the router dropped the request
     replayed: ReplayResult
     metrics: dict[str, float]
 
 
-def rollout(
+def route_requests(
     spec: WorldSpec,
     routers: tuple[Router, ...],
     which: Array | int,
@@ -59,19 +87,19 @@ def rollout(
     requests: Request,
     key: Array,
 ) -> Array:
-    """Lets one of the routers decide on a known sequence of requests.
+    """Routes a known sequence of requests with one of the routers.
 
-    All routers are compiled into one program and ``which`` picks one at run time, as to compile the engine for each of
-    them would take far longer than to run it.
+    All routers are compiled into one program and ``which`` chooses one at run time: compiling the engine for each
+    router would take much longer than running it.
 
     Args:
       spec: shapes of the world.
-      routers: who may decide.
-      which: [] int32, index of who does.
+      routers: all routers of the program.
+      which: [] int32, index of the router to use.
       params: the world; its workload is not used.
       gaps_s: [J] s before each request.
-      requests: what the router is told, and what then is true; leaves [J, ...].
-      key: for routers that draw lots.
+      requests: predictions and ground truth, leaves [J, ...].
+      key: for routers that sample actions.
 
     Returns:
       The actions [J] int32; ``num_experts`` is a drop.
@@ -95,7 +123,7 @@ def rollout(
 
 
 def with_truths(router: Router, requests: Request) -> Request:
-    """Puts the truths that an oracle may see in the place of the predictions."""
+    """Replaces the predictions by the ground truth that an oracle observes."""
     if router.information in ("true_scores", "true_scores_and_tokens"):
         requests = requests.replace(predicted_score=requests.score)
     if router.information == "true_scores_and_tokens":
@@ -112,20 +140,20 @@ def evaluate(
     *,
     warmup: int = 0,
     progress: Callable[[Router], None] = lambda router: None,
-) -> list[Run]:
-    """Runs every router on every scenario; ``progress`` is called as each router is done. Routers run side by side.
+) -> list[RouterRun]:
+    """Runs every router on every scenario. Routers run in parallel threads.
 
     Args:
       env: the environment; only its spec is used.
-      params: its parameters; the arrival rate is each scenario's own.
-      routers: who decides.
-      scenarios: loads and seeds.
-      num_requests: requests of each scenario.
-      warmup: leading requests that the metrics do not count.
+      params: its parameters; the arrival rate is that of each scenario.
+      routers: the routers to compare.
+      scenarios: loads and seeds, see ``scenarios``.
+      num_requests: number of requests of each scenario.
+      warmup: number of leading requests that the metrics do not count.
       progress: called with each router that is done.
 
     Returns:
-      The runs, router by router, scenarios in their order within.
+      The runs, router by router, each in the order of the scenarios.
     """
     rates = np.array([scenario.rate_per_s for scenario in scenarios])
     keys = jnp.stack([jax.random.key(scenario.seed) for scenario in scenarios])
@@ -133,12 +161,12 @@ def evaluate(
     traces = _traces(gaps_s, requests, len(scenarios))
 
     together, experts = tuple(routers), jax.tree.map(np.asarray, params.experts)
-    world = params.replace(workload=None)  # so that another one does not compile anew
+    world = params.replace(workload=None)  # another workload does not recompile
 
-    def run(which: int) -> list[Run]:
+    def run_router(which: int) -> list[RouterRun]:
         router = together[which]
         actions = np.asarray(
-            _rollouts(env.spec, together, jnp.int32(which), world, gaps_s, with_truths(router, requests), keys)
+            _route_scenarios(env.spec, together, jnp.int32(which), world, gaps_s, with_truths(router, requests), keys)
         )
         assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
         engine_spec = env.spec.engine
@@ -147,14 +175,14 @@ def evaluate(
             token_budget=engine_spec.token_budget, block_size=engine_spec.block_size,
         )  # fmt: skip
         runs = [
-            Run(router, *each, metrics_of(experts, *each[1:], warmup))
+            RouterRun(router, *each, metrics_of(experts, *each[1:], warmup))
             for each in zip(scenarios, traces, assignments, replays, strict=True)
         ]
         progress(router)
         return runs
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [one for runs in pool.map(run, range(len(together))) for one in runs]
+        return [run for runs in pool.map(run_router, range(len(together))) for run in runs]
 
 
 @partial(jax.jit, static_argnums=3)
@@ -166,7 +194,7 @@ def _sample_scenarios(params: EnvParams, rates: Array, keys: Array, num_requests
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _rollouts(
+def _route_scenarios(
     spec: WorldSpec,
     routers: tuple[Router, ...],
     which: Array,
@@ -177,7 +205,7 @@ def _rollouts(
 ) -> Array:
     def one(scenario: tuple[Array, Request, Array]) -> Array:
         gaps_s, requests, key = scenario
-        return rollout(spec, routers, which, params, gaps_s, requests, jax.random.fold_in(key, 1))
+        return route_requests(spec, routers, which, params, gaps_s, requests, jax.random.fold_in(key, 1))
 
     return map_environments(one, (gaps_s, requests, keys))
 

@@ -1,8 +1,8 @@
-"""Fidelity: the measured run of a real engine on one GPU, replayed by the simulator, and how far the two are apart.
+"""Fidelity: a measured run of a real engine on one GPU, replayed by the simulator, and the errors of the replay.
 
-Only what the engine was given enters the replay: when which request came, how many tokens it has, and the KV memory.
-Timing comes from elsewhere, such as kernel tables (``qos_jax.fleet.profile_fitting``). So what was measured of the run, the
-times of its tokens and what its scheduler held at each second, tests timing and scheduling rules together.
+The replay uses only the inputs of the engine: arrivals, token counts and KV memory. Timing comes from another source,
+such as kernel tables (``qos_jax.fleet.profile_fitting``). The measurements of the run (times of its tokens, and state
+of its scheduler over time) therefore test the timing and the scheduling rules together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.spatial import KDTree
 
 from qos_jax.errors import InputError
 from qos_jax.evaluation.measured_run import MeasuredRun
@@ -26,27 +25,27 @@ from qos_jax.sim.types import ExpertProfile, RequestLog, RequestTrace
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end"}
 LOADS = {"running": "requests running", "waiting": "requests waiting", "kv_share": "KV memory in use"}
 
-_POINTS = 200  # of a tick
-_ENDLESS = 10**6  # blocks, or places in a queue
+_POINTS_PER_TICK = 200
+_UNLIMITED = 10**6  # blocks, or places in a queue
 
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedRun:
-    """The same requests in the simulator."""
+    """The requests of a measured run in the simulator."""
 
     log: RequestLog
     running: np.ndarray  # [T] requests, at the ticks of the measured run
     waiting: np.ndarray  # [T] requests
-    kv_share: np.ndarray  # [T]
-    iterations: Iterations  # all that ran, in order
+    kv_share: np.ndarray  # [T] share of the KV blocks in use
+    iterations: Iterations  # all iterations, in order
 
 
 def simulate(run: MeasuredRun, timing: Mapping[str, float]) -> SimulatedRun:
     """Replays a measured run, in float64 for its requests and in float32 for its iterations.
 
     Args:
-      run: what the engine was given.
-      timing: coefficients of one iteration, as ``fitting.fit_timing`` returns them.
+      run: gives the inputs of the engine and the ticks.
+      timing: coefficients of an iteration, as ``profile_fitting.fit_timing`` returns them.
 
     Raises:
       InputError: a request does not fit the memory.
@@ -56,22 +55,22 @@ def simulate(run: MeasuredRun, timing: Mapping[str, float]) -> SimulatedRun:
         experts, trace, np.zeros(len(run.arrival_s), int), 0, 0.0, np.inf,
         token_budget=run.token_budget, block_size=run.block_size,
     )  # fmt: skip
-    computed = _computed(iterations)
-    here = iterations.activity != Activity.ABSENT
-    blocks = -(-computed // run.block_size).sum(1)
-    at = np.searchsorted(iterations.start_s, run.tick_s, side="right") - 1
-    busy = (at >= 0) & (run.tick_s <= (iterations.start_s + iterations.duration_s)[at])
+    cached = _cached_tokens(iterations)
+    present = iterations.activity != Activity.ABSENT
+    blocks = -(-cached // run.block_size).sum(1)
+    index = np.searchsorted(iterations.start_s, run.tick_s, side="right") - 1
+    busy = (index >= 0) & (run.tick_s <= (iterations.start_s + iterations.duration_s)[index])
     return SimulatedRun(
-        log=replayed(run, timing),
-        running=np.where(busy, (computed > 0).sum(1)[at], 0),
-        waiting=np.where(busy, (here & (computed == 0)).sum(1)[at], 0),
-        kv_share=np.where(busy, blocks[at], 0) / run.kv_blocks,
-        iterations=_batches(iterations, computed),
+        log=replay_run(run, timing),
+        running=np.where(busy, (cached > 0).sum(1)[index], 0),
+        waiting=np.where(busy, (present & (cached == 0)).sum(1)[index], 0),
+        kv_share=np.where(busy, blocks[index], 0) / run.kv_blocks,
+        iterations=_batches(iterations, cached),
     )
 
 
-def replayed(run: MeasuredRun, timing: Mapping[str, float]) -> RequestLog:
-    """Returns what happens to the requests of a measured run in the simulator; see ``simulate``."""
+def replay_run(run: MeasuredRun, timing: Mapping[str, float]) -> RequestLog:
+    """Returns the log of the requests of a measured run in the simulator; see ``simulate``."""
     log = replay(
         _expert(run, timing), _trace(run), np.zeros(len(run.arrival_s), int),
         token_budget=run.token_budget, block_size=run.block_size,
@@ -84,7 +83,12 @@ def replayed(run: MeasuredRun, timing: Mapping[str, float]) -> RequestLog:
 
 
 def latencies_s(run: MeasuredRun, log: MeasuredRun | RequestLog) -> dict[str, np.ndarray]:
-    """Returns TTFT [J] s, TPOT [J] s/token (NaN for answers of one token) and end-to-end latency [J] s by name."""
+    """Returns TTFT [J] s, TPOT [J] s/token (NaN for answers of one token) and end-to-end latency [J] s, by name.
+
+    Args:
+      run: gives the arrivals and output tokens.
+      log: gives the times of the tokens; the run itself for the measured latencies.
+    """
     later_tokens = np.where(run.output_tokens > 1, run.output_tokens - 1, np.nan)
     return {
         "ttft_s": log.first_token_s - run.arrival_s,
@@ -94,70 +98,74 @@ def latencies_s(run: MeasuredRun, log: MeasuredRun | RequestLog) -> dict[str, np
 
 
 def latency_errors(run: MeasuredRun, log: RequestLog) -> dict[str, dict[str, float]]:
-    """Returns for each of ``LATENCIES`` how far the simulator is off.
+    """Returns the errors of the simulated latencies, for each of ``LATENCIES``.
 
-    That is: both means (``measured``, ``simulated``), the relative error of the mean (``mean_error``), median and 95th
-    percentile of the size of the relative error of a request (``median_error``, ``p95_error``), and ``correlation``.
+    Returns:
+      By name: both means (``measured``, ``simulated``), the relative error of the mean (``mean_error``), median and
+      95th percentile of the absolute relative error of a request (``median_error``, ``p95_error``), and
+      ``correlation`` over the requests.
     """
     errors = {}
     measured, simulated = latencies_s(run, run), latencies_s(run, log)
     for name in LATENCIES:
-        known = np.isfinite(measured[name])
-        real, ours = measured[name][known], simulated[name][known]
-        off = np.abs(ours / real - 1)
+        defined = np.isfinite(measured[name])
+        real, model = measured[name][defined], simulated[name][defined]
+        relative = np.abs(model / real - 1)
         errors[name] = {
             "measured": float(real.mean()),
-            "simulated": float(ours.mean()),
-            "mean_error": float(ours.mean() / real.mean() - 1),
-            "median_error": float(np.median(off)),
-            "p95_error": float(np.percentile(off, 95)),
-            "correlation": float(np.corrcoef(real, ours)[0, 1]),
+            "simulated": float(model.mean()),
+            "mean_error": float(model.mean() / real.mean() - 1),
+            "median_error": float(np.median(relative)),
+            "p95_error": float(np.percentile(relative, 95)),
+            "correlation": float(np.corrcoef(real, model)[0, 1]),
         }
     return errors
 
 
 def load_errors(run: MeasuredRun, simulated: SimulatedRun) -> dict[str, dict[str, float]]:
-    """Returns for each of ``LOADS`` both means over the ticks and the mean size of their difference."""
+    """Returns both means over the ticks and the mean absolute difference, for each of ``LOADS``."""
     errors = {}
     for name in LOADS:
-        real, ours = getattr(run, name), getattr(simulated, name)
+        real, model = getattr(run, name), getattr(simulated, name)
         errors[name] = {
             "measured": float(real.mean()),
-            "simulated": float(ours.mean()),
-            "mean_difference": float(np.abs(ours - real).mean()),
+            "simulated": float(model.mean()),
+            "mean_difference": float(np.abs(model - real).mean()),
         }
     return errors
 
 
 def parts_of_time(run: Iterations, kernels: Iterations, timing: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Says for each kind of iteration how much of a run it is, and how far the cost form is off there.
+    """Returns the share of a run's time and the error of the cost model, for each kind of iteration.
 
-    The form is compared with the kernel tables at the measured batch of the same kind that is nearest to each iteration
-    of the run, in the logarithms of its prompt tokens, requests and cached tokens.
+    Each iteration of the run is compared with the nearest measured batch of the same kind in the kernel tables, in the
+    logarithms of prompt tokens, requests and cached tokens.
 
     Args:
-      run: iterations that ran.
-      kernels: measured ones, as ``fitting.assemble`` returns them.
-      timing: coefficients of the form.
+      run: iterations of the run.
+      kernels: measured iterations, as ``profile_fitting.assemble`` returns them.
+      timing: coefficients of the cost model.
 
     Returns:
-      Rows of ``kind``, ``iterations``, ``share`` of the run's time, ``form_error``, the mean over that time (NaN where
-      no such batch was measured), and ``of_the_run``, the product of the two.
+      Rows of ``kind``, ``iterations``, ``share`` of the run's time, ``form_error``, the mean error of the cost model
+      over that time (NaN without a measured batch), and ``of_the_run``, the product of the two.
     """
+    from scipy.spatial import KDTree  # slow to import
+
     rows = []
     table_error = _predicted_s(kernels, timing) / kernels.time_s - 1
     for kind in KINDS:
-        mine, measured = run.kind == kind, kernels.kind == kind
-        if not mine.any():
+        in_run, measured = run.kind == kind, kernels.kind == kind
+        if not in_run.any():
             continue
-        share, form_error = run.time_s[mine].sum() / run.time_s.sum(), np.nan
+        share, form_error = run.time_s[in_run].sum() / run.time_s.sum(), np.nan
         if measured.any():
-            _, nearest = KDTree(_logarithms(kernels, measured)).query(_logarithms(run, mine))
-            form_error = np.average(table_error[measured][nearest], weights=run.time_s[mine])
+            _, nearest = KDTree(_log_counts(kernels, measured)).query(_log_counts(run, in_run))
+            form_error = np.average(table_error[measured][nearest], weights=run.time_s[in_run])
         rows.append(
             {
                 "kind": kind,
-                "iterations": int(mine.sum()),
+                "iterations": int(in_run.sum()),
                 "share": float(share),
                 "form_error": float(form_error),
                 "of_the_run": float(share * form_error),
@@ -167,16 +175,16 @@ def parts_of_time(run: Iterations, kernels: Iterations, timing: Mapping[str, flo
 
 
 def decode_errors(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Compares the cost form with the engine itself, in the ticks in which it computed no new prompt.
+    """Compares the cost model with the engine, in ticks in which the engine computed no new prompt.
 
-    The form is taken at the batches that the engine had then, interpolated between the looks; the last block of a
-    request counts as half full. What kernel tables do not hold, such as the time of the scheduler, shows here.
+    The cost model is evaluated at the batches of the engine, interpolated between ticks; the last block of a request
+    counts as half full. This comparison includes time that kernel tables do not contain, such as that of the scheduler.
 
     Returns:
-      For ticks in which nobody waited (``memory free``) and those in which somebody did, while for the second tick on
-      end fewer requests ran, so that hardly a preempted one came back (``memory full``): the number of ``ticks``, the
-      ``measured`` tokens, those ``predicted`` at the same batches, and the relative ``error`` of the form's time; NaN
-      where there is no such tick.
+      The ticks are of two kinds: those without waiting requests (``memory free``), and those with waiting requests in
+      which the number of running requests fell, as in the tick before, so that few preempted requests resumed (``memory
+      full``). For each kind: the number of ``ticks``, the ``measured`` tokens, the tokens ``predicted`` at the same
+      batches, and the relative ``error`` of the model's time; NaN without such a tick.
     """
     tokens = np.diff(run.tick_s) * run.output_tokens_per_s[1:]
     predicted = _decoded_tokens(run, timing)
@@ -187,17 +195,17 @@ def decode_errors(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, di
         "memory full": only_decoded & (run.waiting[1:] > 0) & fell & np.append(False, fell[:-1]),
     }
     errors = {}
-    for name, mine in ticks.items():
-        measured, ours = float(tokens[mine].sum()), float(predicted[mine].sum())
-        error = measured / ours - 1 if mine.any() else np.nan
-        errors[name] = {"ticks": int(mine.sum()), "measured": measured, "predicted": ours, "error": error}
+    for name, of_kind in ticks.items():
+        measured, expected = float(tokens[of_kind].sum()), float(predicted[of_kind].sum())
+        error = measured / expected - 1 if of_kind.any() else np.nan
+        errors[name] = {"ticks": int(of_kind.sum()), "measured": measured, "predicted": expected, "error": error}
     return errors
 
 
 def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str, float]) -> dict[str, float]:
-    """Returns ``preemptions`` in the simulator, the ``tokens`` that it computed once more, and their ``share`` of time.
+    """Returns the ``preemptions`` in the simulator, the ``tokens`` recomputed after them, and their ``share`` of time.
 
-    The share counts the arithmetic of these tokens only; an engine that finds a part of them cached saves at most that.
+    The share includes only the arithmetic of these tokens, the maximum that an engine with a prefix cache can save.
     """
     tokens = float(simulated.iterations.prompt_tokens.sum() - run.prompt_tokens.sum())
     return {
@@ -208,24 +216,24 @@ def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str
 
 
 def parts_left_out(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Returns the relative errors of the mean latencies if one part of the model were missing, by part."""
+    """Returns the relative errors of the mean latencies with one part of the model left out, by part."""
     variants: dict[str, tuple[MeasuredRun, dict[str, float]]] = {
         "nothing": (run, {}),
         "reads of the KV cache": (run, {"per_kv_token_s": 0.0}),
         "time per request": (run, {"per_sequence_s": 0.0}),
         "arithmetic of prompts": (run, {"prefill_base_s": 0.0, "prefill_per_token_s": 0.0}),
-        "limit of the KV memory": (dataclasses.replace(run, kv_blocks=_ENDLESS), {}),
+        "limit of the KV memory": (dataclasses.replace(run, kv_blocks=_UNLIMITED), {}),
     }
     errors = {}
-    for name, (given, changed) in variants.items():
-        of_log = latency_errors(run, replayed(given, {**timing, **changed}))
-        errors[name] = {latency: row["mean_error"] for latency, row in of_log.items()}
+    for name, (changed_run, changed_timing) in variants.items():
+        rows = latency_errors(run, replay_run(changed_run, {**timing, **changed_timing}))
+        errors[name] = {latency: row["mean_error"] for latency, row in rows.items()}
     return errors
 
 
 def _expert(run: MeasuredRun, timing: Mapping[str, float]) -> ExpertProfile:
     fields = {name: timing[name] for name in TIMING_UNITS}
-    fields |= {"kv_blocks": run.kv_blocks, "max_running": run.max_running, "max_waiting": _ENDLESS}
+    fields |= {"kv_blocks": run.kv_blocks, "max_running": run.max_running, "max_waiting": _UNLIMITED}
     return ExpertProfile(**{name: np.array([value]) for name, value in fields.items()})
 
 
@@ -233,17 +241,17 @@ def _trace(run: MeasuredRun) -> RequestTrace:
     return RequestTrace(run.arrival_s, run.prompt_tokens, run.output_tokens[:, None])
 
 
-def _computed(log: IterationLog) -> np.ndarray:
+def _cached_tokens(log: IterationLog) -> np.ndarray:
     """Returns the cached tokens [I, R] of each request at the end of each iteration."""
     total = np.cumsum(log.tokens, axis=0, dtype=np.int64)
-    thrown_away = np.maximum.accumulate(np.where(log.activity == Activity.PREEMPTED, total, 0), axis=0)
-    return np.where(log.activity == Activity.ABSENT, 0, total - thrown_away)
+    discarded = np.maximum.accumulate(np.where(log.activity == Activity.PREEMPTED, total, 0), axis=0)
+    return np.where(log.activity == Activity.ABSENT, 0, total - discarded)
 
 
-def _batches(log: IterationLog, computed: np.ndarray) -> Iterations:
-    """Returns what the cost of each iteration depends on."""
+def _batches(log: IterationLog, cached: np.ndarray) -> Iterations:
+    """Returns the kind, the counts and the duration of each iteration."""
     prefills, decodes = log.activity == Activity.PREFILL, log.activity == Activity.DECODE
-    before = computed - log.tokens
+    before = cached - log.tokens
     prompt_tokens, decoding = (log.tokens * prefills).sum(1), decodes.sum(1)
     continued = (prefills & (before > 0)).any(1)
     kind = np.select([continued, prompt_tokens == 0, decoding == 0], ["chunked", "decode", "prefill"], "mixed")
@@ -252,8 +260,8 @@ def _batches(log: IterationLog, computed: np.ndarray) -> Iterations:
 
 
 def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, float]) -> np.ndarray:
-    """Returns the tokens [T - 1] that the form gives from each tick to the next, at the batches of the engine."""
-    times_s = np.linspace(run.tick_s[:-1], run.tick_s[1:], _POINTS)
+    """Returns the tokens [T - 1] that the cost model predicts between ticks, at the batches of the engine."""
+    times_s = np.linspace(run.tick_s[:-1], run.tick_s[1:], _POINTS_PER_TICK)
     requests = np.interp(times_s, run.tick_s, run.running)
     blocks = np.interp(times_s, run.tick_s, run.kv_share) * run.kv_blocks
     kv_tokens = np.maximum(run.block_size * (blocks - requests / 2), 0)
@@ -262,11 +270,13 @@ def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, float]) -> np.ndarray
 
 
 def _predicted_s(iterations: Iterations, timing: Mapping[str, float]) -> np.ndarray:
+    """Returns the durations [R] s by the cost model."""
     counts = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
-    expert = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # the cost reads none of the three
+    expert = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # iteration_s uses none of the three
     return np.asarray(iteration_s(expert, *map(jnp.asarray, counts)), np.float64)
 
 
-def _logarithms(iterations: Iterations, mine: np.ndarray) -> np.ndarray:
+def _log_counts(iterations: Iterations, selected: np.ndarray) -> np.ndarray:
+    """Returns the logarithms of the three counts [R', 3] of the selected iterations."""
     columns = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
-    return np.log1p(np.stack([column[mine] for column in columns], 1).astype(np.float64))
+    return np.log1p(np.stack([column[selected] for column in columns], 1).astype(np.float64))

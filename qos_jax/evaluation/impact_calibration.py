@@ -1,8 +1,8 @@
-"""Calibration: how well the impact estimate says what then happens.
+"""Calibration of the impact estimate: predictions compared to outcomes.
 
-A run that ``qos_jax.evaluation.evaluate`` has made is gone through once more, and at each decision the impact of the action that
-was taken is predicted. What then happened is in the run's exact log. Which violations a request caused among those that
-were there before it is the difference to an exact replay of the same decisions without it.
+The decisions of a run of ``qos_jax.evaluation.evaluate`` are simulated once more, and the impact of the action taken is
+predicted at each of them. The outcomes are in the run's exact log. The violations that a request caused among the
+requests present at its arrival are the difference to an exact replay of the same decisions without it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from jax import Array, lax
 
 from qos_jax.errors import InputError
-from qos_jax.evaluation.evaluate import Run
+from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.metrics import latency_per_token_s
-from qos_jax.impact.estimate import Form, Impact, impact
+from qos_jax.impact.estimate import Impact, ImpactForm, impact
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import ReplayResult, replay_many
 from qos_jax.sim.types import Request
@@ -31,34 +31,34 @@ NUM_BINS = 10  # of predicted probabilities
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What then happened in a run of J requests."""
+    """The outcomes of a run of J requests."""
 
-    counted: np.ndarray  # [J] bool: sent to an expert, behind the warm-up
+    counted: np.ndarray  # [J] bool: sent to an expert after the warm-up
     latency_per_token_s: np.ndarray  # [J] s/token, NaN where dropped
     in_time: np.ndarray  # [J] bool
-    removed: np.ndarray  # [C] int, counted requests that were replayed without, each
-    violations: np.ndarray  # [C] int, that each of these caused among the requests that were there
+    removed: np.ndarray  # [C] int, indices of the counted requests that were removed from a replay, one at a time
+    violations: np.ndarray  # [C] int, violations that each removed request caused among the requests present
 
 
-def outcome_of(env: Environment, params: EnvParams, run: Run, *, warmup: int = 0, removals: int = 32) -> Outcome:
-    """Returns what happened in a run, with the violations that some of its requests caused.
+def outcome_of(env: Environment, params: EnvParams, run: RouterRun, *, warmup: int = 0, removals: int = 32) -> Outcome:
+    """Returns the outcomes of a run, with the violations that some of its requests caused.
 
     Args:
       env: the environment of the run; only its spec is used.
       params: its parameters; only the experts are used.
-      run: what a router made of a scenario.
-      warmup: leading requests that are not counted.
-      removals: how many requests are replayed without; they are spread evenly over those that count.
+      run: of one router on one scenario.
+      warmup: number of leading requests that are not counted.
+      removals: number of replays with one request removed; these requests are spread evenly over those that count.
 
     Raises:
-      InputError: the router has sent no request that counts to an expert.
+      InputError: the router sent no counted request to an expert.
     """
     experts = jax.tree.map(np.asarray, params.experts)
     counted = (run.assignment >= 0) & (np.arange(len(run.assignment)) >= warmup)
     sent = np.flatnonzero(counted)
     if not len(sent):
         raise InputError(
-            f"router {run.router.name!r} has sent no request behind the warm-up of {warmup}: choose another"
+            f"router {run.router.name!r} has sent no request after the warm-up of {warmup}: choose another"
         )
     removed = sent[np.linspace(0, len(sent) - 1, min(removals, len(sent))).round().astype(int)]
     others = [np.where(np.arange(len(run.assignment)) == j, -1, run.assignment) for j in removed]
@@ -73,15 +73,15 @@ def outcome_of(env: Environment, params: EnvParams, run: Run, *, warmup: int = 0
             per_token_s = latency_per_token_s(experts, run.trace, run.assignment, replayed)
             return per_token_s <= run.trace.latency_limit_s
 
-    really = in_time(run.replayed)
+    realised = in_time(run.replayed)
     return Outcome(
         counted=counted,
         latency_per_token_s=latency_per_token_s(experts, run.trace, run.assignment, run.replayed),
-        in_time=really,
+        in_time=realised,
         removed=removed,
         violations=np.array(
             [
-                np.sum((in_time(without).astype(int) - really)[_there(run, j)])
+                np.sum((in_time(without).astype(int) - realised)[_present_at_arrival(run, j)])
                 for j, without in zip(removed, replays, strict=True)
             ],
             int,
@@ -89,27 +89,32 @@ def outcome_of(env: Environment, params: EnvParams, run: Run, *, warmup: int = 0
     )
 
 
-def _there(run: Run, j: int) -> np.ndarray:
+def _present_at_arrival(run: RouterRun, j: int) -> np.ndarray:
     """Returns [J] bool: the requests that were on the expert of request ``j`` when it arrived."""
     same_expert = (run.assignment == run.assignment[j]) & (np.arange(len(run.assignment)) < j)
     return same_expert & (run.replayed.log.finish_s > run.trace.arrival_s[j])
 
 
 def predict(
-    env: Environment, params: EnvParams, runs: Sequence[Run], form: Form, widths_s: Sequence[float], length_cv: float
+    env: Environment,
+    params: EnvParams,
+    runs: Sequence[RouterRun],
+    form: ImpactForm,
+    widths_s: Sequence[float],
+    length_cv: float,
 ) -> Impact:
-    """Predicts the impact of each action that was taken.
+    """Predicts the impact of each action taken in some runs.
 
     Args:
       env: the environment of the runs; only its spec is used.
       params: its parameters; the workload is not used.
-      runs: R runs of one number of requests J.
+      runs: R runs with the same number of requests J.
       form: of the estimate.
       widths_s: W widths of the logistic [s/token].
       length_cv: coefficient of variation of an output length given its prediction, see ``impact``.
 
     Returns:
-      The estimate, NumPy arrays [R, J, W]; anything where the router dropped the request.
+      The estimate, NumPy arrays [R, J, W]; values have no meaning where the router dropped the request.
     """
     fields: Any = Request.__dataclass_fields__
     columns: dict[str, Any] = {name: np.stack([getattr(run.trace, name) for run in runs]) for name in fields}
@@ -124,7 +129,7 @@ def predict(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _predict(
-    spec: WorldSpec, form: Form, length_cv: float, params: EnvParams, widths_s: Array, runs: tuple[Any, ...]
+    spec: WorldSpec, form: ImpactForm, length_cv: float, params: EnvParams, widths_s: Array, runs: tuple[Any, ...]
 ) -> Impact:
     def decide(world: World, x: tuple[Array, Request, Array]) -> tuple[World, Impact]:
         gap_s, request, action = x
@@ -138,37 +143,37 @@ def _predict(
 
 
 def calibration_of(outcomes: Sequence[Outcome], predicted: Impact) -> list[dict[str, Any]]:
-    """Returns for each of the W widths how predictions and outcomes agree, over all runs.
+    """Compares predictions and outcomes of all runs for each of the W widths.
 
     Args:
       outcomes: of R runs.
       predicted: the impact predicted in these runs, [R, J, W].
 
     Returns:
-      For each width: ``latency_per_token_s`` and ``violations`` as ``agreement`` has them, ``in_time`` as
-      ``probability_scores`` has it, and the bins of its ``reliability``.
+      For each width: the ``agreement`` of ``latency_per_token_s`` and of ``violations``, the ``probability_scores`` of
+      ``in_time``, and its ``reliability_bins`` under the name ``reliability``.
     """
 
     def of_width(w: int) -> dict[str, Any]:
         in_time = _pooled([predicted.in_time[r, each.counted, w] for r, each in enumerate(outcomes)])
-        really = _pooled([each.in_time[each.counted] for each in outcomes])
+        realised = _pooled([each.in_time[each.counted] for each in outcomes])
         answered = [each.counted & np.isfinite(each.latency_per_token_s) for each in outcomes]
-        latency_s = _pooled([predicted.latency_per_token_s[r, mine, w] for r, mine in enumerate(answered)])
+        latency_s = _pooled([predicted.latency_per_token_s[r, mask, w] for r, mask in enumerate(answered)])
         violations = _pooled([predicted.violations_change[r, each.removed, w] for r, each in enumerate(outcomes)])
         return {
             "latency_per_token_s": agreement(
-                latency_s, _pooled([o.latency_per_token_s[mine] for o, mine in zip(outcomes, answered, strict=True)])
+                latency_s, _pooled([o.latency_per_token_s[mask] for o, mask in zip(outcomes, answered, strict=True)])
             ),
-            "in_time": probability_scores(in_time, really),
+            "in_time": probability_scores(in_time, realised),
             "violations": agreement(violations, _pooled([each.violations for each in outcomes])),
-            "reliability": reliability(in_time, really),
+            "reliability": reliability_bins(in_time, realised),
         }
 
     return [of_width(w) for w in range(predicted.in_time.shape[-1])]
 
 
 def agreement(predicted: np.ndarray, realised: np.ndarray) -> dict[str, float]:
-    """Returns number, means, correlation (NaN if either is constant), bias and mean absolute error of predictions."""
+    """Returns number, means, correlation (NaN if one of them is constant), bias and mean absolute error."""
     predicted, realised = np.asarray(predicted, np.float64), np.asarray(realised, np.float64)
     varied = min(np.ptp(predicted), np.ptp(realised)) > 0
     return {
@@ -182,13 +187,13 @@ def agreement(predicted: np.ndarray, realised: np.ndarray) -> dict[str, float]:
 
 
 def probability_scores(predicted: np.ndarray, happened: np.ndarray) -> dict[str, float]:
-    """Returns the scores of predicted probabilities.
+    """Returns scores of predicted probabilities.
 
-    They are number, means, Brier score, Brier score of always predicting the mean of what happened (``base_brier``),
-    and expected calibration error: the mean distance, over the predictions, of what their bin predicted on average to
-    what happened in it (``ece``).
+    These are number, means, Brier score, Brier score of predicting the base rate (``base_brier``), and expected
+    calibration error (``ece``): the difference between mean prediction and frequency in a bin, averaged over the
+    predictions.
     """
-    bins = reliability(predicted, happened)
+    bins = reliability_bins(predicted, happened)
     base = float(np.mean(happened))
     return {
         "number": len(predicted),
@@ -200,8 +205,8 @@ def probability_scores(predicted: np.ndarray, happened: np.ndarray) -> dict[str,
     }
 
 
-def reliability(predicted: np.ndarray, happened: np.ndarray, num_bins: int = NUM_BINS) -> list[dict[str, float]]:
-    """Returns for each bin of equal width that is not empty: number of predictions, their mean, share that happened."""
+def reliability_bins(predicted: np.ndarray, happened: np.ndarray, num_bins: int = NUM_BINS) -> list[dict[str, float]]:
+    """Returns number of predictions, their mean and the frequency of the event in each bin that is not empty."""
     index = np.minimum((np.asarray(predicted) * num_bins).astype(int), num_bins - 1)
     return [
         {

@@ -1,7 +1,7 @@
-"""Measured runs of a real engine on one GPU: what it was given, and what was measured of it.
+"""Measured runs of a real engine on one GPU: the inputs of the engine, and the measurements.
 
-A run is a folder as LLMServingSim's benchmark writes it: ``meta.json``, ``requests.jsonl`` and ``timeseries.csv``.
-``qos_jax.evaluation.fidelity`` compares one with the simulator.
+A run is a folder in the format of LLMServingSim's benchmark: ``meta.json``, ``requests.jsonl`` and ``timeseries.csv``.
+``qos_jax.evaluation.fidelity`` compares a run with the simulator.
 """
 
 from __future__ import annotations
@@ -24,32 +24,35 @@ _TICK_FIELDS = ("t", "running", "waiting", "kv_cache_pct", "prompt_throughput", 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRun:
-    """What an engine was given and what was measured of it; times count from the first arrival."""
+    """The requests and limits of an engine, and its measurements; times are relative to the first arrival."""
 
-    name: str  # model, GPU and engine
+    name: str  # model, GPU and engine, for messages and reports
     arrival_s: np.ndarray  # [J] s, not decreasing
     prompt_tokens: np.ndarray  # [J] tokens
     output_tokens: np.ndarray  # [J] tokens
     first_token_s: np.ndarray  # [J] s
     finish_s: np.ndarray  # [J] s
-    tick_s: np.ndarray  # [T] s, when the engine was looked at
+    tick_s: np.ndarray  # [T] s, times at which the state of the engine was sampled
     running: np.ndarray  # [T] requests
     waiting: np.ndarray  # [T] requests
-    kv_share: np.ndarray  # [T] of the KV blocks that were held
-    prompt_tokens_per_s: np.ndarray  # [T] since the tick before, each prompt counted once
-    output_tokens_per_s: np.ndarray  # [T]
+    kv_share: np.ndarray  # [T] share of the KV blocks in use
+    prompt_tokens_per_s: np.ndarray  # [T] tokens/s since the last tick, each prompt counted once
+    output_tokens_per_s: np.ndarray  # [T] tokens/s since the last tick
     kv_blocks: int
-    block_size: int  # tokens of a block
+    block_size: int  # tokens per block
     max_running: int  # requests
-    token_budget: int  # tokens of an iteration
+    token_budget: int  # tokens per iteration
 
 
 def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
     """Reads a measured run.
 
-    ``queued_ts`` and all later times of a request are read from another clock than ``arrival_time``, when the engine
-    takes the request between two iterations. The simulator waits for that boundary itself, so its arrivals are
-    ``arrival_time``, and the least difference of the two is taken for that of the clocks.
+    ``arrival_time`` is from one clock; ``queued_ts`` and all later times are from another. The engine takes a request
+    at ``queued_ts``, between two iterations. The simulator models that wait, so arrivals are ``arrival_time``, and the
+    smallest difference of the two times is the offset of the clocks.
+
+    Args:
+      folder: with the three files; see the module.
 
     Raises:
       InputError: a file cannot be read, or lacks a field.
@@ -61,15 +64,15 @@ def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
     tick = _ticks(folder / "timeseries.csv")
     begin_s = column["arrival_time"][0]
     arrival_s = column["arrival_time"] - begin_s
-    clock_s = np.min(column["queued_ts"] - arrival_s)
+    offset_s = np.min(column["queued_ts"] - arrival_s)
     return MeasuredRun(
         name=f"{meta.get('model', kind=str)} on {meta.get('hardware.device_name', kind=str)}, "
         f"vLLM {meta.get('vllm_version', kind=str)}",
         arrival_s=arrival_s,
         prompt_tokens=column["input_toks"].astype(np.int64),
         output_tokens=column["output_toks"].astype(np.int64),
-        first_token_s=column["first_token_ts"] - clock_s,
-        finish_s=column["last_token_ts"] - clock_s,
+        first_token_s=column["first_token_ts"] - offset_s,
+        finish_s=column["last_token_ts"] - offset_s,
         tick_s=tick["t"] + meta.moment_s("started_at") - begin_s,
         running=tick["running"],
         waiting=tick["waiting"],
@@ -91,16 +94,16 @@ class _Meta:
         self.values = parse_json(_text(path), str(path))
 
     def get(self, name: str, kind: type = int) -> Any:
-        """Returns the value of a field, given with the objects that it lies in and dots between them."""
+        """Returns the value of a field; the name of a nested field has dots."""
         value = self.values
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, kind):
-            raise InputError(f"{self.path}: {name} is {value!r}, must be a {kind.__name__}")
+            raise InputError(f"{self.path}: {name} is {value!r}, must be of type {kind.__name__}")
         return value
 
     def moment_s(self, name: str) -> float:
-        """Returns the ISO time in a field, in seconds since 1970."""
+        """Returns the ISO time in a field as seconds since 1970."""
         text = self.get(name, kind=str)
         try:
             return datetime.datetime.fromisoformat(text).timestamp()
@@ -113,9 +116,9 @@ def _json_lines(path: pathlib.Path) -> list[dict[str, float]]:
     for number, row in enumerate(rows, 1):
         for name in _REQUEST_FIELDS:
             if not isinstance(row, dict) or not isinstance(row.get(name), int | float):
-                raise InputError(f"{path}, line {number}: {name} is missing or no number")
+                raise InputError(f"{path}, line {number}: {name} is missing or no number, must be a number")
     if not rows:
-        raise InputError(f"{path}: holds no request")
+        raise InputError(f"{path}: holds no request, must hold at least one")
     return rows
 
 
@@ -123,9 +126,9 @@ def _ticks(path: pathlib.Path) -> dict[str, np.ndarray]:
     reader = csv.DictReader(_text(path).splitlines())
     rows = list(reader)
     if missing := set(_TICK_FIELDS) - set(reader.fieldnames or ()):
-        raise InputError(f"{path}: lacks the column {min(missing)}")
+        raise InputError(f"{path}: lacks the column {min(missing)}, must have {', '.join(_TICK_FIELDS)}")
     if not rows:
-        raise InputError(f"{path}: holds no row")
+        raise InputError(f"{path}: holds no row, must hold at least one")
     try:
         return {name: np.array([float(row[name]) for row in rows]) for name in _TICK_FIELDS}
     except (TypeError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""Statistics of evaluations: what can be said of routers, and how surely.
+"""Statistics of evaluations: estimates and confidence intervals for the comparison of routers.
 
-Scores come as a table [R, T]: R runs (seeds) on each of T tasks (loads, worlds). The bootstrap is stratified: runs are
-drawn again within each task, so that every resample has the same tasks. All chance comes from an explicit key, and
-intervals are percentiles of the resamples. Why these statistics: Agarwal et al., "Deep reinforcement learning at the
+Scores are tables [R, T] of R runs (seeds) on each of T tasks (loads, worlds). The bootstrap is stratified: runs are
+resampled within each task, so every resample has the same tasks. Randomness comes from an explicit key, and intervals
+are percentiles of the resamples. The choice of statistics follows Agarwal et al., "Deep reinforcement learning at the
 edge of the statistical precipice", 2021.
 """
 
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import scipy.stats
 from jax import Array
 from numpy.typing import ArrayLike
 
@@ -21,7 +20,7 @@ from qos_jax.errors import InputError
 
 
 class Estimate(NamedTuple):
-    """A statistic and its interval: numbers, or arrays of one shape."""
+    """A statistic and its confidence interval: numbers, or arrays of one shape."""
 
     value: Any
     low: Any
@@ -31,33 +30,40 @@ class Estimate(NamedTuple):
 class PairedDifference(NamedTuple):
     """The mean of paired differences, with two intervals."""
 
-    student: Estimate  # over the runs, each of them the mean of its tasks
-    bootstrap: Estimate  # stratified by task
+    student: Estimate  # Student's t interval over the runs' means over tasks
+    bootstrap: Estimate  # percentile interval, stratified by task
 
 
 def summarise(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> dict[str, float]:
-    """Returns mean and Student's t interval over seeds; with one seed the interval is NaN."""
+    """Returns ``mean``, ``low`` and ``high`` with Student's t interval over seeds [R]; NaN bounds for one seed."""
     samples = np.asarray(values, np.float64)
     mean = float(samples.mean())
     if len(samples) < 2:
         return {"mean": mean, "low": float("nan"), "high": float("nan")}
-    half = scipy.stats.t.ppf((1 + confidence) / 2, len(samples) - 1) * samples.std(ddof=1) / np.sqrt(len(samples))
+    half = _student_quantile((1 + confidence) / 2, len(samples) - 1) * samples.std(ddof=1) / np.sqrt(len(samples))
     return {"mean": mean, "low": mean - float(half), "high": mean + float(half)}
 
 
 def crossed_interval(values: np.ndarray) -> dict[str, float]:
-    """Returns mean and 95 % interval of a grid [training seeds, evaluation seeds], each row and column a draw.
+    """Returns ``mean``, ``low`` and ``high`` of a grid [training seeds, evaluation seeds] with a 95 % interval.
 
-    The variance of the mean is taken to be the sum of that over rows and that over columns, which counts the noise of
-    single cells twice: the interval is a little too wide. Student's quantile is that of the axis with fewer draws; an
-    axis of one draw tells nothing of its spread and does not count. With one cell the interval is NaN.
+    Rows and columns are random samples. The variance of the mean is estimated by the sum of the variances over rows and
+    over columns, which counts the noise of single cells twice, so the interval is slightly too wide. Student's quantile
+    is that of the axis with fewer samples. An axis with one sample is ignored, as its spread is unknown; with one cell
+    the bounds are NaN.
     """
     axes = [means for means in (values.mean(1), values.mean(0)) if len(means) > 1]
     mean, half = float(values.mean()), float("nan")
     if axes:
         error = np.sqrt(sum(means.var(ddof=1) / len(means) for means in axes))
-        half = float(scipy.stats.t.ppf(0.975, min(map(len, axes)) - 1) * error)
+        half = float(_student_quantile(0.975, min(map(len, axes)) - 1) * error)
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _student_quantile(probability: float, degrees_of_freedom: int) -> float:
+    import scipy.stats  # slow to import
+
+    return float(scipy.stats.t.ppf(probability, degrees_of_freedom))
 
 
 def stratified_bootstrap(
@@ -70,67 +76,66 @@ def stratified_bootstrap(
     """Estimates a statistic of one or more tables of scores, with its percentile interval.
 
     Args:
-      key: decides which runs are drawn again.
-      statistic: takes the tables as arrays, returns a number or an array.
-      *tables: scores [R, T]. Each table has runs of its own, and is resampled on its own.
+      key: random key of the resamples.
+      statistic: takes the tables as arrays and returns a number or an array.
+      *tables: scores [R, T]. Tables may differ in R and are resampled independently.
       confidence: of the interval.
-      resamples: how often the runs are drawn again.
+      resamples: number of resamples.
 
     Raises:
-      InputError: a table is not [R, T], is empty or has a value that is not finite, or two tables differ in their
-        tasks.
+      InputError: a table is not [R, T], is empty or has a value that is not finite, or tables differ in T.
     """
-    checked = [_checked(table) for table in tables]
-    if len({table.shape[1] for table in checked}) > 1:
-        raise InputError(f"scores have {[table.shape[1] for table in checked]} tasks, must have the same ones")
-    runs = [
+    arrays = [_check(table) for table in tables]
+    if len({table.shape[1] for table in arrays}) > 1:
+        raise InputError(f"scores have {[table.shape[1] for table in arrays]} tasks, must have equal numbers of them")
+    indices = [
         np.asarray(jax.random.randint(key, (resamples, *table.shape), 0, len(table)))
-        for key, table in zip(jax.random.split(key, len(checked)), checked, strict=True)
+        for key, table in zip(jax.random.split(key, len(arrays)), arrays, strict=True)
     ]
     values = [
-        statistic(*(np.take_along_axis(table, drawn[i], 0) for table, drawn in zip(checked, runs, strict=True)))
+        statistic(*(np.take_along_axis(table, index[i], 0) for table, index in zip(arrays, indices, strict=True)))
         for i in range(resamples)
     ]
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return Estimate(statistic(*checked), low, high)
+    return Estimate(statistic(*arrays), low, high)
 
 
 def interquartile_mean(key: Array, scores: ArrayLike, **options: Any) -> Estimate:
     """Estimates the mean of the middle half of all scores [R, T].
 
-    A quarter of them, rounded down, is left out at either end. ``options`` are those of ``stratified_bootstrap``.
+    A quarter of the scores, rounded down, is left out at each end. ``options`` are those of ``stratified_bootstrap``.
     """
     return stratified_bootstrap(key, _interquartile_mean, scores, **options)
 
 
-def probability_of_improvement(key: Array, ours: ArrayLike, others: ArrayLike, **options: Any) -> Estimate:
-    """Estimates how probably a run of ours [R, T] beats one of the others [R', T] on a task drawn by lot.
+def probability_of_improvement(key: Array, scores: ArrayLike, baseline: ArrayLike, **options: Any) -> Estimate:
+    """Estimates the probability that a run of ``scores`` [R, T] beats a run of ``baseline`` [R', T] on a random task.
 
-    It is the mean over the tasks of Mann and Whitney's U divided by R R'; a tie counts as half.
+    It is the mean over tasks of Mann and Whitney's U divided by R R'; a tie counts as half a win.
     """
-    return stratified_bootstrap(key, _share_won, ours, others, **options)
+    return stratified_bootstrap(key, _win_share, scores, baseline, **options)
 
 
 def performance_profile(key: Array, scores: ArrayLike, thresholds: ArrayLike, **options: Any) -> Estimate:
-    """Estimates the share of scores [R, T] above each threshold [K]; the interval holds for each threshold alone."""
+    """Estimates the share of scores [R, T] above each threshold [K], with pointwise intervals."""
     levels = np.asarray(thresholds, np.float64)
     return stratified_bootstrap(key, lambda table: (table[..., None] > levels).mean((0, 1)), scores, **options)
 
 
 def paired_difference(
-    key: Array, ours: ArrayLike, others: ArrayLike, *, confidence: float = 0.95, **options: Any
+    key: Array, scores: ArrayLike, baseline: ArrayLike, *, confidence: float = 0.95, **options: Any
 ) -> PairedDifference:
-    """Estimates the mean of ours - others, both [R, T], where run r of a task is the same requests for both.
+    """Estimates the mean of ``scores - baseline``, both [R, T], where run r of a task has the same requests in both.
 
-    What makes requests easy or hard cancels, so the intervals are far narrower than those of two means.
+    The difficulty of the requests cancels, so the intervals are far narrower than those of two separate means.
 
     Raises:
-      InputError: the shapes differ, or as ``stratified_bootstrap``.
+      InputError: the shapes differ, or as in ``stratified_bootstrap``.
     """
-    ours, others = _checked(ours), _checked(others)
-    if ours.shape != others.shape:
-        raise InputError(f"paired scores have shapes {ours.shape} and {others.shape}, must have the same")
-    difference = ours - others
+    scores, baseline = _check(scores), _check(baseline)
+    if scores.shape != baseline.shape:
+        raise InputError(f"paired scores have shapes {scores.shape} and {baseline.shape}, must have the same")
+    difference = scores - baseline
     return PairedDifference(
         student=Estimate(*summarise(difference.mean(1), confidence).values()),
         bootstrap=stratified_bootstrap(key, np.mean, difference, confidence=confidence, **options),
@@ -143,12 +148,13 @@ def _interquartile_mean(scores: np.ndarray) -> float:
     return float(ordered[cut : len(ordered) - cut].mean())
 
 
-def _share_won(ours: np.ndarray, others: np.ndarray) -> float:
-    difference = ours[:, None] - others[None]
+def _win_share(scores: np.ndarray, baseline: np.ndarray) -> float:
+    difference = scores[:, None] - baseline[None]
     return float(np.mean((difference > 0) + (difference == 0) / 2))
 
 
-def _checked(scores: ArrayLike) -> np.ndarray:
+def _check(scores: ArrayLike) -> np.ndarray:
+    """Returns a table of scores as an array [R, T]."""
     table = np.asarray(scores, np.float64)
     if table.ndim != 2 or 0 in table.shape:
         raise InputError(f"scores have shape {table.shape}, must be [R, T] with at least one run and one task")

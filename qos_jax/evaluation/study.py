@@ -1,7 +1,7 @@
-"""What a study found: rows of many worlds brought down to means, gains, a picture and a part of a page.
+"""Results of a study: summaries, gains, claims and gaps, computed from one row per run.
 
-Routers are compared on the same requests, so a gain is the mean of paired differences. A learned router stands for all
-its training seeds: its interval holds the spread over them and that over the evaluation's seeds.
+Routers are compared on the same requests, so a gain is the mean of paired differences. The results of a learned router
+are over all its training seeds: intervals include the spread over training seeds and over evaluation seeds.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ import numpy as np
 from qos_jax.evaluation.metrics import METRICS
 from qos_jax.evaluation.statistics import crossed_interval
 
-Row = Mapping[str, Any]
+ResultRow = Mapping[str, Any]
 
-PLAN, BOUND = "hindsight_plan", "upper_bound"  # names of what is no router, in rows of kind oracle
+PLAN, BOUND = "hindsight_plan", "upper_bound"  # in rows of kind oracle: results that are not from a router
 _REFERENCE = "oracle_impact"
 _PAPERS_HEURISTICS = ("bert_router", "round_robin", "shortest_queue")
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyResult:
-    """The rows of a study: one for each world, router, training seed, load and seed, with all metrics; None for NaN."""
+    """The rows of a study: one per world, router, training seed, load and seed, with all metrics; None for NaN."""
 
     name: str
     title: str
     question: str
-    axis: str | None  # what differs between the worlds, if that is drawn
-    rows: Sequence[Row]
-    metrics: tuple[str, ...] = ()  # told in the tables beside QoS
-    cost: str | None = None  # a metric, if QoS is drawn against that
+    axis: str | None  # the quantity that differs between worlds, if it is the x axis of the picture
+    rows: Sequence[ResultRow]
+    metrics: tuple[str, ...] = ()  # shown in the tables besides QoS
+    cost: str | None = None  # a metric, if it is the x axis of the picture
 
     @property
     def worlds(self) -> list[str]:
-        """Labels, in order."""
+        """Labels of the worlds, in order."""
         return list(dict.fromkeys(row["world"] for row in self.rows))
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kind of each router by name, the best mean QoS first and oracles last."""
+        """Kind of each router by name, ordered by decreasing mean QoS, with oracles last."""
         kinds = {row["router"]: row["kind"] for row in self.rows}
         means = {name: np.mean([row["qos"] for row in self.rows if row["router"] == name]) for name in kinds}
         return {name: kinds[name] for name in sorted(kinds, key=lambda name: (kinds[name] == "oracle", -means[name]))}
 
     def loads(self, world: str) -> list[float]:
-        """Returns the loads of a world."""
+        """Returns the loads of a world, ascending."""
         return sorted({row["load"] for row in self.rows if row["world"] == world})
 
     @cached_property
     def summary(self) -> list[dict[str, Any]]:
-        """``world``, ``load``, ``router``, ``kind``, ``metric``, ``mean``, ``low`` and ``high``."""
+        """Rows of ``world``, ``load``, ``router``, ``kind``, ``metric``, ``mean``, ``low`` and ``high``."""
         return [
             {"world": world, "load": load, "router": router, "kind": kind, "metric": metric} | crossed_interval(grid)
             for world in self.worlds
@@ -70,10 +70,11 @@ class StudyResult:
 
     @cached_property
     def gains(self) -> list[dict[str, Any]]:
-        """What learned routers gain: ``world``, ``load``, ``router``, ``best`` and ``best_qos`` of the heuristics.
+        """Gains of learned routers over the best heuristic, by world, load and router.
 
-        Also ``mean``, ``low``, ``high`` of the paired gain over it, ``least`` and ``greatest`` of a training seed, and
-        ``oracle``, the QoS of the impact-greedy oracle, or None.
+        Rows of ``world``, ``load``, ``router``, ``best`` heuristic and its ``best_qos``; ``mean``, ``low`` and ``high``
+        of the paired gain in QoS; ``least`` and ``greatest`` gain of a training seed; and ``oracle``, the QoS of the
+        impact-greedy oracle, or None.
         """
         return [
             gain
@@ -85,18 +86,18 @@ class StudyResult:
 
     @cached_property
     def claims(self) -> list[dict[str, Any]]:
-        """What the paper claims of its router, for learned ones: ``world``, ``load``, ``router`` and relative changes.
+        """The quantities of the paper's claims, for learned routers.
 
-        ``qos`` and ``latency_per_token_s`` are against the best of the paper's three heuristics in that metric,
-        ``qos_per_gb_s`` against round robin.
+        Rows of ``world``, ``load``, ``router`` and relative changes: ``qos`` and ``latency_per_token_s`` against the
+        best of the paper's three heuristics in that metric, and ``qos_per_gb_s`` against round robin.
         """
-        means = {place: row["mean"] for place, row in self.cells.items()}
+        means = {cell: row["mean"] for cell, row in self.cells.items()}
         rows = []
         for gain in self.gains:
             world, load = gain["world"], gain["load"]
             if not all((world, load, name, "qos") in means for name in _PAPERS_HEURISTICS):
                 continue
-            against = {
+            reference = {
                 "qos": max(means[world, load, name, "qos"] for name in _PAPERS_HEURISTICS),
                 "latency_per_token_s": min(
                     means[world, load, name, "latency_per_token_s"] for name in _PAPERS_HEURISTICS
@@ -104,29 +105,30 @@ class StudyResult:
                 "qos_per_gb_s": means[world, load, "round_robin", "qos_per_gb_s"],
             }
             changes = {
-                metric: means[world, load, gain["router"], metric] / other - 1 for metric, other in against.items()
+                metric: means[world, load, gain["router"], metric] / value - 1 for metric, value in reference.items()
             }
             rows.append({"world": world, "load": load, "router": gain["router"]} | changes)
         return rows
 
     @cached_property
     def shares(self) -> list[dict[str, Any]]:
-        """Which part of the gap between the best heuristic and a hindsight plan each router closes.
+        """The share of the gap between the best heuristic and a hindsight plan that each router closes.
 
-        ``world``, ``load``, ``router``, ``kind``, ``best`` and ``best_qos`` of the heuristics, ``plan`` and ``bound``,
-        the QoS of the plan and the bound, and ``mean``, ``low``, ``high`` of the share: paired gains over the mean gap.
+        Rows of ``world``, ``load``, ``router``, ``kind``, ``best`` heuristic and its ``best_qos``; ``plan`` and
+        ``bound``, the QoS of the plan and the bound; and ``mean``, ``low``, ``high`` of the share, the paired gains
+        over the mean gap.
         """
         return [
             share
             for world in self.worlds
             for load in self.loads(world)
-            if (planned := self._grid(world, load, PLAN, "qos")).size
+            if (plan_grid := self._grid(world, load, PLAN, "qos")).size
             for router, kind in self.kinds.items()
-            if router not in (PLAN, BOUND) and (share := self._share(world, load, router, planned))
+            if router not in (PLAN, BOUND) and (share := self._share(world, load, router, plan_grid))
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain values."""
+        """Returns the rows and all results as plain values."""
         return dataclasses.asdict(self) | {
             "gains": self.gains,
             "claims": self.claims,
@@ -145,29 +147,29 @@ class StudyResult:
             "oracle": float(oracle.mean()) if oracle.size else None,
         }  # fmt: skip
 
-    def _share(self, world: str, load: float, router: str, planned: np.ndarray) -> dict[str, Any]:
+    def _share(self, world: str, load: float, router: str, plan_grid: np.ndarray) -> dict[str, Any]:
         grid, (best, best_grid) = self._grid(world, load, router, "qos"), self._best(world, load)
         if not grid.size or not best_grid.size:
             return {}
-        gap = float(planned.mean() - best_grid.mean())
+        gap = float(plan_grid.mean() - best_grid.mean())
         return {
             "world": world, "load": load, "router": router, "kind": self.kinds[router],
-            "best": best, "best_qos": float(best_grid.mean()), "plan": float(planned.mean()),
+            "best": best, "best_qos": float(best_grid.mean()), "plan": float(plan_grid.mean()),
             "bound": float(self._grid(world, load, BOUND, "qos").mean()),
             **crossed_interval((grid - best_grid) / gap),
         }  # fmt: skip
 
     def _best(self, world: str, load: float) -> tuple[str, np.ndarray]:
-        """Returns the best heuristic and its QoS [1, seeds]; empty without one."""
+        """Returns the name and the QoS [1, seeds] of the best heuristic; "" and an empty array without heuristics."""
         grids = {name: self._grid(world, load, name, "qos") for name, kind in self.kinds.items() if kind == "heuristic"}
         return max(grids.items(), key=lambda item: item[1].mean() if item[1].size else -1.0, default=("", np.empty(0)))
 
     def _grid(self, world: str, load: float, router: str, metric: str) -> np.ndarray:
-        """Returns a metric [training seeds, seeds]."""
+        """Returns the values of a metric [training seeds, seeds]."""
         rows = [row for row in self.rows if row["world"] == world and row["load"] == load and row["router"] == router]
         training_seeds = sorted({row["training_seed"] for row in rows})
         values = [
-            [row[metric] for row in sorted(rows, key=lambda row: row["seed"]) if row["training_seed"] == each]
-            for each in training_seeds
+            [row[metric] for row in sorted(rows, key=lambda row: row["seed"]) if row["training_seed"] == training_seed]
+            for training_seed in training_seeds
         ]
         return np.array(values, np.float64)  # None becomes NaN

@@ -1,12 +1,14 @@
 """An upper bound on the QoS of any assignment of a known trace: a linear program, certified by its dual.
 
-A request that is answered in time must get its tokens between its arrival and its limit, and every token costs its
-expert some time that is not shared. For an expert and a window of time, ``_least_work_s`` says how much time in that
-window each request must take at least if it is answered in time; the sum cannot exceed the window. docs/limits.md
-proves it for every schedule that the rules of the simulator allow. KV memory and the lengths of queues are ignored.
+A request that is answered in time gets its tokens between its arrival and its limit, and every token costs its expert
+some time that is not shared. For an expert and a window of time, ``_least_work_s`` returns a lower bound of the time
+that each request takes in that window if it is answered in time. The sum cannot exceed the length of the window.
+docs/evidence/limits.md proves this for every schedule that the rules of the simulator allow. KV memory and the lengths
+of queues are ignored.
 
-The linear program may split a request. Its dual prices give a bound by themselves, whatever the solver's accuracy: QoS
-is at most the price of all windows, and for each request the best score less the price of its work, or 0.
+The linear program may split requests. Its dual prices certify the bound regardless of the solver's accuracy: the total
+QoS is at most the price of all windows plus, for each request, the maximum of 0 and the best score minus the price of
+the request's work.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from qos_jax.evaluation.hindsight import known_trace
 from qos_jax.sim.types import ExpertProfile, RequestTrace
 from qos_jax.sim.validation import checked_experts
 
-_SHORTEST = 0.25  # length of the shortest windows, in times that a request may take on average
-_ROUNDING = 1e-9  # of times, in favour of the bound
+_SHORTEST = 0.25  # length of the shortest windows, in units of the mean allowed time of a request
+_ROUNDING = 1e-9  # tolerance of times, which can only raise the bound
 
 
 def upper_bound(experts: ExpertProfile, trace: RequestTrace) -> float:
-    """Returns a mean QoS that no assignment of the trace can exceed.
+    """Returns an upper bound on the mean QoS of any assignment of the trace.
 
     Args:
       experts: profile of the N experts.
@@ -42,22 +44,22 @@ def upper_bound(experts: ExpertProfile, trace: RequestTrace) -> float:
     score = np.where(np.stack([work.feasible for work in works], 1), trace.score, 0.0)
     length_s, work_s = _constraints(works, trace)
     price = _dual_prices(score, length_s, work_s)
-    left = score - (price @ work_s).reshape(score.shape)
-    return float(price @ length_s + np.maximum(left.max(1), 0.0).sum()) / len(score)
+    net_score = score - (price @ work_s).reshape(score.shape)
+    return float(price @ length_s + np.maximum(net_score.max(1), 0.0).sum()) / len(score)
 
 
 class _Work(NamedTuple):
-    """What every token of every request costs one expert at least; D is the largest number of tokens."""
+    """Lower bounds of the time that every token of every request takes on one expert; D is the most tokens."""
 
     base_s: float  # of each iteration, shared by its requests
     max_running: int
     arrival_s: np.ndarray  # [J]
-    allowed_s: np.ndarray  # [J] from arrival to the limit
+    allowed_s: np.ndarray  # [J] from the arrival to the limit
     tokens: np.ndarray  # [J]
-    cost_s: np.ndarray  # [J, D + 1] of the first tokens, not shared
-    root_cost: np.ndarray  # [J, D + 1] sum of the square roots of these costs
-    span_s: np.ndarray  # [J, D + 1] that the first tokens take
-    feasible: np.ndarray  # [J] bool: in time if nobody else is there
+    cost_s: np.ndarray  # [J, D + 1] of the first 0 .. D tokens, without the shared part
+    root_cost: np.ndarray  # [J, D + 1] sum of the square roots of the cost of each of these tokens
+    span_s: np.ndarray  # [J, D + 1] duration of the first tokens
+    feasible: np.ndarray  # [J] bool: in time without other requests
 
 
 def _work_of(experts: ExpertProfile, trace: RequestTrace, n: int) -> _Work:
@@ -67,7 +69,7 @@ def _work_of(experts: ExpertProfile, trace: RequestTrace, n: int) -> _Work:
             "step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s", "network_s"
         )
     )  # fmt: skip
-    # A preempted request computes its cache anew instead of reading it; the mix makes that cost no less.
+    # A preempted request recomputes its cache instead of reading it. With this mix that is at least as expensive.
     mix = min(1.0, per_kv_token_s / per_prompt_token_s) if per_prompt_token_s > 0 else 0.0
     per_kv_token_s = min(per_kv_token_s, mix * per_prompt_token_s)
     shared_s = (1 - mix) * base_s + mix * min(base_s, prefill_base_s)
@@ -87,7 +89,7 @@ def _work_of(experts: ExpertProfile, trace: RequestTrace, n: int) -> _Work:
 
 
 def _constraints(works: list[_Work], trace: RequestTrace) -> tuple[np.ndarray, scipy.sparse.csr_array]:
-    """Returns the length [C] s of windows and the least work [C, J N] s in them."""
+    """Returns the length [C] s of windows, and the least work [C, J N] s in them."""
     lengths: list[float] = []
     requests, columns, values = [], [], []
     for n, work in enumerate(works):
@@ -105,7 +107,10 @@ def _constraints(works: list[_Work], trace: RequestTrace) -> tuple[np.ndarray, s
 
 
 def _windows(work: _Work) -> Iterator[tuple[float, float]]:
-    """Yields windows of doubling length until one holds all; each starts at an arrival, half a length on or later."""
+    """Yields windows of doubling length until one holds all requests; each starts half a length or more after the last.
+
+    All windows start at arrivals.
+    """
     last_s = float(np.max(work.arrival_s + work.allowed_s))
     length_s = _SHORTEST * max(float(np.mean(work.allowed_s)), 1e-3)
     while True:
@@ -120,13 +125,14 @@ def _windows(work: _Work) -> Iterator[tuple[float, float]]:
 
 
 def _least_work_s(work: _Work, requests: np.ndarray, start_s: float, end_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the least time [s] that each of ``requests`` takes of the expert in a window, in two ways.
+    """Returns two lower bounds of the time [s] that each of ``requests`` takes on the expert in a window.
 
-    First by its limit: the fuller the batch, the longer its iterations. Then by the size of the batch.
+    The first follows from the latency limit, as iterations take longer in a fuller batch. The second follows from the
+    maximum size of the batch.
     """
     arrival_s, limit_s = work.arrival_s[requests], work.arrival_s[requests] + work.allowed_s[requests]
     tokens, span_s = work.tokens[requests], work.span_s[requests]
-    # The first tokens may come before the window and the last ones after it, as many as time allows.
+    # As many of the first tokens as possible come before the window, and as many of the last tokens after it.
     first = np.minimum(np.sum(span_s < (start_s - arrival_s + _ROUNDING)[:, None], 1), tokens)
     latest_s = _at(span_s, tokens) - (limit_s - end_s) - _ROUNDING
     last = np.clip(np.sum(span_s <= latest_s[:, None], 1) - 1, first, tokens)
@@ -141,7 +147,7 @@ def _least_work_s(work: _Work, requests: np.ndarray, start_s: float, end_s: floa
 
 
 def _dual_prices(score: np.ndarray, length_s: np.ndarray, work_s: scipy.sparse.csr_array) -> np.ndarray:
-    """Returns a price of time in each window [C], at least 0, under which the bound is low."""
+    """Returns a price of time [C] in each window, at least 0, for which the bound is low."""
     num_requests, num_experts = score.shape
     once = scipy.sparse.kron(scipy.sparse.eye_array(num_requests), np.ones((1, num_experts)), format="csr")
     solution = scipy.optimize.linprog(
@@ -156,9 +162,10 @@ def _dual_prices(score: np.ndarray, length_s: np.ndarray, work_s: scipy.sparse.c
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
-    """Returns the sums [J, D + 1] of the first 0 .. D values."""
+    """Returns the sums [J, D + 1] of the first 0 .. D values [J, D]."""
     return np.pad(np.cumsum(values, 1), ((0, 0), (1, 0)))
 
 
 def _at(sums: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Returns the sums [J] of the first ``count`` [J] values."""
     return np.take_along_axis(sums, count[:, None], 1)[:, 0]

@@ -1,1 +1,1 @@
-"""The experts: LLMs on GPUs, and timing profiles fitted to kernel measurements."""
+"""Experts: profiles of LLMs on GPUs, and timing profiles fitted to kernel measurements."""

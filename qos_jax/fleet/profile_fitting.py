@@ -1,17 +1,17 @@
-"""Fits the timing of an expert to kernel times measured on its GPU, and reads and writes the result.
+"""Fits the timing of an expert to kernel times measured on its GPU, and reads and writes timing profiles.
 
-Profilers measure the kernels of one layer. From their tables the iterations of the whole model are assembled, layers x
-layer + embedding + head, and the simulator's cost form is fitted to them by relative least squares in two steps. The
-iterations that only decode, most of what a GPU runs, give ``step_base_s``, ``per_sequence_s`` and ``per_kv_token_s``.
-Those that only prefill and those that do both, with equal weight, then give ``prefill_base_s`` and
-``prefill_per_token_s``. Chunks behind a cached part of their prompt, for which the form has no term, are held out.
+Profilers measure the kernels of one layer. Iterations of the whole model are assembled from their tables (layers x
+layer + embedding + head), and the cost model of the simulator is fitted to them by relative least squares in two steps.
+Iterations that only decode, the most common ones, give ``step_base_s``, ``per_sequence_s`` and ``per_kv_token_s``.
+Iterations that only prefill and mixed iterations, with equal weight, then give ``prefill_base_s`` and
+``prefill_per_token_s``. Chunks of a prompt whose earlier part is cached are held out, as the model has no term for it.
 
-Tables are read as three profilers write them:
+Tables are read in the formats of three profilers:
 
-- LLMServingSim: ``layer,tokens,time_us``; attention ``prefill_chunk,kv_prefill,n_decode,kv_decode,time_us``, mixed
-  batches in one call; ``layer,sequences,time_us`` for the head.
+- LLMServingSim: ``layer,tokens,time_us``; for attention ``prefill_chunk,kv_prefill,n_decode,kv_decode,time_us``, with
+  mixed batches in one call; for the head ``layer,sequences,time_us``.
 - Vidur: ``time_stats.<operation>.median`` [ms] by ``num_tokens``; attention by ``batch_size``, ``prefill_chunk_size``,
-  ``kv_cache_size``. Prefill and decode attention are separate calls, so those of a mixed iteration are added.
+  ``kv_cache_size``. Prefill and decode attention are separate calls, so a mixed iteration is the sum of both.
 - A list of decode attention times: ``batch,kv,ms_layer``.
 """
 
@@ -27,7 +27,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import nnls
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, write_whole
@@ -49,39 +48,39 @@ _LARGE_KERNELS = {
     "layer": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "num_tokens": ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj"),
 }
-_MIXED_PROMPTS = (64, 128, 256, 512, 1024)  # tokens, where mixed iterations are not measured but added up
+_MIXED_PROMPTS = (64, 128, 256, 512, 1024)  # tokens, for mixed iterations that are sums of prefill and decode
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTable:
-    """Measured attention of one layer, one row per batch; a batch holds one prompt chunk at most."""
+    """Measured attention of one layer, one row per batch; a batch has at most one prompt chunk."""
 
     prompt_tokens: np.ndarray  # [R] tokens of the chunk, 0 for none
-    prefix_tokens: np.ndarray  # [R] tokens of the same prompt that are cached already
+    prefix_tokens: np.ndarray  # [R] tokens of the same prompt that are already cached
     decodes: np.ndarray  # [R] decoding requests
-    decode_kv_tokens: np.ndarray  # [R] cached tokens of each of them
+    decode_kv_tokens: np.ndarray  # [R] cached tokens of each decoding request
     layer_s: np.ndarray  # [R] s
 
     def rows(self, keep: np.ndarray) -> AttentionTable:
-        """Returns the rows where ``keep`` [R] holds."""
+        """Returns the rows where ``keep`` [R] is set."""
         return AttentionTable(*(getattr(self, field.name)[keep] for field in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelTables:
-    """Everything measured of one model on one GPU; a curve is (counts, ascending; seconds)."""
+    """All measurements of one model on one GPU; a curve is a pair (ascending counts, seconds)."""
 
-    dense: dict[str, tuple[np.ndarray, np.ndarray]]  # by tokens in the iteration, per layer or, for a few, per model
+    dense: dict[str, tuple[np.ndarray, np.ndarray]]  # curves over tokens, per layer; per model for _ONCE_PER_MODEL
     attention: AttentionTable
-    head: dict[str, tuple[np.ndarray, np.ndarray]]  # by requests in the iteration, per model; empty if not measured
-    notes: tuple[str, ...]  # what a reader of the fit must know
+    head: dict[str, tuple[np.ndarray, np.ndarray]]  # curves over requests, per model; empty if not measured
+    notes: tuple[str, ...]  # deviations from complete measurements, to be reported with the fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Iterations:
     """Times of whole-model iterations."""
 
-    kind: np.ndarray  # [R] one of KINDS; chunked: with a prompt of which a part is cached already
+    kind: np.ndarray  # [R] one of KINDS; chunked: with a prompt whose earlier part is cached
     prompt_tokens: np.ndarray  # [R] tokens P
     requests: np.ndarray  # [R] requests B
     kv_tokens: np.ndarray  # [R] tokens K
@@ -89,15 +88,20 @@ class Iterations:
 
 
 def read_tables(dense: str, attention: str, per_sequence: str | None = None) -> KernelTables:
-    """Reads the tables of one model on one GPU from csv files; tensor-parallel measurements are left out.
+    """Reads the tables of one model on one GPU from csv files; tensor-parallel measurements are ignored.
+
+    Args:
+      dense: file with the times of matrix kernels.
+      attention: file with the times of attention.
+      per_sequence: file with the times of the head; None if it was not measured.
 
     Raises:
-      InputError: a file cannot be read, lacks a column, a kernel or rows, or a cell is not a number of legal size.
+      InputError: a file cannot be read, lacks a column, a kernel or rows, or a cell is not a legal number.
     """
     curves, notes = _read_dense(_Table(dense))
     batches = _read_attention(_Table(attention))
     if not (batches.prompt_tokens == 0).any():
-        raise InputError(f"{attention}: no batch that only decodes, needed for step_base_s and per_kv_token_s")
+        raise InputError(f"{attention}: has no batch that only decodes, must have some to fit step_base_s")
     if (batches.prompt_tokens == 0).all():
         notes.append("attention of prompts not measured: counted as 0")
     elif not ((batches.prompt_tokens > 0) & (batches.decodes > 0)).any():
@@ -112,16 +116,16 @@ def read_tables(dense: str, attention: str, per_sequence: str | None = None) -> 
 def assemble(tables: KernelTables, num_layers: int, max_kv_tokens: int | None = None) -> Iterations:
     """Assembles iterations of the whole model, within the token budget and the range of the tables.
 
-    Decode, mixed and chunked iterations are those of the attention table. Prefill ones are at every token count of the
-    dense tables, with attention interpolated between the measured chunks, for the sake of the steps of matrix kernels.
+    Decode, mixed and chunked iterations are the batches of the attention table. Prefill iterations are at every token
+    count of the dense tables, which resolves the steps of matrix kernels; their attention is interpolated.
 
     Args:
       tables: kernels of one layer.
       num_layers: layers of the model.
-      max_kv_tokens: tokens that the model's KV memory holds; batches with more, measured on one layer, are left out.
+      max_kv_tokens: tokens that the model's KV memory holds; larger batches, measured on one layer, are left out.
     """
     prefill, rest = _prefill_batches(tables)
-    batches = (prefill, rest, _added_batches(prefill, rest))
+    batches = (prefill, rest, _sum_mixed_batches(prefill, rest))
     prompt, prefix, decodes, decode_kv, layer_s = (
         np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(AttentionTable)
@@ -147,13 +151,13 @@ def fit_timing(iterations: Iterations) -> dict[str, float]:
     """Fits the five coefficients of ``TIMING_UNITS``, none negative.
 
     Raises:
-      InputError: the iterations do not tell the coefficients apart.
+      InputError: the iterations do not determine the coefficients.
     """
     step_s, sequence_s, kv_s = _fit_decode(iterations)
     prompt, target_s, weight = _prefill_targets(iterations, sequence_s, kv_s)
     best = (math.inf, 0.0, 0.0)
-    for first in np.unique(prompt)[:-1]:  # iterations with fewer prompt tokens than this lie on the floor
-        above = prompt >= first
+    for knee_tokens in np.unique(prompt)[:-1]:  # iterations with fewer prompt tokens take step_base_s
+        above = prompt >= knee_tokens
         line = np.stack([np.ones(above.sum()), prompt[above]], 1)
         base_s, token_s = _nnls(line, target_s[above], weight[above])
         residual = (np.maximum(step_s, base_s + token_s * prompt) - target_s) * weight
@@ -163,7 +167,7 @@ def fit_timing(iterations: Iterations) -> dict[str, float]:
 
 
 def fit_affine(iterations: Iterations) -> dict[str, float]:
-    """Fits the same way without the floor, for comparison: every prompt token adds to ``step_base_s``."""
+    """Fits the coefficients without the lower bound, for comparison: every prompt token adds to ``step_base_s``."""
     step_s, sequence_s, kv_s = _fit_decode(iterations)
     prompt, target_s, weight = _prefill_targets(iterations, sequence_s, kv_s)
     (token_s,) = _nnls(prompt[:, None], target_s - step_s, weight)
@@ -171,24 +175,33 @@ def fit_affine(iterations: Iterations) -> dict[str, float]:
 
 
 def relative_errors(timing: dict[str, float], iterations: Iterations) -> dict[str, dict[str, float]]:
-    """Returns for each kind of iteration the mean absolute, mean signed and largest relative error of the simulator."""
+    """Returns the relative errors of the simulator's cost model, by kind of iteration.
+
+    Args:
+      timing: the five coefficients.
+      iterations: measured iterations.
+
+    Returns:
+      For each kind: mean absolute error ``mape``, mean error ``bias``, largest absolute error ``max``, and the number
+      of ``iterations``.
+    """
     counts = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
-    experts = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # the cost reads none of the three
+    experts = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # iteration_s uses none of the three
     error = np.asarray(iteration_s(experts, *map(jnp.asarray, counts)), np.float64) / iterations.time_s - 1
     return {
         kind: {
-            "mape": float(np.abs(error[mine]).mean()),
-            "bias": float(error[mine].mean()),
-            "max": float(np.abs(error[mine]).max()),
-            "iterations": int(mine.sum()),
+            "mape": float(np.abs(error[of_kind]).mean()),
+            "bias": float(error[of_kind].mean()),
+            "max": float(np.abs(error[of_kind]).max()),
+            "iterations": int(of_kind.sum()),
         }
         for kind in KINDS
-        if (mine := iterations.kind == kind).any()
+        if (of_kind := iterations.kind == kind).any()
     }
 
 
 def save_profile(path: str, profile: dict[str, Any]) -> None:
-    """Writes a profile as JSON, wholly or not at all.
+    """Writes a profile as JSON; the file appears whole or not at all.
 
     Raises:
       InputError: the file cannot be written.
@@ -197,7 +210,7 @@ def save_profile(path: str, profile: dict[str, Any]) -> None:
 
 
 def load_profile(path: str) -> dict[str, float]:
-    """Returns the timing fields of ``ExpertProfile`` from a file that ``save_profile`` wrote.
+    """Returns the timing coefficients in a file that ``save_profile`` wrote, by field of ``ExpertProfile``.
 
     Raises:
       InputError: the file cannot be read, or a coefficient is missing, not a finite number, or negative.
@@ -209,10 +222,10 @@ def load_profile(path: str) -> dict[str, float]:
     profile = parse_json(text, path, parse_int=float)
     timing = profile.get("timing") if isinstance(profile, dict) else None
     if not isinstance(timing, dict):
-        raise InputError(f"{path}: no object 'timing', must hold {', '.join(TIMING_UNITS)}")
+        raise InputError(f"{path}: has no object 'timing', must have one with {', '.join(TIMING_UNITS)}")
     for name in TIMING_UNITS:
         if name not in timing:
-            raise InputError(f"{path}: timing.{name} is missing")
+            raise InputError(f"{path}: timing.{name} is missing, must be a finite number >= 0")
         value = timing[name]
         if not isinstance(value, float) or not 0 <= value < math.inf:
             raise InputError(f"{path}: timing.{name} is {value!r}, must be a finite number >= 0")
@@ -220,7 +233,7 @@ def load_profile(path: str) -> dict[str, float]:
 
 
 class _Table:
-    """A csv file by columns; every error names the file, the column and the line."""
+    """The columns of a csv file; every error names the file, the column and the row."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -234,45 +247,45 @@ class _Table:
         if "num_tensor_parallel_workers" in self.columns:
             rows = [row for row in rows if row["num_tensor_parallel_workers"] == "1"]
         if not rows:
-            raise InputError(f"{path}: no rows (of one GPU)")
+            raise InputError(f"{path}: has no rows of one GPU, must have some")
         self.rows = rows
 
     def text(self, column: str) -> np.ndarray:
-        """Returns the cells [rows], "" where blank."""
+        """Returns the cells [rows], "" for a blank cell."""
         if column not in self.columns:
-            raise InputError(f"{self.path}: no column {column!r}, found {', '.join(self.columns[:8])}")
+            raise InputError(f"{self.path}: has no column {column!r}, only {', '.join(self.columns[:8])}")
         return np.array([row[column] or "" for row in self.rows])
 
     def counts(self, column: str) -> np.ndarray:
-        """Returns whole numbers >= 0 [rows]."""
+        """Returns a column of whole numbers >= 0 [rows]."""
         values = self._numbers(column)
         self._check(column, values, values == np.floor(values), "a whole number >= 0")
         return values
 
     def seconds(self, column: str, per_second: float, blank_is_nan: bool = False) -> np.ndarray:
-        """Returns times [rows] in seconds, from a unit of which there are ``per_second``."""
+        """Returns a column of times [rows] s, whose unit is 1 / ``per_second`` s."""
         values = self._numbers(column)
         self._check(column, values, ~np.isnan(values) | blank_is_nan, "a time >= 0")
         return values / per_second
 
     def _numbers(self, column: str) -> np.ndarray:
-        """Returns the cells as numbers, NaN where blank or not a number."""
+        """Returns the cells as numbers [rows], NaN for a blank cell or text."""
         values = np.full(len(self.rows), np.nan)
         for row, cell in enumerate(self.text(column)):
             with contextlib.suppress(ValueError):
                 values[row] = float(cell)
         return values
 
-    def _check(self, column: str, values: np.ndarray, legal: np.ndarray, what: str) -> None:
+    def _check(self, column: str, values: np.ndarray, legal: np.ndarray, rule: str) -> None:
         cells = self.text(column)
         legal = legal & ~(values < 0) & ~np.isinf(values) & ((cells == "") | ~np.isnan(values))
         if not legal.all():
             row = int(np.argmin(legal))
-            raise InputError(f"{self.path}: {column} is {str(cells[row])!r} in data row {row + 1}, must be {what}")
+            raise InputError(f"{self.path}: {column} is {str(cells[row])!r} in data row {row + 1}, must be {rule}")
 
 
 def _read_dense(table: _Table) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
-    """Returns the curves over tokens, and notes on cells that were left out."""
+    """Returns the curves over tokens, and notes on cells that are interpolated."""
     notes = []
     if "layer" in table.columns:
         curves, key = _curves_by_layer(table, "tokens"), "layer"
@@ -283,15 +296,15 @@ def _read_dense(table: _Table) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]]
             if column.startswith("time_stats.") and column.endswith(".median"):
                 name = column.split(".")[1]
                 seconds = table.seconds(column, 1e3, blank_is_nan=True)
-                kept = _measured(tokens, seconds)
-                if not kept.any():
-                    raise InputError(f"{table.path}: {column} has no time in any row")
-                if not kept.all():
-                    notes.append(f"{name}: {(~kept).sum()} of {len(kept)} times blank or failed: interpolated")
-                curves[name] = _curve(tokens[kept], seconds[kept])
+                usable = _is_usable(tokens, seconds)
+                if not usable.any():
+                    raise InputError(f"{table.path}: {column} has no time in any row, must have some")
+                if not usable.all():
+                    notes.append(f"{name}: {(~usable).sum()} of {len(usable)} times blank or failed: interpolated")
+                curves[name] = _curve(tokens[usable], seconds[usable])
     for name in _LARGE_KERNELS[key]:
         if name not in curves:
-            raise InputError(f"{table.path}: no times of {name!r}, found {', '.join(curves)}")
+            raise InputError(f"{table.path}: has no times of {name!r}, only of {', '.join(curves)}")
     return curves, notes
 
 
@@ -305,11 +318,11 @@ def _read_attention(table: _Table) -> AttentionTable:
     batch, chunk, kv = (table.counts(column) for column in ("batch_size", "prefill_chunk_size", "kv_cache_size"))
     medians = [c for c in table.columns if c.startswith("time_stats.attn_") and c.endswith(".median")]
     if not medians:
-        raise InputError(f"{table.path}: no column time_stats.attn_*.median")
+        raise InputError(f"{table.path}: has no column time_stats.attn_*.median, must have one")
     layer_s = np.sum([table.seconds(column, 1e3) for column in medians], axis=0)
     decode = chunk == 0
-    every = AttentionTable(chunk, np.where(decode, 0, kv), batch * decode, kv * decode, layer_s)
-    return every.rows(decode | (batch == 1))
+    batches = AttentionTable(chunk, np.where(decode, 0, kv), batch * decode, kv * decode, layer_s)
+    return batches.rows(decode | (batch == 1))
 
 
 def _curves_by_layer(table: _Table, count: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -318,85 +331,87 @@ def _curves_by_layer(table: _Table, count: str) -> dict[str, tuple[np.ndarray, n
 
 
 def _curve(counts: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts a curve and averages repeated measurements."""
-    unique, where = np.unique(counts, return_inverse=True)
-    return unique, np.bincount(where, seconds) / np.bincount(where)
+    """Returns the curve in ascending order, with repeated measurements averaged."""
+    unique, index = np.unique(counts, return_inverse=True)
+    return unique, np.bincount(index, seconds) / np.bincount(index)
 
 
-def _measured(counts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Returns which times stand: not blank, and not below a tenth of the median of those at fewer tokens.
+def _is_usable(counts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Returns which times [rows] are usable: not blank, and at least a tenth of the median of those at fewer tokens.
 
-    A kernel does not get ten times faster with more tokens; Vidur's timers sometimes catch only a launch of 2 us.
+    A kernel does not get ten times faster with more tokens, but Vidur's timers sometimes catch only a launch of 2 us.
     """
-    kept = np.zeros(len(counts), bool)
-    stand: list[float] = []
+    usable = np.zeros(len(counts), bool)
+    usable_s: list[float] = []
     for row in np.argsort(counts, kind="stable"):
-        if not np.isnan(seconds[row]) and (not stand or seconds[row] >= 0.1 * np.median(stand)):
-            kept[row] = True
-            stand.append(seconds[row])
-    return kept
+        if not np.isnan(seconds[row]) and (not usable_s or seconds[row] >= 0.1 * np.median(usable_s)):
+            usable[row] = True
+            usable_s.append(seconds[row])
+    return usable
 
 
 def _prefill_batches(tables: KernelTables) -> tuple[AttentionTable, AttentionTable]:
-    """Returns whole prompts at the token counts of the dense tables, and the measured batches of every other kind."""
+    """Returns prefills at the token counts of the dense tables, and the measured batches of all other kinds."""
     table = tables.attention
-    whole = (table.prompt_tokens > 0) & (table.prefix_tokens == 0) & (table.decodes == 0)
+    prefill = (table.prompt_tokens > 0) & (table.prefix_tokens == 0) & (table.decodes == 0)
     tokens = np.unique(np.concatenate([counts for counts, _ in tables.dense.values()]))
-    if whole.any():
-        prompt, layer_s = _curve(table.prompt_tokens[whole], table.layer_s[whole])
+    if prefill.any():
+        prompt, layer_s = _curve(table.prompt_tokens[prefill], table.layer_s[prefill])
         tokens = tokens[(tokens >= prompt[0]) & (tokens <= prompt[-1])]
         attention_s = np.interp(tokens, prompt, layer_s)
     else:
         attention_s = np.zeros(len(tokens))
-    none = np.zeros(len(tokens))
-    return AttentionTable(tokens, none, none, none, attention_s), table.rows(~whole)
+    zeros = np.zeros(len(tokens))
+    return AttentionTable(tokens, zeros, zeros, zeros, attention_s), table.rows(~prefill)
 
 
-def _added_batches(prefill: AttentionTable, rest: AttentionTable) -> AttentionTable:
-    """Returns mixed batches as the sum of a prefill and a decode batch; none if the table measured mixed ones."""
+def _sum_mixed_batches(prefill: AttentionTable, rest: AttentionTable) -> AttentionTable:
+    """Returns mixed batches as sums of a prefill and a decode batch; no rows if mixed batches were measured."""
     decode = rest.rows(rest.prompt_tokens == 0)
     measured = ((rest.prompt_tokens > 0) & (rest.decodes > 0)).any()
-    chosen = prefill.rows(np.isin(prefill.prompt_tokens, () if measured else _MIXED_PROMPTS))
-    first, second = (x.ravel() for x in np.indices((len(chosen.layer_s), len(decode.layer_s))))
-    chosen, decode = chosen.rows(first), decode.rows(second)
+    prefill = prefill.rows(np.isin(prefill.prompt_tokens, () if measured else _MIXED_PROMPTS))
+    first, second = (x.ravel() for x in np.indices((len(prefill.layer_s), len(decode.layer_s))))
+    prefill, decode = prefill.rows(first), decode.rows(second)
     return AttentionTable(
-        chosen.prompt_tokens,
-        chosen.prefix_tokens,
+        prefill.prompt_tokens,
+        prefill.prefix_tokens,
         decode.decodes,
         decode.decode_kv_tokens,
-        chosen.layer_s + decode.layer_s,
+        prefill.layer_s + decode.layer_s,
     )
 
 
 def _fit_decode(iterations: Iterations) -> tuple[float, float, float]:
     """Returns step_base_s, per_sequence_s and per_kv_token_s from the iterations that only decode."""
-    mine = iterations.kind == "decode"
-    columns = np.stack([np.ones(mine.sum()), iterations.requests[mine], iterations.kv_tokens[mine]], 1)
+    decode = iterations.kind == "decode"
+    columns = np.stack([np.ones(decode.sum()), iterations.requests[decode], iterations.kv_tokens[decode]], 1)
     if np.linalg.matrix_rank(columns) < 3:
         raise InputError(
             f"the {len(columns)} decode batches within the ranges of the tables and max_kv_tokens are too alike to "
-            "tell step_base_s, per_sequence_s and per_kv_token_s apart"
+            "fit step_base_s, per_sequence_s and per_kv_token_s; they must differ in requests and in cached tokens"
         )
-    step_s, sequence_s, kv_s = _nnls(columns, iterations.time_s[mine], 1 / iterations.time_s[mine])
+    step_s, sequence_s, kv_s = _nnls(columns, iterations.time_s[decode], 1 / iterations.time_s[decode])
     return step_s, sequence_s, kv_s
 
 
 def _prefill_targets(
     iterations: Iterations, sequence_s: float, kv_s: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns of prefill and mixed iterations the prompt tokens, the time that these must explain, and the weight."""
+    """Returns prompt tokens, the time to explain by them, and the weight of each prefill and mixed iteration."""
     prefill, mixed = iterations.kind == "prefill", iterations.kind == "mixed"
     lengths = len(np.unique(iterations.prompt_tokens[prefill]))
     if lengths < 3:
-        raise InputError(f"prompts of {lengths} lengths within the ranges of the tables, at least 3 must be measured")
+        raise InputError(f"there are prompts of {lengths} lengths within the ranges of the tables, must be at least 3")
     target_s = iterations.time_s - sequence_s * iterations.requests - kv_s * iterations.kv_tokens
     weight = 1 / (iterations.time_s * np.sqrt(np.where(prefill, prefill.sum(), mixed.sum())))
-    mine = prefill | mixed
-    return iterations.prompt_tokens[mine], target_s[mine], weight[mine]
+    selected = prefill | mixed
+    return iterations.prompt_tokens[selected], target_s[selected], weight[selected]
 
 
 def _nnls(columns: np.ndarray, target: np.ndarray, weight: np.ndarray) -> list[float]:
-    """Returns the non-negative least-squares coefficients; columns are scaled to be alike."""
+    """Returns the non-negative least-squares coefficients; columns are scaled to a common size for accuracy."""
+    from scipy.optimize import nnls  # slow to import
+
     scale = columns.max(0)
     solution, _ = nnls(columns / scale * weight[:, None], target * weight)
     return [float(x) for x in solution / scale]

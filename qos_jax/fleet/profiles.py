@@ -1,16 +1,16 @@
-"""Profiles of real pairs of an LLM and a GPU: timing, KV memory and power, from measured kernels and published figures.
+"""Profiles of real LLMs on real GPUs: timing, KV memory and power, from measured kernels and published figures.
 
-Timing was measured for LLaMA-7B, or a relative of its size, on each GPU; other LLMs are scaled from it. An iteration
+Timing was measured on each GPU for LLaMA-7B, or for an LLM of similar size; other LLMs are scaled from it. An iteration
 reads all weight matrices once and multiplies each prompt token by them, so the step base and both prefill terms scale
-with the parameters in them; the KV slope scales with the KV bytes of a token; the cost per sequence stays. The prefill
-line is the affine fit to prefills of 16 to 2,048 tokens: its intercept lies below the step base, which is the floor for
-short prompts. Output heads that share the embedding's weights are not counted, which leaves out 3 % of mpt-7b's and 9 %
-of chatglm-6b's step.
+with the parameters in these matrices. The KV slope scales with the KV bytes of a token, and the cost per sequence is
+constant. The prefill line is the affine fit to prefills of 16 to 2,048 tokens. Its intercept lies below the step base,
+which is the lower bound for short prompts. Output heads that share their weights with the embedding are not counted,
+which neglects 3 % of mpt-7b's step and 9 % of chatglm-6b's.
 
-KV memory is what vLLM leaves: 90 % of the GPU's memory less the weights and 1.237 GB for activations and the CUDA
-context. That is 2,588 blocks for Llama-3.1-8B on an RTX 4090, as vLLM 0.19 reported.
+KV memory is what vLLM has available: 90 % of the GPU's memory, less the weights and 1.237 GB for activations and the
+CUDA context. For Llama-3.1-8B on an RTX 4090 these are 2,588 blocks, as vLLM 0.19 reported.
 
-flan-t5-xxl is left out: an encoder-decoder does not follow the simulator's cost of an iteration.
+flan-t5-xxl has no profile, as the cost model of an iteration does not hold for an encoder-decoder.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from qos_jax.errors import InputError
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
 
 MEMORY_SHARE = 0.9  # vLLM's default gpu_memory_utilization
-OVERHEAD_GB = 1.237  # 1.236 to 1.238 reproduces the 2,588 blocks
+OVERHEAD_GB = 1.237  # 1.236 to 1.238 reproduce the 2,588 blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Llm:
-    """What an LLM in 16-bit numbers asks of a GPU."""
+    """Size of an LLM in 16-bit numbers."""
 
     weights_gb: float
-    matrix_params: float  # 10^9 parameters that each iteration reads
+    matrix_params: float  # 10^9 parameters in the matrices that each iteration reads
     kv_bytes_per_token: int  # 2 x layers x KV heads x head size x 2 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU: its memory, its timing for LLaMA-7B, and its power."""
+    """A GPU: memory, timing for LLaMA-7B, and power."""
 
-    memory_gb: float  # that CUDA reports
+    memory_gb: float  # as CUDA reports it
     step_base_ms: float
     kv_ms_per_1000_tokens: float
     prefill_base_ms: float
     prefill_ms_per_token: float
     per_sequence_ms: float
-    idle_w: float  # a model in memory, no request
+    idle_w: float  # with a model in memory and no request
     busy_w: float
 
 
@@ -56,7 +56,7 @@ _MPT_7B = Llm(13.3, 6.442, 524_288)
 _LLAMA_13B = Llm(26.0, 12.852, 819_200)
 _PYTHIA_12B = Llm(23.7, 11.584, 737_280)
 
-# From the published configurations; what shares weights with the embedding is not counted in matrix_params.
+# From the published configurations; matrix_params does not count weights that are shared with the embedding.
 LLMS = {
     "alpaca-native": _LLAMA_7B,
     "koala-7B-HF": _LLAMA_7B,
@@ -70,7 +70,7 @@ LLMS = {
     "oasst-sft-4-pythia-12b-epoch-3.5": _PYTHIA_12B,
     "moss-moon-003-sft": Llm(33.4, 16.060, 835_584),
     "llama-3.1-8b": Llm(16.06, 7.505, 131_072),
-    # By their names in AlpacaEval; multi-query attention keeps the KV cache of the last two small.
+    # By their names in AlpacaEval; the last two have multi-query attention and therefore a small KV cache.
     "alpaca-7b": _LLAMA_7B,
     "vicuna-7b": _LLAMA_7B,
     "baize-v2-7b": _LLAMA_7B,
@@ -84,12 +84,11 @@ LLMS = {
     "falcon-7b-instruct": Llm(14.4, 7.217, 8_192),
 }
 
-# Timing: [LLMServingSim] casys-kaist/LLMServingSim (RTX 4090 at 5daddb2), Llama-3.1-8B with output head, its times and
-# bytes scaled to LLaMA-7B, the former by 6.607 / 7.505;
-# [Vidur] microsoft/vidur 7d47513 and AKafakA/vidur_opt_scheduler 20bdc49, Llama-2-7B without output head, so its step
-# base times 6.607 / 6.476. KV slopes are measured on RTX 4090 and A100; elsewhere 80 to 83 % of the memory bandwidth is
-# assumed, as on RTX 4090.
-# Memory: as CUDA reports it in public logs. Power: busy is the vendor's limit (TDP), idle as published:
+# Timing is from two sources. [LLMServingSim]: casys-kaist/LLMServingSim (RTX 4090 at 5daddb2), Llama-3.1-8B with output
+# head, scaled to LLaMA-7B by parameters (6.607 / 7.505) and KV bytes. [Vidur]: microsoft/vidur 7d47513 and
+# AKafakA/vidur_opt_scheduler 20bdc49, Llama-2-7B without output head, with the step base scaled by 6.607 / 6.476.
+# KV slopes are measured on RTX 4090 and A100; the others assume 80 to 83 % of the memory bandwidth, as on RTX 4090.
+# Memory is what CUDA reports in public logs. Busy power is the vendor's limit (TDP), idle power as published in:
 GPUS = {
     # [LLMServingSim]. 25,250,627,584 bytes in that run. 22 W in nvidia-smi at P8, github.com/RLinf/RLinf/issues/255.
     "RTX 4090": Gpu(25.250627584, 14.8, 0.64, 7.51, 0.083, 0.0445, idle_w=22.0, busy_w=450.0),
@@ -107,7 +106,7 @@ GPUS = {
     "H100": Gpu(84.94, 5.70, 0.189, 4.84, 0.0184, 0.0069, idle_w=121.7, busy_w=700.0),
 }
 
-# Pairs that were measured themselves, as qos-jax fit-profile prints them for [LLMServingSim]; see docs/profiles.md.
+# Timing of pairs with measurements of their own, as qos-jax fit-profile prints it for [LLMServingSim].
 MEASURED = {
     ("llama-3.1-8b", "RTX 4090"): {
         "step_base_s": 16.875e-3,
@@ -123,23 +122,23 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
     """Builds the profile of N experts.
 
     Args:
-        pairs: the LLM and the GPU of each expert, by their names in `LLMS` and `GPUS`.
-        max_running: requests that one iteration serves at most.
-        max_waiting: requests that wait at most; beyond, requests are dropped.
+        pairs: LLM and GPU of each expert, names in `LLMS` and `GPUS`.
+        max_running: maximum number of requests in one iteration.
+        max_waiting: maximum number of waiting requests; an expert with a full queue drops further ones.
 
     Returns:
-        The profile, as NumPy arrays of shape [N].
+        The profile, fields are NumPy arrays [N].
 
     Raises:
-        InputError: if there is no pair, a name is unknown, an LLM does not fit its GPU, or a limit is below 1.
+        InputError: there is no pair, a name is unknown, an LLM does not fit its GPU, or a limit is below 1.
     """
     if len(pairs) == 0:
-        raise InputError("no experts; give one or more pairs of an LLM and a GPU")
+        raise InputError("there are no experts; give one or more pairs of an LLM and a GPU")
     for name, limit in (("max_running", max_running), ("max_waiting", max_waiting)):
         if limit < 1:
-            raise InputError(f"{name} is {limit}; it must be 1 or more")
-    _check_known("LLM", [llm for llm, _ in pairs], list(LLMS))
-    _check_known("GPU", [gpu for _, gpu in pairs], list(GPUS))
+            raise InputError(f"{name} is {limit}, must be at least 1")
+    _check_names("LLM", [llm for llm, _ in pairs], list(LLMS))
+    _check_names("GPU", [gpu for _, gpu in pairs], list(GPUS))
     llms, gpus = [LLMS[llm] for llm, _ in pairs], [GPUS[gpu] for _, gpu in pairs]
     size = np.array([llm.matrix_params / _LLAMA_7B.matrix_params for llm in llms])
     kv_bytes = np.array([float(llm.kv_bytes_per_token) for llm in llms])
@@ -167,19 +166,19 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
 
 
 def _kv_blocks(llm_name: str, gpu_name: str) -> int:
-    """Returns the KV blocks that fit beside the weights."""
+    """Returns the number of KV blocks that fit in memory beside the weights."""
     llm, gpu = LLMS[llm_name], GPUS[gpu_name]
     free_gb = MEMORY_SHARE * gpu.memory_gb - llm.weights_gb - OVERHEAD_GB
     blocks = math.floor(free_gb * 1e9 / (BLOCK_SIZE_TOKENS * llm.kv_bytes_per_token))
     if blocks < 1:
         raise InputError(
-            f"{llm_name} with {llm.weights_gb:g} GB of weights does not fit {gpu_name}, "
+            f"LLM {llm_name} with {llm.weights_gb:g} GB of weights does not fit {gpu_name}, "
             f"which has {MEMORY_SHARE * gpu.memory_gb - OVERHEAD_GB:.1f} GB for weights and KV cache"
         )
     return blocks
 
 
-def _check_known(kind: str, names: Sequence[str], table: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in table]
+def _check_names(kind: str, names: Sequence[str], legal: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in legal]
     if unknown:
-        raise InputError(f"{kind} {unknown[0]!r} is unknown; choose from {', '.join(table)}")
+        raise InputError(f"{kind} {unknown[0]!r} is unknown; choose from {', '.join(legal)}")

@@ -1,1 +1,1 @@
-"""The action impact estimator: what placing a request on an expert would do to it and to the requests there."""
+"""The action impact estimator: the predicted effect of a placement on the request and on the others on the expert."""

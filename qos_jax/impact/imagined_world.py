@@ -1,6 +1,7 @@
-"""Belief states: what a router observes, with sampled or expected lengths in place of the hidden true ones.
+"""Belief states: worlds that agree with an observation, with sampled or expected lengths for the hidden true ones.
 
-How far an expert is within its iteration is not seen; an imagined one may start the next at once.
+A router does not observe how far an expert is within its iteration; in a belief state the next iteration starts at
+once.
 """
 
 from __future__ import annotations
@@ -16,58 +17,61 @@ from qos_jax.sim.engine import ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
 from qos_jax.sim.world import SlotPayload, Telemetry, World
 
-LENGTH_CV = 1.1  # of an output length given its prediction: a lognormal with 3/4 of a log variance of 1 unexplained
-_LONGEST_TOKENS = 2.0**30
+# Coefficient of variation of an output length given its prediction: sqrt(exp(0.75) - 1), as predictions leave 0.75 of a
+# log variance of 1 unexplained.
+LENGTH_CV = 1.1
+_MAX_TOKENS = 2.0**30
 
 
 def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | None = None) -> World:
-    """Returns a world with the requests that the router observes, in the slots where it sees them.
+    """Returns a world with the observed requests, in the slots in which they are observed.
 
-    Their scores are the predicted ones: what to expect, however long they are.
+    Their scores are the predicted ones, whatever their lengths.
 
     Args:
-      obs: what the router sees; if it sees late, the world is that of the snapshot.
-      length_cv: coefficient of variation of an output length given its prediction; at 0 predictions are the truth.
-      key: draws the output lengths; without it they are the expected ones.
+      obs: one observation; with stale metrics, the world is that of the snapshot.
+      length_cv: coefficient of variation of an output length given its prediction; at 0 predictions are exact.
+      key: random key of the output lengths; None for the expected lengths.
     """
-    seen = obs.requests
-    emitted = seen.generated_tokens
+    requests = obs.requests
+    emitted = requests.generated_tokens
     if key is None:
-        total = emitted + tokens_left(seen, length_cv)
+        total = emitted + expected_remaining_tokens(requests, length_cv)
     else:
-        total = _drawn_tokens(key, seen.predicted_tokens, emitted, length_cv)
-    # A request is taken only if all of it fits in memory, so one that is there does; an endless one would never end.
-    room = jnp.asarray(obs.experts.profile.kv_blocks)[:, None] * BLOCK_SIZE_TOKENS - seen.prompt_tokens
-    output_tokens = jnp.minimum(_whole(total, emitted + 1), room)
+        total = _sample_tokens(key, requests.predicted_tokens, emitted, length_cv)
+    # An expert admits only requests that fit in its memory; a sampled length beyond that would never finish.
+    max_tokens = jnp.asarray(obs.experts.profile.kv_blocks)[:, None] * BLOCK_SIZE_TOKENS - requests.prompt_tokens
+    output_tokens = jnp.minimum(_round_tokens(total, emitted + 1), max_tokens)
 
-    no_tokens, no_time_s = jnp.zeros_like(emitted), jnp.zeros_like(seen.age_s)
+    no_tokens, no_time_s = jnp.zeros_like(emitted), jnp.zeros_like(requests.age_s)
+    score, limit_s, tokens = requests.predicted_score, requests.latency_limit_s, requests.predicted_tokens
     slots = Slots(
-        prompt_tokens=seen.prompt_tokens,
+        prompt_tokens=requests.prompt_tokens,
         output_tokens=output_tokens,
         generated=emitted,
-        computed=jnp.where(seen.running, seen.computed_tokens, 0),
+        computed=jnp.where(requests.running, requests.computed_tokens, 0),
         preemptions=no_tokens,
-        arrival_s=-seen.age_s,
+        arrival_s=-requests.age_s,
         first_token_s=no_time_s,
         finish_s=no_time_s,
-        payload=SlotPayload(seen.predicted_score, seen.latency_limit_s, seen.predicted_score, seen.predicted_tokens),
+        payload=SlotPayload(score, limit_s, score, tokens),
     )
-    taken = (seen.running | seen.waiting) & (output_tokens > emitted)
-    slots = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), slots)
-    idle_s, passes = no_time_s[:, 0], no_tokens[:, 0]
+    occupied = (requests.running | requests.waiting) & (output_tokens > emitted)
+    slots = jax.tree.map(lambda x: jnp.where(occupied, x, jnp.zeros_like(x)), slots)
+    zero_s, passes = no_time_s[:, 0], no_tokens[:, 0]
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
-    return World(ExpertState(slots, idle_s, idle_s, idle_s, passes), Telemetry(arrivals, None))
+    return World(ExpertState(slots, zero_s, zero_s, zero_s, passes), Telemetry(arrivals, None))
 
 
 def sample_request(obs: Observation, length_cv: float = LENGTH_CV, key: Array | None = None) -> Request:
-    """Returns the arrived request with an expected or sampled length, the same on all experts."""
+    """Returns the arrived request with expected lengths, or with lengths at one random quantile on all experts."""
     arrived = obs.arrived
     tokens = arrived.predicted_tokens
     if key is not None:
-        tokens = _drawn_tokens(key, tokens, jnp.zeros(1, jnp.int32), length_cv)
+        tokens = _sample_tokens(key, tokens, jnp.zeros(1, jnp.int32), length_cv)
     return Request(
         prompt_tokens=arrived.prompt_tokens,
-        output_tokens=_whole(tokens, 1),
+        output_tokens=_round_tokens(tokens, 1),
         score=arrived.predicted_score,
         latency_limit_s=arrived.latency_limit_s,
         predicted_score=arrived.predicted_score,
@@ -75,22 +79,22 @@ def sample_request(obs: Observation, length_cv: float = LENGTH_CV, key: Array | 
     )
 
 
-def tokens_left(seen: RequestView, length_cv: float) -> Array:
-    """Returns how many more tokens [N, S] each request is expected to emit: the more, the longer it has run."""
-    emitted = seen.generated_tokens.astype(jnp.float32)
-    return jnp.hypot(seen.predicted_tokens - emitted, length_cv * emitted)
+def expected_remaining_tokens(requests: RequestView, length_cv: float) -> Array:
+    """Returns the expected number of tokens left [N, S] of each request, which grows with the tokens emitted."""
+    emitted = requests.generated_tokens.astype(jnp.float32)
+    return jnp.hypot(requests.predicted_tokens - emitted, length_cv * emitted)
 
 
-def _drawn_tokens(key: Array, predicted_tokens: Array, emitted_tokens: Array, length_cv: float) -> Array:
-    """Draws lengths from lognormals with the predictions as means, given that each is more than was emitted."""
+def _sample_tokens(key: Array, predicted_tokens: Array, emitted_tokens: Array, length_cv: float) -> Array:
+    """Samples lengths from lognormals whose means are the predictions, conditional on the tokens already emitted."""
     if length_cv == 0:
         return predicted_tokens
     log_sd = math.sqrt(math.log1p(length_cv**2))
     log_mean = jnp.log(predicted_tokens) - log_sd**2 / 2.0
-    longer = ndtr((log_mean - jnp.log(emitted_tokens + 0.5)) / log_sd)  # half a token more, as lengths are rounded
-    tail = jax.random.uniform(key, emitted_tokens.shape, minval=jnp.finfo(jnp.float32).tiny) * longer
+    survival = ndtr((log_mean - jnp.log(emitted_tokens + 0.5)) / log_sd)  # half a token more, as lengths are rounded
+    tail = jax.random.uniform(key, emitted_tokens.shape, minval=jnp.finfo(jnp.float32).tiny) * survival
     return jnp.exp(log_mean - log_sd * ndtri(tail))
 
 
-def _whole(tokens: Array, least: Array | int) -> Array:
-    return jnp.clip(jnp.round(tokens), least, _LONGEST_TOKENS).astype(jnp.int32)
+def _round_tokens(tokens: Array, min_tokens: Array | int) -> Array:
+    return jnp.clip(jnp.round(tokens), min_tokens, _MAX_TOKENS).astype(jnp.int32)

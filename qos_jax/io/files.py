@@ -103,7 +103,7 @@ def read_columns(
     except InputError:
         raise
     except (OSError, ValueError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a readable .npz file: {error}") from error
+        raise InputError(f"{path}: is not a readable .npz file: {error}") from error
 
 
 def numbers_in(path: str | os.PathLike[str], name: str, column: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Predictors: from the text of a prompt to the score and the output length of each LLM's answer."""
+"""Predictors: the score and output length of each LLM's answer, from the text of a prompt."""
 
 from qos_jax.predictor.data import PredictionTable, read_prediction_table
 from qos_jax.predictor.fitting import FineTuning, fine_tune, fit_frozen

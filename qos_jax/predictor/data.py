@@ -1,9 +1,9 @@
-"""What predictors learn from: prompts, as texts or embeddings, with the scores and output lengths of each LLM's answer.
+"""Training data of predictors: prompts as texts or embeddings, with scores and output lengths of each LLM's answer.
 
-Two formats are read. An ``.npz`` has the columns ``experts`` [N] and scores [M, N]; it may have ``out_tokens`` [M, N],
-without which no lengths are learned, and ``prompt_emb_minilm`` [M, D]; the texts of its prompts may be in JSON lines
-beside it, each with ``instruction`` and perhaps ``input`` and ``prompt_id``. And the JSON lines of mix-instruct, which
-``workload.tables`` reads. All parts are taken by prompt, so that no prompt is both learned from and predicted.
+Two formats are read. An ``.npz`` has the columns ``experts`` [N] and scores [M, N]. It may have ``out_tokens`` [M, N],
+without which predictors learn no lengths, and ``prompt_emb_minilm`` [M, D]. The texts of its prompts may be in JSON
+lines in another file, each with ``instruction`` and optionally ``input`` and ``prompt_id``. The other format is the
+JSON lines of mix-instruct, which ``workload.tables`` reads. Tables are split by prompt, so no prompt is in both parts.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ EMBEDDINGS = "prompt_emb_minilm"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PredictionTable:
-    """The answers of N LLMs to M prompts, on the host; checked when it is made.
+    """The answers of N LLMs to M prompts, as NumPy arrays that are validated on construction.
 
     Raises:
-      InputError: if shapes do not agree, an LLM is named twice, a score is outside [0, 1] or no number, a length is
-        below 1 token, an embedding is not finite, a prompt is empty, or there are neither texts nor embeddings.
+      InputError: shapes differ, an LLM is named twice, a score is outside [0, 1], a length is below 1 token, an
+        embedding is not finite, a prompt is empty, or there are neither texts nor embeddings.
     """
 
-    source: str  # the file it came from, for messages
-    experts: tuple[str, ...]  # N names
+    source: str  # the file that was read, for messages
+    experts: tuple[str, ...]  # N names of LLMs
     score: np.ndarray  # [M, N] in [0, 1]
     output_tokens: np.ndarray | None  # [M, N] tokens
     texts: tuple[str, ...] | None  # M prompts
     embeddings: np.ndarray | None  # [M, D] of the prompts
 
     def __post_init__(self) -> None:
-        """Checks what the fields say of each other."""
+        """Validates the fields."""
         _check_experts(self.source, self.experts)
         shape = (len(self.score), len(self.experts))
         if 0 in shape or self.score.shape != shape:
             raise InputError(
-                f"{self.source}: {shape[1]} experts, but scores have the shape {self.score.shape}; "
-                "it must be [prompts, experts], none empty"
+                f"{self.source}: scores have the shape {self.score.shape}, "
+                f"must be [prompts, experts] with {shape[1]} experts, none empty"
             )
-        bad = ~((self.score >= 0.0) & (self.score <= 1.0))  # NaN is bad, too
+        bad = ~((self.score >= 0.0) & (self.score <= 1.0))  # also where a score is NaN
         if bad.any():
             row, expert = np.argwhere(bad)[0]
             raise InputError(
                 f"{self.source}: score {self.score[row, expert]:g} of {self.experts[expert]} for prompt {row} "
-                f"({bad.sum()} such in all); scores must lie in [0, 1]"
+                f"({bad.sum()} illegal scores in total), must lie in [0, 1]"
             )
         if self.output_tokens is not None:
             _check_tokens(self.source, self.output_tokens, shape)
         if self.texts is None and self.embeddings is None:
-            raise InputError(f"{self.source}: has neither texts nor embeddings of its prompts; give one of them")
+            raise InputError(f"{self.source}: has neither texts nor embeddings of its prompts, must have one of them")
         if self.texts is not None:
             _check_texts(self.source, self.texts, shape[0])
         if self.embeddings is not None:
@@ -69,7 +69,7 @@ class PredictionTable:
         return len(self.score)
 
     def rows(self, rows: np.ndarray) -> PredictionTable:
-        """Returns the table of these prompts only, in this order."""
+        """Returns the table of the prompts with these indices, in this order."""
         return dataclasses.replace(
             self,
             score=self.score[rows],
@@ -87,42 +87,43 @@ class PredictionTable:
         return split_rows(self.source, len(self), test_fraction, seed)
 
     def folds(self, count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns the rows (train, test) of each fold of a cross-validation; each prompt is tested once.
+        """Returns the rows (train, test) of each fold of a cross-validation; each prompt is in one test part.
 
         Raises:
-          InputError: there are fewer than 2 folds, or more than prompts.
+          InputError: there are fewer than 2 folds, or more folds than prompts.
         """
         if not 2 <= count <= len(self):
-            raise InputError(f"{self.source}: {count} folds of {len(self)} prompts; at least 2 and a prompt for each")
+            raise InputError(f"{self.source}: {count} folds of {len(self)} prompts, must be 2 to {len(self)} folds")
         number = fold_numbers(len(self), count, seed)
         return [(np.flatnonzero(number != fold), np.flatnonzero(number == fold)) for fold in range(count)]
 
 
 def fold_numbers(num_prompts: int, count: int, seed: int) -> np.ndarray:
-    """Returns the fold [M] of each prompt, at random, folds differing by one prompt at most."""
+    """Returns a random fold for each prompt [M]; the sizes of the folds differ by at most one prompt."""
     return np.random.default_rng(seed).permutation(np.arange(num_prompts) % count)
 
 
 def read_prediction_table(
     path: str | os.PathLike[str], score_column: str | None = None, prompts: str | os.PathLike[str] | None = None
 ) -> PredictionTable:
-    """Reads a table by the ending of its name: an ``.npz``, with ``prompts`` if given, or mix-instruct's JSON lines.
+    """Reads an ``.npz``, recognised by the end of its name, or the JSON lines of mix-instruct.
 
-    Scores of an ``.npz`` outside [0, 1] move to its ends and answers of 0 tokens count as 1, as in ``read_npz``.
+    Scores of an ``.npz`` are clipped to [0, 1], and an answer of 0 tokens counts as 1, as in ``workload.tables``.
 
     Args:
       path: the file.
-      score_column: the column, or the score of a candidate; ``quality_bertscore_minilm`` and ``bertscore`` by default.
-      prompts: JSON lines with the texts of an ``.npz``, see the module; by ``prompt_id`` where both have it, else in
-        the same order.
+      score_column: name of the column of an ``.npz``, or of the score of a candidate; by default
+        ``quality_bertscore_minilm`` and ``bertscore``.
+      prompts: JSON lines with the texts of an ``.npz``, see the module. They are matched by ``prompt_id`` if both files
+        have it, else by order.
 
     Raises:
-      InputError: a file is missing or damaged, lacks a column, or makes no ``PredictionTable``.
+      InputError: a file is missing or damaged, lacks a column, or holds an illegal value.
     """
     if str(path).endswith(".npz"):
         return _read_npz(path, score_column or DEFAULT_SCORES, prompts)
     if prompts is not None:
-        raise InputError(f"{path}: has texts of its own, so prompts {prompts} must not be given")
+        raise InputError(f"prompts is {prompts}, must not be given, as {path} has texts of its own")
     table = read_mix_instruct(path, score_column or "bertscore")
     return PredictionTable(table.source, table.experts, table.score, table.output_tokens, table.prompts, None)
 
@@ -143,18 +144,18 @@ def _read_npz(
 
 
 def _read_texts(path: str | os.PathLike[str], ids: np.ndarray | None) -> tuple[str, ...]:
-    """Returns the texts of JSON lines: those of the ids, or all in their order where either has no ids."""
+    """Returns the texts of JSON lines in the order of the ids, or in the file's order if either has no ids."""
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file: {error}") from error
+        raise InputError(f"{path}: is not a readable text file: {error}") from error
     records = [_parse_line(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
     texts = [text for _, text in records]
     if ids is None or any(prompt_id is None for prompt_id, _ in records):
         return tuple(texts)
     by_id = {str(prompt_id): text for prompt_id, text in records}
     if missing := [str(prompt_id) for prompt_id in ids if str(prompt_id) not in by_id]:
-        raise InputError(f"{path}: no line has the prompt_id {missing[0]} ({len(missing)} such in all)")
+        raise InputError(f"{path}: no line has the prompt_id {missing[0]} ({len(missing)} missing in total)")
     return tuple(by_id[str(prompt_id)] for prompt_id in ids)
 
 
@@ -166,13 +167,13 @@ def _parse_line(where: str, line: str) -> tuple[Any, str]:
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(
-            f"{where}: {type(error).__name__} {error}; a line needs an object with the text instruction"
+            f"{where}: {type(error).__name__} {error}; a line must be an object with the text instruction"
         ) from error
 
 
 def _check_experts(source: str, experts: tuple[str, ...]) -> None:
     if len(set(experts)) != len(experts):
-        raise InputError(f"{source}: experts {', '.join(experts)} are not all different")
+        raise InputError(f"{source}: experts are {', '.join(experts)}, must be different names")
 
 
 def _check_tokens(source: str, output_tokens: np.ndarray, shape: tuple[int, int]) -> None:
@@ -181,15 +182,15 @@ def _check_tokens(source: str, output_tokens: np.ndarray, shape: tuple[int, int]
             f"{source}: output tokens have the shape {output_tokens.shape}, must have that of the scores, {shape}"
         )
     if not (np.isfinite(output_tokens).all() and output_tokens.min() >= 1):
-        raise InputError(f"{source}: a length of {output_tokens.min():g} tokens; lengths are 1 or more")
+        raise InputError(f"{source}: a length is {output_tokens.min():g} tokens, must be finite and at least 1")
 
 
 def _check_texts(source: str, texts: tuple[str, ...], num_prompts: int) -> None:
     if len(texts) != num_prompts:
-        raise InputError(f"{source}: {len(texts)} texts for {num_prompts} prompts; give one for each")
+        raise InputError(f"{source}: {len(texts)} texts for {num_prompts} prompts, must be one for each")
     for row, text in enumerate(texts):
         if not text.strip():
-            raise InputError(f"{source}: prompt {row} is {text!r}; prompts must not be empty")
+            raise InputError(f"{source}: prompt {row} is {text!r}, must not be empty")
 
 
 def _check_embeddings(source: str, embeddings: np.ndarray, num_prompts: int) -> None:
@@ -199,4 +200,4 @@ def _check_embeddings(source: str, embeddings: np.ndarray, num_prompts: int) -> 
         )
     if not np.isfinite(embeddings).all():
         row = np.flatnonzero(~np.isfinite(embeddings).all(1))[0]
-        raise InputError(f"{source}: the embedding of prompt {row} is not finite; all must be")
+        raise InputError(f"{source}: the embedding of prompt {row} has an entry that is not finite, must be finite")

@@ -1,11 +1,11 @@
-"""Heads: from an embedding of the prompt to what each expert's answer will be, a score or the logarithm of a length.
+"""Heads: from an embedding of the prompt to the score, or the log length, of each expert's answer.
 
-There are two forms, each with a proper loss. ``buckets`` names, as the paper does, the probability of each of a few
-buckets, which hold equally many training values of that expert; the expected value follows from the buckets' means.
-``regression`` predicts the value, in standard deviations from the expert's mean. Both start from what is known without
-the prompt, the shares of the buckets or the mean, and learn only what differs from it.
+There are two forms, each with a proper loss. ``buckets`` predicts, as the paper does, the probability of each of a few
+buckets, which hold equally many training values of the expert; the expected value follows from the buckets' means.
+``regression`` predicts the value, in standard deviations from the expert's mean. Both start from the prediction without
+a prompt (the shares of the buckets, or the mean) and learn the difference from it.
 
-A head is an ensemble of members with the same inputs. The experts of one member share all layers but the last.
+A head is an ensemble of members with the same inputs. In a member, all experts share all layers but the last.
 """
 
 from __future__ import annotations
@@ -22,48 +22,51 @@ from jax import Array
 
 from qos_jax.errors import InputError
 
-Form = Literal["buckets", "regression"]
+HeadForm = Literal["buckets", "regression"]
 
+_MAX_LAYERS = 100
 _POWERS = np.linspace(0.0, 1.5, 31)
-_EMPTY = -1e9  # log share of a bucket that is not there; not minus infinity, which has no gradient
+_EMPTY = -1e9  # log share of an empty bucket, instead of minus infinity, which has no gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
     """Shape of a head."""
 
-    form: Form = "buckets"
-    hidden: tuple[int, ...] = (64,)  # widths of the shared layers; none for a linear model
-    num_buckets: int = 5  # at most: where many values are equal, some fall together
+    form: HeadForm = "buckets"
+    hidden: tuple[int, ...] = (64,)  # widths of the shared layers; empty for a linear model
+    num_buckets: int = 5  # K, at most: buckets with equal edges are merged
 
     def __post_init__(self) -> None:
-        """Checks the fields.
+        """Validates the fields.
 
         Raises:
           InputError: a field is out of range.
         """
-        if self.form not in get_args(Form):
-            raise InputError(f"form is {self.form!r}, must be one of {', '.join(get_args(Form))}")
+        if self.form not in get_args(HeadForm):
+            raise InputError(f"form is {self.form!r}, must be one of {', '.join(get_args(HeadForm))}")
         if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
             raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
+        if len(self.hidden) > _MAX_LAYERS:
+            raise InputError(f"hidden has {len(self.hidden)} layers, must have at most {_MAX_LAYERS}")
         if not (isinstance(self.num_buckets, int) and self.num_buckets >= 2):
             raise InputError(f"num_buckets is {self.num_buckets}, must be a whole number of at least 2")
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of each expert."""
+        """Number of outputs of each expert."""
         return self.num_buckets if self.form == "buckets" else 1
 
 
-class Network(nn.Module):
-    """One member: shared layers, then the outputs of each expert, which are 0 at first."""
+class HeadNetwork(nn.Module):
+    """One member: shared layers, then a layer with the outputs of each expert, initialised to 0."""
 
     config: HeadConfig
     num_experts: int
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        """Returns outputs [..., N, K] for features [..., D] of about unit variance; K is ``num_outputs``."""
+        """Returns outputs [..., N, K] for features [..., D] of about unit variance, with K ``num_outputs``."""
         for width in self.config.hidden:
             features = nn.gelu(nn.Dense(width)(features))
         shape = (self.num_experts, self.config.num_outputs)
@@ -71,12 +74,12 @@ class Network(nn.Module):
 
 
 class Buckets(struct.PyTreeNode):
-    """Quantile buckets of each expert's values; an expert with fewer than K has empty ones at the end."""
+    """Quantile buckets of each expert's values; an expert with fewer than K buckets has empty ones at the end."""
 
-    edges: Array  # [N, K - 1], the largest value of each bucket but the last; infinite before empty ones
-    means: Array  # [N, K] mean of the values in each
-    amounts: Array  # [N, K] mean of what the values are a function of: scores themselves, tokens for log lengths
-    log_shares: Array  # [N, K] logarithm of their shares
+    edges: Array  # [N, K - 1], the largest value of each bucket but the last; infinite before empty buckets
+    means: Array  # [N, K] mean value in each bucket
+    amounts: Array  # [N, K] mean amount in each bucket: the score itself, or tokens for log lengths
+    log_shares: Array  # [N, K] logarithm of the share of each bucket
 
     def losses(self, outputs: Array, values: Array) -> Array:
         """Returns the cross-entropy [..., B, N] of outputs [..., B, N, K] given values [B, N]."""
@@ -90,7 +93,7 @@ class Standard(struct.PyTreeNode):
     means: Array  # [N]
     sds: Array  # [N], 1 where all values are equal
     of_logarithms: Array  # [] bool: values are logarithms of amounts
-    ratio: Array  # [N] if so, the expected amount is ratio exp(power value), see ``fit_amounts``
+    ratio: Array  # [N] of the expected amount of a logarithm, ratio exp(power value); see ``fit_amounts``
     power: Array  # []
 
     def losses(self, outputs: Array, values: Array) -> Array:
@@ -99,11 +102,11 @@ class Standard(struct.PyTreeNode):
 
 
 class Forecast(struct.PyTreeNode):
-    """What a head says of B prompts."""
+    """Predictions of a head for B prompts."""
 
     value: Array  # [B, N] expected value
     amount: Array  # [B, N] expected amount: of a score the score, of a log length the number of tokens
-    probabilities: Array | None  # [B, N, K] of the buckets; None for regression
+    probabilities: Array | None  # [B, N, K] probability of each bucket; None for regression
 
 
 class Head(struct.PyTreeNode):
@@ -111,23 +114,23 @@ class Head(struct.PyTreeNode):
 
     config: HeadConfig = struct.field(pytree_node=False)
     scale: Buckets | Standard
-    weights: Any  # of Network, each leaf with a leading axis [R]
+    weights: Any  # of HeadNetwork, each leaf with a leading axis [R]
 
     def outputs(self, features: Array) -> Array:
         """Returns the outputs [R, B, N, K] of each member for features [B, D]."""
-        network = Network(self.config, self.scale.means.shape[0])
+        network = HeadNetwork(self.config, self.scale.means.shape[0])
         return jax.vmap(lambda weights: cast(Array, network.apply(weights, features)))(self.weights)
 
     def losses(self, features: Array, values: Array) -> Array:
-        """Returns the loss [R, B, N] of each member."""
+        """Returns the loss [R, B, N] of each member for features [B, D] and values [B, N]."""
         return self.scale.losses(self.outputs(features), values)
 
     def forecast(self, features: Array) -> Forecast:
-        """Returns what the ensemble says: the mean of its members' outputs is decoded."""
+        """Returns the predictions of the ensemble, from the mean of its members' outputs, for features [B, D]."""
         return self.decode(self.outputs(features).mean(0))
 
     def decode(self, outputs: Array) -> Forecast:
-        """Returns what outputs [B, N, K] say."""
+        """Returns the predictions for outputs [B, N, K]."""
         if isinstance(self.scale, Buckets):
             probabilities = jax.nn.softmax(outputs + self.scale.log_shares)
             value = jnp.sum(probabilities * self.scale.means, -1)
@@ -140,31 +143,31 @@ class Head(struct.PyTreeNode):
 def bucket_edges(values: np.ndarray, num_buckets: int) -> np.ndarray:
     """Returns the edges [N, K - 1] of the quantile buckets of each column of values [M, N].
 
-    An edge is a value and belongs to the bucket below it. Where it would be the largest value, it is the one before, so
-    that no bucket is empty and a value that very many answers have, such as a score of 1, has a bucket of its own.
-    Equal edges are dropped; infinite ones are put in their place.
+    An edge is a value and belongs to the bucket below it. An edge that would be the largest value is replaced by the
+    next smaller value, so no bucket is empty, and a very common largest value, such as a score of 1, has its own
+    bucket. Duplicate edges are replaced by infinite ones at the end.
     """
     quantiles = np.quantile(values, np.arange(1, num_buckets) / num_buckets, axis=0, method="inverted_cdf").T
     edges = np.full((values.shape[1], num_buckets - 1), np.inf, np.float32)
-    for expert, (column, found) in enumerate(zip(values.T, quantiles, strict=True)):
+    for expert, (column, column_edges) in enumerate(zip(values.T, quantiles, strict=True)):
         below_largest = column[column < column.max()].max(initial=-np.inf)
-        distinct = np.unique(np.minimum(found, below_largest))
+        distinct = np.unique(np.minimum(column_edges, below_largest))
         edges[expert, : len(distinct)] = np.where(distinct > -np.inf, distinct, np.inf)
     return edges
 
 
 def bucket_of(edges: Any, values: Any) -> Any:
-    """Returns the bucket [..., N] of values [..., N], given the edges [N, K - 1]; NumPy if both are."""
+    """Returns the bucket [..., N] of values [..., N], given edges [N, K - 1]; a NumPy array if both are."""
     return (values.astype(np.float32)[..., None] > edges).sum(-1)
 
 
 def fit_scale(config: HeadConfig, values: np.ndarray, amounts: np.ndarray | None = None) -> Buckets | Standard:
-    """Returns the buckets, or mean and spread, of training values [M, N].
+    """Returns the buckets, or mean and spread, of training values.
 
     Args:
       config: shape of the head.
-      values: what is learned.
-      amounts: [M, N] if the values are their logarithms; the values themselves without it.
+      values: [M, N] training values.
+      amounts: [M, N] amounts of which the values are the logarithms; None if the values are the amounts.
     """
     if config.form == "regression":
         sds = values.std(0)
@@ -172,11 +175,11 @@ def fit_scale(config: HeadConfig, values: np.ndarray, amounts: np.ndarray | None
         of_logarithms = jnp.asarray(amounts is not None)
         return Standard(_float32(values.mean(0)), _float32(sds), of_logarithms, _float32(ones), jnp.ones(()))
     edges = bucket_edges(values, config.num_buckets)
-    member = bucket_of(edges, values)[..., None] == np.arange(config.num_buckets)  # [M, N, K]
-    count = member.sum(0)
+    in_bucket = bucket_of(edges, values)[..., None] == np.arange(config.num_buckets)  # [M, N, K]
+    count = in_bucket.sum(0)
 
     def mean_of(x: np.ndarray) -> Array:
-        return _float32(np.sum(member * x[..., None], 0) / np.maximum(count, 1))
+        return _float32(np.sum(in_bucket * x[..., None], 0) / np.maximum(count, 1))
 
     with np.errstate(divide="ignore"):
         log_shares = np.log(count / len(values))
@@ -185,20 +188,25 @@ def fit_scale(config: HeadConfig, values: np.ndarray, amounts: np.ndarray | None
 
 
 def fit_amounts(scale: Standard, predicted: np.ndarray, amounts: np.ndarray) -> Standard:
-    """Fits expected amounts to amounts [M, N] and their predicted logarithms [M, N], of prompts not learned from.
+    """Fits the expected amount as a function of the predicted logarithm, on held-out prompts.
 
-    The exponential of an expected logarithm is too little, and how much too little differs: where long answers are
-    expected, they vary less. So the power of all experts is that with the lowest deviance of Poisson's, a proper loss
-    of means, and each expert's mean is right.
+    The exponential of an expected logarithm is below the expected amount, by a factor that decreases with the expected
+    length, because long answers vary less. All experts share the power with the lowest Poisson deviance, a proper loss
+    of means, and each expert has the ratio that makes its mean correct.
+
+    Args:
+      scale: of the regression.
+      predicted: [M, N] predicted logarithms.
+      amounts: [M, N] true amounts.
     """
 
-    def fitted(power: float) -> tuple[float, np.ndarray]:
-        told = np.exp(power * predicted.astype(np.float64))
-        ratio = amounts.sum(0) / told.sum(0)
-        return float(np.mean(ratio * told - amounts * np.log(ratio * told))), ratio
+    def fit(power: float) -> tuple[float, np.ndarray]:
+        unscaled = np.exp(power * predicted.astype(np.float64))
+        ratio = amounts.sum(0) / unscaled.sum(0)
+        return float(np.mean(ratio * unscaled - amounts * np.log(ratio * unscaled))), ratio
 
-    power = min(_POWERS, key=lambda power: fitted(power)[0])
-    return scale.replace(ratio=_float32(fitted(power)[1]), power=_float32(power))
+    power = min(_POWERS, key=lambda power: fit(power)[0])
+    return scale.replace(ratio=_float32(fit(power)[1]), power=_float32(power))
 
 
 def _float32(x: np.ndarray) -> Array:

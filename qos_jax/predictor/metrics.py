@@ -1,7 +1,7 @@
-"""How good predictions are: what they explain, whether they mean what they say, and what routing by them earns.
+"""Metrics of predictions: explained variance, calibration, and the score of routing by them.
 
-Everything is of M prompts that the predictor has not learned from, and N experts. What a prediction is compared with,
-such as each expert's mean, comes from the prompts it has learned from.
+All metrics are over M held-out prompts and N experts. Baselines, such as each expert's mean, are from the training
+prompts.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from qos_jax.errors import InputError
 from qos_jax.predictor.data import PredictionTable
 from qos_jax.predictor.heads import Forecast, bucket_edges, bucket_of
 from qos_jax.predictor.predictor import Predictor
+from qos_jax.sim.validation import check_shapes
 
 NUM_BINS = 10
 
@@ -22,23 +22,27 @@ NUM_BINS = 10
 def held_out_columns(
     predictor: Predictor, train: PredictionTable, test: PredictionTable, num_buckets: int
 ) -> dict[str, np.ndarray]:
-    """Returns predictions and truth side by side, as ``scores_of`` reads them and for models of the error.
+    """Returns predictions and true values of held-out prompts, for ``scores_of`` and for models of the error.
 
     Args:
-      predictor: learned from ``train``.
-      train: for each expert's mean, buckets and commonest bucket, and for the best single expert.
+      predictor: trained on ``train``.
+      train: gives each expert's mean, buckets and most common bucket, and the best single expert.
       test: M prompts, with embeddings by the predictor's encoder.
-      num_buckets: K of the buckets, which are those of the heads if these have any.
+      num_buckets: K, that of the heads if they have buckets.
 
     Returns:
-      For Q each of ``score``, ``log_length`` and ``output_tokens``: ``Q``, ``predicted_Q`` and ``mean_Q``, the expert's
-      mean in training, all [M, N]. For Q each of the first two: ``Q_bucket``, ``predicted_Q_bucket`` (the likeliest; in
-      regression, that of the predicted value) and ``commonest_Q_bucket``, all [M, N], and if the heads have buckets
-      ``Q_probabilities`` [M, N, K]. And ``best_single`` [M], the best expert in training. Without lengths, only score.
+      ``best_single`` [M], the best expert in training. For each Q of ``score``, ``log_length`` and ``output_tokens``:
+      ``Q``, ``predicted_Q`` and ``mean_Q``, the expert's mean in training, all [M, N]. For Q ``score`` and
+      ``log_length`` also ``Q_bucket``, ``predicted_Q_bucket`` (the likeliest, or that of the predicted value in
+      regression) and ``commonest_Q_bucket``, all [M, N], and ``Q_probabilities`` [M, N, K] if the heads have buckets.
+      Without lengths, only the columns of the score.
+
+    Raises:
+      InputError: ``test`` has no embeddings.
     """
     columns = {"best_single": np.full(len(test), train.score.mean(0).argmax())}
     if test.embeddings is None:
-        raise InputError(f"{test.source}: has no embeddings, from which predictions are made")
+        raise InputError(f"{test.source}: has no embeddings, must have them for predictions")
     score, length = predictor.forecast(test.embeddings)
     columns |= _quantity("score", score.amount, train.score, test.score)
     columns |= _buckets("score", score, train.score, test.score, num_buckets)
@@ -51,7 +55,7 @@ def held_out_columns(
 
 
 def scores_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Returns all scores, see the functions below, of ``held_out_columns``, which may be those of several folds."""
+    """Returns all metrics of ``held_out_columns``, which may be joined from several folds; see the functions below."""
     scores: dict[str, Any] = {"prompts": len(columns["score"])}
     for name in ("score", "log_length", "output_tokens"):
         if name in columns:
@@ -62,9 +66,9 @@ def scores_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
             scores[name] |= bucket_scores(label, predicted, columns[f"commonest_{name}_bucket"])
         if f"{name}_probabilities" in columns:
             probabilities = columns[f"{name}_probabilities"]
-            happened = np.eye(probabilities.shape[-1])[columns[f"{name}_bucket"]]
-            there = probabilities > 0.0  # not the empty buckets of experts with fewer
-            bins = reliability(probabilities[there], happened[there])
+            occurred = np.eye(probabilities.shape[-1])[columns[f"{name}_bucket"]]
+            nonempty = probabilities > 0.0  # an expert with fewer than K buckets has empty ones
+            bins = reliability_bins(probabilities[nonempty], occurred[nonempty])
             scores[name] |= {"bucket_ece": calibration_error(bins), "bucket_reliability": bins}
     return scores | {"routing": routing(columns["score"], columns["predicted_score"], columns["best_single"])}
 
@@ -88,9 +92,15 @@ def _buckets(
 
 
 def r_squared(truth: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Returns for each expert [N] the share of squared error [M, N] that the predictions save over a baseline.
+    """Returns R^2 [N] of each expert: 1 minus the squared error of the predictions over that of a baseline.
 
-    NaN where the baseline makes no error. The baseline, [N] or [M, N], is the expert's mean over training prompts.
+    Args:
+      truth: [M, N] true values.
+      predicted: [M, N].
+      baseline: [N] or [M, N], each expert's mean over training prompts.
+
+    Returns:
+      [N], NaN for an expert whose baseline has no error.
     """
     error, base = np.sum((truth - predicted) ** 2, 0), np.sum((truth - baseline) ** 2, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -98,25 +108,39 @@ def r_squared(truth: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) ->
 
 
 def rank_correlation(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, int]:
-    """Returns Spearman's correlation over the experts, mean of the prompts that have one, and how many these are.
+    """Returns Spearman's correlation over the experts as a mean over prompts, and the number of these prompts.
 
-    A prompt has none if all its true values, or all predicted ones, are equal.
+    Prompts whose true values, or predicted values, are all equal have no correlation and are left out.
+
+    Args:
+      truth: [M, N] true values.
+      predicted: [M, N].
     """
+    from scipy import stats  # slow to import
+
     ranks = [stats.rankdata(x, axis=1) for x in (truth, predicted)]
     ranks = [x - x.mean(1, keepdims=True) for x in ranks]
     length = np.sqrt(np.prod([np.sum(x**2, 1) for x in ranks], axis=0))
-    each = np.sum(ranks[0] * ranks[1], 1)[length > 0] / length[length > 0]
-    return float(each.mean()) if len(each) else float("nan"), len(each)
+    correlations = np.sum(ranks[0] * ranks[1], 1)[length > 0] / length[length > 0]
+    return float(correlations.mean()) if len(correlations) else float("nan"), len(correlations)
 
 
 def routing(truth: np.ndarray, predicted: np.ndarray, best_single: np.ndarray) -> dict[str, float]:
-    """Returns mean scores of prompts that are sent to one expert each.
+    """Returns the mean score of four ways to send each prompt to one expert.
 
     Args:
-      truth: [M, N] scores.
-      predicted: [M, N] scores; each prompt is ``routed`` to the highest.
-      best_single: [M] or [], the expert that was best on training prompts.
+      truth: [M, N] true scores.
+      predicted: [M, N] predicted scores.
+      best_single: [M] or [], the best expert on training prompts.
+
+    Returns:
+      The mean true score by name: ``routed`` to the highest predicted score, ``best_single``, ``random``, and
+      ``oracle``, the highest true score.
+
+    Raises:
+      InputError: the shapes differ.
     """
+    _check_same_shape(truth, predicted)
     prompt = np.arange(len(truth))
     return {
         "routed": float(truth[prompt, predicted.argmax(1)].mean()),
@@ -127,15 +151,25 @@ def routing(truth: np.ndarray, predicted: np.ndarray, best_single: np.ndarray) -
 
 
 def bucket_scores(label: np.ndarray, predicted: np.ndarray, majority: np.ndarray) -> dict[str, float]:
-    """Returns how often the true bucket [M, N] is the predicted one, and how often the commonest in training [N]."""
+    """Returns the accuracies of the predicted bucket and of the most common bucket in training.
+
+    Args:
+      label: [M, N] true buckets.
+      predicted: [M, N] predicted buckets.
+      majority: [N] or [M, N], the most common bucket in training.
+    """
     return {"accuracy": float(np.mean(label == predicted)), "majority": float(np.mean(label == majority))}
 
 
-def reliability(predicted: np.ndarray, realised: np.ndarray, num_bins: int = NUM_BINS) -> list[dict[str, float]]:
-    """Returns for each of some bins of equally many predictions: their number and mean, mean truth and its error.
+def reliability_bins(predicted: np.ndarray, realised: np.ndarray, num_bins: int = NUM_BINS) -> list[dict[str, float]]:
+    """Returns the bins of a reliability diagram of predictions and true values of one shape.
 
-    The error is the standard error of the mean truth. Bins have equally many predictions, not equal width, as most
-    predictions lie close together. Equal predictions may be parted.
+    Bins have equal numbers of predictions instead of equal widths, as most predictions lie close together. Equal
+    predictions may be in different bins.
+
+    Returns:
+      For each bin: ``number`` of predictions, mean ``predicted`` value, mean ``realised`` (true) value, and the
+      ``standard_error`` of the latter.
     """
     order = np.argsort(predicted, axis=None, kind="stable")
     return [
@@ -151,33 +185,37 @@ def reliability(predicted: np.ndarray, realised: np.ndarray, num_bins: int = NUM
 
 
 def calibration_error(bins: list[dict[str, float]]) -> float:
-    """Returns the expected calibration error: mean distance, over predictions, of their bin's mean to its truth."""
-    numbers = [each["number"] for each in bins]
-    return float(np.average([abs(each["predicted"] - each["realised"]) for each in bins], weights=numbers))
+    """Returns the expected calibration error: the mean over predictions of |predicted - realised| of their bin."""
+    numbers = [entry["number"] for entry in bins]
+    return float(np.average([abs(entry["predicted"] - entry["realised"]) for entry in bins], weights=numbers))
 
 
 def quantity_scores(truth: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
-    """Returns the scores of one predicted quantity, such as the score itself or the output tokens.
+    """Returns the metrics of one predicted quantity, such as the score or the output tokens.
 
     Args:
-      truth: [M, N].
+      truth: [M, N] true values.
       predicted: [M, N].
       baseline: [N] or [M, N], each expert's mean over training prompts.
 
     Returns:
-      ``r2`` mean of the experts, ``r2_of_experts`` [N], ``within_r2`` of what differs from the other experts on the
-      same prompt, ``slope`` by which truths differ from the baseline when predictions do by 1, ``mae`` and
-      ``baseline_mae``, ``bias``, ``rank_correlation`` within prompts and ``ranked_prompts``, the bins of
-      ``reliability`` and ``ece``.
+      ``r2``, mean of the experts; ``r2_of_experts`` [N]; ``within_r2`` of the deviations from the mean of all experts
+      on the prompt; ``slope`` of true on predicted differences from the baseline; ``mae`` and ``baseline_mae``, mean
+      absolute errors; ``bias``; ``rank_correlation`` within prompts and ``ranked_prompts``, their number;
+      ``reliability``, the bins, and ``ece``, the expected calibration error.
+
+    Raises:
+      InputError: the shapes differ.
     """
+    _check_same_shape(truth, predicted)
     r2 = r_squared(truth, predicted, baseline)
-    better, told_better = _deviations(truth - baseline), _deviations(predicted - baseline)
+    deviations, predicted_deviations = _deviations(truth - baseline), _deviations(predicted - baseline)
     correlation, ranked = rank_correlation(truth, predicted)
-    bins = reliability(predicted, truth)
+    bins = reliability_bins(predicted, truth)
     return {
         "r2": float(np.nanmean(r2)) if np.isfinite(r2).any() else float("nan"),
         "r2_of_experts": r2.tolist(),
-        "within_r2": float(r_squared(better.ravel(), told_better.ravel(), np.zeros(()))),
+        "within_r2": float(r_squared(deviations.ravel(), predicted_deviations.ravel(), np.zeros(()))),
         "slope": _slope(predicted - baseline, truth - baseline),
         "mae": float(np.mean(np.abs(truth - predicted))),
         "baseline_mae": float(np.mean(np.abs(truth - baseline))),
@@ -189,11 +227,17 @@ def quantity_scores(truth: np.ndarray, predicted: np.ndarray, baseline: np.ndarr
     }
 
 
+def _check_same_shape(truth: np.ndarray, predicted: np.ndarray) -> None:
+    """Checks that predictions are [M, N] as the true values: fewer axes would broadcast."""
+    num_prompts, num_experts = np.shape(truth)
+    check_shapes({"predicted": (predicted, "MN")}, M=num_prompts, N=num_experts)
+
+
 def _deviations(values: np.ndarray) -> np.ndarray:
     return values - values.mean(1, keepdims=True)
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the least-squares slope of y against x, NaN where x is constant."""
+    """Returns the least-squares slope of y on x; NaN if x is constant."""
     x = x - x.mean()
     return float(np.sum(x * y) / np.sum(x**2)) if np.any(x) else float("nan")

@@ -1,12 +1,12 @@
-"""A predictor: what each expert's answer to a prompt will score and how long it will be, and its folder on disk.
+"""A predictor of the score and length of each expert's answer to a prompt, and its folder on disk.
 
 The folder of a predictor holds
 
-* ``config.json``: the experts' names, the shape of the heads, and how they were trained;
-* ``heads.safetensors``: the heads and how embeddings are scaled for them;
-* ``encoder/``: the text encoder as Hugging Face lays it out; not there if the predictor was trained on embeddings only.
+* ``config.json``: names of the experts, shape of the heads, and data on their training;
+* ``heads.safetensors``: the heads, and the center and spread by which they standardise embeddings;
+* ``encoder/``: the text encoder in the layout of Hugging Face; missing if the predictor was trained on embeddings.
 
-It is written under a hidden name and then renamed, so it is there whole or not at all.
+The folder is written under a hidden name and then renamed, so it appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,76 +29,79 @@ from jax import Array
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, writable_folder, write_whole
-from qos_jax.predictor.heads import Buckets, Forecast, Head, HeadConfig, Network, Standard
-from qos_jax.predictor.pretrained import Pretrained, load_pretrained, save_pretrained
+from qos_jax.predictor.heads import Buckets, Forecast, Head, HeadConfig, HeadNetwork, Standard
+from qos_jax.predictor.pretrained import Pretrained, load_pretrained, read_tensor, save_pretrained
 
-RUN_SUBFOLDER = "predictor"  # of what qos-jax predictor writes
+RUN_SUBFOLDER = "predictor"  # of the folder that qos-jax predictor writes
 _FORMAT = 1
 _CONFIG, _HEADS, _ENCODER = "config.json", "heads.safetensors", "encoder"
-_FIELDS: dict[str, type] = {  # what every config.json has
+_FIELDS: dict[str, type] = {  # required fields of config.json
     "experts": list, "embedding_size": int, "members": int, "head": dict, "with_length": bool, "with_encoder": bool,
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
-    """Heads on an encoder, or on embeddings that others make; ``fitting`` makes one, ``load_predictor`` reads one."""
+    """Heads on an encoder, or on given embeddings; ``fitting`` trains one, ``load_predictor`` reads one."""
 
-    experts: tuple[str, ...]  # N names
-    center: Array  # [D], taken from every embedding
-    spread: Array  # [], which the rest is divided by
+    experts: tuple[str, ...]  # N names of LLMs
+    center: Array  # [D], subtracted from an embedding
+    spread: Array  # [], divisor of the difference
     score: Head
-    length: Head | None  # of log output tokens; None if it was trained on scores only
+    length: Head | None  # of log output tokens; None if the predictor was trained on scores only
     encoder: Pretrained | None
 
     def predict(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns what to expect of each expert's answer to B prompts.
+        """Predicts the score and length of each expert's answer to B prompts.
 
-        A prompt longer than the encoder's ``max_tokens`` is cut off there.
+        A prompt longer than the encoder's ``max_tokens`` is cut off at that length.
+
+        Args:
+          texts: B prompts.
 
         Returns:
-          Expected scores [B, N] in [0, 1] and expected output tokens [B, N] of at least 1, or None in their place.
+          Expected scores [B, N] in [0, 1], and expected output tokens [B, N] of at least 1, or None without lengths.
 
         Raises:
-          InputError: a prompt is empty or no text, or the predictor has no encoder.
+          InputError: a prompt is empty or not a string, or the predictor has no encoder.
         """
         if self.encoder is None:
             raise InputError("the predictor was trained on embeddings and has no encoder: call predict_embeddings")
         return self.predict_embeddings(self.encoder.embed(texts))
 
     def predict_embeddings(self, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns the same as ``predict`` for prompts with the embeddings [B, D] by the encoder it was trained on.
+        """Predicts as ``predict``, from embeddings [B, D] of the prompts by the encoder of the training data.
 
         Raises:
-          InputError: the embeddings have another shape, or are not finite.
+          InputError: the embeddings have a wrong shape, or are not finite.
         """
         score, length = self.forecast(embeddings)
         tokens = None if length is None else np.maximum(np.asarray(length.amount), 1.0)
         return np.clip(np.asarray(score.amount), 0.0, 1.0), tokens
 
     def forecast(self, embeddings: np.ndarray) -> tuple[Forecast, Forecast | None]:
-        """Returns what the heads of scores and of log output lengths say in full; see ``predict_embeddings``."""
-        wanted = self.center.shape[0]
-        if np.ndim(embeddings) != 2 or np.shape(embeddings)[1] != wanted:
-            raise InputError(f"embeddings have the shape {np.shape(embeddings)}, must have [prompts, {wanted}]")
+        """Returns the full predictions of scores and of log output lengths; see ``predict_embeddings``."""
+        size = self.center.shape[0]
+        if np.ndim(embeddings) != 2 or np.shape(embeddings)[1] != size:
+            raise InputError(f"embeddings have the shape {np.shape(embeddings)}, must have [prompts, {size}]")
         if not np.isfinite(embeddings).all():
-            raise InputError("embeddings have entries that are not finite; all must be")
-        features = scaled(jnp.asarray(embeddings, jnp.float32), self.center, self.spread)
+            raise InputError("embeddings have entries that are not finite, must be finite")
+        features = standardise(jnp.asarray(embeddings, jnp.float32), self.center, self.spread)
         return _forecast(self.score, features), None if self.length is None else _forecast(self.length, features)
 
     def save(self, folder: str | os.PathLike[str], **about: Any) -> None:
-        """Writes the folder of the predictor, in place of what is there.
+        """Writes the folder of the predictor; an existing predictor is replaced.
 
         Args:
-          folder: see the module; a predictor that is there already is replaced, anything else is not.
-          **about: how the predictor was made, as plain values, for the reader of config.json.
+          folder: path of the folder; see the module for its content.
+          **about: plain values on the training, added to config.json.
 
         Raises:
-          InputError: the folder cannot be written, or holds something else.
+          InputError: the folder cannot be written, or holds something other than a predictor.
         """
         folder = pathlib.Path(folder).absolute()
         if folder.exists() and not (folder / _CONFIG).exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is no predictor and would be overwritten: take another folder")
+            raise InputError(f"{folder} is no predictor and would be overwritten: choose another folder")
         writable_folder(folder.parent)
         new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
         try:
@@ -109,11 +112,11 @@ class Predictor:
         except OSError as error:
             raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
         finally:
-            for each in (new, old):
-                shutil.rmtree(each, ignore_errors=True)
+            for temporary in (new, old):
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _write(self, folder: pathlib.Path, about: dict[str, Any]) -> None:
-        tensors = {name: np.array(tensor, order="C") for name, tensor in _named(self._variables()).items()}
+        tensors = {name: np.array(tensor, order="C") for name, tensor in _by_name(self._variables()).items()}
         config = {
             "format": _FORMAT,
             "experts": list(self.experts),
@@ -134,13 +137,13 @@ class Predictor:
         return {"center": self.center, "spread": self.spread, **heads}
 
 
-def scaled(embeddings: Array, center: Array, spread: Array) -> Array:
-    """Returns features [..., D] for the heads."""
+def standardise(embeddings: Array, center: Array, spread: Array) -> Array:
+    """Returns the features [..., D] of embeddings [..., D] that heads take."""
     return (embeddings - center) / spread
 
 
 def load_predictor(folder: str | os.PathLike[str]) -> Predictor:
-    """Reads a predictor; what it predicts is bit for bit what the saved one did.
+    """Reads a predictor; its predictions are identical, bit for bit, to those of the saved one.
 
     Args:
       folder: of the predictor, or of a run of ``qos-jax predictor``.
@@ -158,7 +161,7 @@ def load_predictor(folder: str | os.PathLike[str]) -> Predictor:
     if encoder is not None and encoder.config.hidden_size != config["embedding_size"]:
         raise InputError(
             f"{folder / _CONFIG}: embedding_size is {config['embedding_size']}, "
-            f"must be {encoder.config.hidden_size} by {_ENCODER}"
+            f"must be {encoder.config.hidden_size}, the hidden_size of {_ENCODER}"
         )
     return Predictor(tuple(config["experts"]), encoder=encoder, **({"length": None} | variables))
 
@@ -174,7 +177,8 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     for field, kind in _FIELDS.items():
         value = config.get(field)
         if type(value) is not kind or (type(value) is int and value < 1):
-            raise InputError(f"{path}: {field} is {value!r}, must be of type {kind.__name__}, at least 1 if a number")
+            at_least = " and at least 1" if kind is int else ""
+            raise InputError(f"{path}: {field} is {value!r}, must be of type {kind.__name__}{at_least}")
     experts = config["experts"]
     if not experts or not all(isinstance(name, str) for name in experts) or len(set(experts)) < len(experts):
         raise InputError(f"{path}: experts is {experts!r}, must be different names")
@@ -182,22 +186,22 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _variables_like(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the shapes of all variables."""
+    """Returns the tree of all variables, with shapes and types in place of arrays."""
     try:
         head_config = HeadConfig(**config["head"] | {"hidden": tuple(config["head"].get("hidden", ()))})
     except (TypeError, InputError) as error:
-        raise InputError(f"{path}: head is {config['head']!r}: {error}") from error
+        raise InputError(f"{path}: head is {str(config['head'])[:100]}: {error}") from error
     num_experts, size = len(config["experts"]), config["embedding_size"]
 
     def variables() -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(0), config["members"])
-        weights = jax.vmap(lambda key: Network(head_config, num_experts).init(key, jnp.zeros(size)))(keys)
-        of_expert = jnp.zeros(num_experts)
-        of_bucket = jnp.zeros((num_experts, head_config.num_buckets))
+        weights = jax.vmap(lambda key: HeadNetwork(head_config, num_experts).init(key, jnp.zeros(size)))(keys)
+        per_expert = jnp.zeros(num_experts)
+        per_bucket = jnp.zeros((num_experts, head_config.num_buckets))
         if head_config.form == "buckets":
-            scale: Buckets | Standard = Buckets(of_bucket[:, 1:], of_bucket, of_bucket, of_bucket)
+            scale: Buckets | Standard = Buckets(per_bucket[:, 1:], per_bucket, per_bucket, per_bucket)
         else:
-            scale = Standard(of_expert, of_expert, jnp.zeros((), bool), of_expert, jnp.zeros(()))
+            scale = Standard(per_expert, per_expert, jnp.zeros((), bool), per_expert, jnp.zeros(()))
         heads = {"score": Head(head_config, scale, weights)}
         if config["with_length"]:
             heads["length"] = Head(head_config, scale, weights)
@@ -207,27 +211,30 @@ def _variables_like(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any
 
 
 def _read_tensors(path: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tensors of the file as a tree of dictionaries, checked against their shapes."""
+    """Returns the tensors of a file as a tree of dictionaries, validated against the shapes and types of ``like``."""
     tensors = {}
     try:
         with safetensors.safe_open(path, framework="np") as file:
             present = set(file.keys())
-            for name, wanted in _named(like).items():
+            for name, expected in _by_name(like).items():
                 if name not in present:
-                    raise InputError(f"{path}: the tensor {name} is missing, which {_CONFIG} asks for")
-                tensor = file.get_tensor(name)
-                if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype or np.isnan(tensor).any():
+                    raise InputError(f"{path}: the tensor {name} is missing, but {_CONFIG} requires it")
+                tensor = read_tensor(file, name, f"{path}: {name}")
+                if tensor.shape != expected.shape or tensor.dtype != expected.dtype or np.isnan(tensor).any():
                     raise InputError(
                         f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, "
-                        f"must be {wanted.dtype}{list(wanted.shape)} without NaN"
+                        f"must be {expected.dtype}{list(expected.shape)} without NaN"
                     )
                 tensors[name] = jnp.asarray(tensor)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a readable file of safetensors: {error}") from error
+        raise InputError(f"{path}: is not a readable file of safetensors: {error}") from error
+    if not 0.0 < tensors["spread"] < np.inf:
+        raise InputError(f"{path}: spread is {tensors['spread']}, must be above 0 and finite")
     return traverse_util.unflatten_dict(tensors, sep="/")
 
 
-def _named(variables: dict[str, Any]) -> dict[str, Any]:
+def _by_name(variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of a tree of variables by the names of their tensors."""
     return traverse_util.flatten_dict(serialization.to_state_dict(variables), sep="/")
 
 

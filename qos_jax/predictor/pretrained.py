@@ -1,7 +1,7 @@
-"""Pretrained text encoders: folders as on Hugging Face, read and written without torch and without network.
+"""Pretrained text encoders in folders of Hugging Face's format, read and written without torch and without network.
 
 A folder holds config.json, model.safetensors and either tokenizer.json or vocab.txt, in the layout of BERT or of
-DistilBERT; where sentence_bert_config.json is there, too, it says after how many tokens texts are cut off.
+DistilBERT. The optional sentence_bert_config.json gives the number of tokens at which texts are cut off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,47 +21,48 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 from jax import Array
-from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, write_whole
-from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pooled
+from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pool
 
-_SHORTEST = 16  # tokens, the length that shorter texts are padded to
-_CHARACTERS_PER_TOKEN = 100  # BERT's tokenizers make one [UNK] of longer words
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer  # slow to import, so functions import it where they need it
+
+_MIN_LENGTH = 16  # tokens, to which shorter texts are padded
+_CHARACTERS_PER_TOKEN = 100  # longer words become one [UNK] in BERT's tokenizers
 
 _CONFIG, _WEIGHTS, _TOKENIZER, _VOCABULARY = "config.json", "model.safetensors", "tokenizer.json", "vocab.txt"
 _TOKENIZER_CONFIG, _SENTENCE_CONFIG = "tokenizer_config.json", "sentence_bert_config.json"
 
 
 class Tokens(NamedTuple):
-    """Texts as the encoder reads them."""
+    """Tokens of B texts, the input of the encoder."""
 
     ids: Array  # [B, T] int32
-    mask: Array  # [B, T] bool, False where a text is padded
+    mask: Array  # [B, T] bool, False for padding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
     """An encoder with its weights and tokenizer.
 
-    A text longer than ``max_tokens``, which count the marks of its begin and end, is cut off there. So that a text of
-    100,000 characters costs no more, only the first ``100 * max_tokens`` characters are read at all; that makes a
-    difference only to texts with words or blanks of hundreds of characters.
+    A text longer than ``max_tokens``, including the special tokens at its begin and end, is cut off at that length.
+    Only the first ``100 * max_tokens`` characters of a text are tokenized, which bounds the time for very long texts.
+    The bound matters only for texts with words or blanks of hundreds of characters.
 
     Raises:
       InputError: ``max_tokens`` is not between 3 and ``config.max_positions``.
     """
 
     config: EncoderConfig
-    weights: Any  # pytree, {"params": ...}, such that TextEncoder(config).apply(weights, ids, mask)
+    weights: Any  # pytree {"params": ...} for TextEncoder(config).apply(weights, ids, mask)
     tokenizer: Tokenizer
     max_tokens: int
-    source: str  # the folder it came from, for messages
+    source: str  # the folder that was read, for messages
 
     def __post_init__(self) -> None:
-        """Checks the length."""
+        """Validates the length."""
         if not 3 <= self.max_tokens <= self.config.max_positions:
             raise InputError(
                 f"{self.source}: max_tokens is {self.max_tokens}, "
@@ -72,45 +73,47 @@ class Pretrained:
         """Returns the tokens of the texts, padded to 16, 32, 64, ... or ``max_tokens``, so that few shapes compile.
 
         Raises:
-          InputError: a text is empty, which leaves nothing to go by, or no text.
+          InputError: a text is empty or not a string.
         """
-        return self._padded(self._encoded(texts))
+        return self._pad(self._encode(texts))
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Returns one vector of unit length for each text, [M, D] float32, whatever texts are beside it.
+        """Returns the embeddings of M texts, vectors of unit length [M, D] float32, independent of each other.
 
         Raises:
-          InputError: a text is empty or no text, or ``batch_size`` is below 1.
+          InputError: a text is empty or not a string, or ``batch_size`` is below 1.
         """
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, must be at least 1")
-        encoded = self._encoded(texts)
+        encoded = self._encode(texts)
         by_length = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
         embeddings = np.zeros((len(encoded), self.config.hidden_size), np.float32)
         for start in range(0, len(encoded), batch_size):
             rows = by_length[start : start + batch_size]
             batch_rows = _next_power_of_2(len(rows), at_most=batch_size)
             repeated = rows + rows[-1:] * (batch_rows - len(rows))
-            tokens = self._padded([encoded[row] for row in repeated])
+            tokens = self._pad([encoded[row] for row in repeated])
             embeddings[rows] = _embed(self.config, self.weights, tokens)[: len(rows)]
         return embeddings
 
-    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each text, without padding."""
         if isinstance(texts, str):
             raise InputError(f"texts is the text {texts[:40]!r}, must be a list of texts")
         limit = _CHARACTERS_PER_TOKEN * self.max_tokens
-        cut = [_readable(number, text, limit) for number, text in enumerate(texts)]
+        cut = [_cut(number, text, limit) for number, text in enumerate(texts)]
         encodings = self.tokenizer.encode_batch(cut, add_special_tokens=False)
-        room = self.max_tokens - self.tokenizer.num_special_tokens_to_add(False)
+        max_words = self.max_tokens - self.tokenizer.num_special_tokens_to_add(False)
         for number, encoding in enumerate(encodings):
             if not encoding.ids:
                 raise InputError(f"text {number} is {cut[number][:40]!r}, must have a word in it")
-            encoding.truncate(room)
+            encoding.truncate(max_words)
         return [self.tokenizer.post_process(encoding).ids for encoding in encodings]
 
-    def _padded(self, encoded: Sequence[Sequence[int]]) -> Tokens:
+    def _pad(self, encoded: Sequence[Sequence[int]]) -> Tokens:
+        """Returns token ids as arrays of one length."""
         longest = max(map(len, encoded), default=1)
-        length = _next_power_of_2(max(longest, _SHORTEST), at_most=self.max_tokens)
+        length = _next_power_of_2(max(longest, _MIN_LENGTH), at_most=self.max_tokens)
         ids = np.zeros((len(encoded), length), np.int32)
         mask = np.zeros((len(encoded), length), bool)
         for row, text in enumerate(encoded):
@@ -120,14 +123,13 @@ class Pretrained:
 
 
 def load_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
-    """Reads a folder of Hugging Face's, such as that of sentence-transformers/all-MiniLM-L6-v2.
+    """Reads a folder in Hugging Face's format, such as that of sentence-transformers/all-MiniLM-L6-v2.
 
-    Weights of half precision become float32; a pooler and heads are left out.
+    Weights of half precision are converted to float32; a pooler and heads are ignored.
 
     Raises:
-      InputError: a file is missing, which is then said how to get, or damaged; the model is of another kind or has
-        parts that are not supported; a tensor is missing, of another shape or not finite; or the tokenizer has tokens
-        that the model does not know.
+      InputError: a file is missing or damaged; the model is of another kind or has parts that are not supported; a
+        tensor is missing, has a wrong shape or is not finite; or a token of the tokenizer is not in the vocabulary.
     """
     folder = pathlib.Path(folder)
     settings = _read_json(folder / _CONFIG)
@@ -143,7 +145,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> Pretrained:
 
 
 def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
-    """Writes a folder that ``load_pretrained`` and Hugging Face's own libraries read; each file appears whole.
+    """Writes a folder that ``load_pretrained`` and Hugging Face's libraries can read; each file appears whole.
 
     Raises:
       InputError: the folder cannot be written.
@@ -154,24 +156,24 @@ def save_pretrained(pretrained: Pretrained, folder: str | os.PathLike[str]) -> N
     tensors = {}
     for path, weight in traverse_util.flatten_dict(pretrained.weights["params"]).items():
         tensor = np.asarray(weight, np.float32)
-        # Safetensors writes the memory as it lies, so a mere view will not do.
+        # Safetensors writes the memory of an array as it is, so a transposed view must be copied.
         tensors[layout.tensor_name(path)] = np.ascontiguousarray(tensor.T if path[-1] == "kernel" else tensor)
     write_whole(folder / _WEIGHTS, safetensors.numpy.save(tensors, {"format": "pt"}))
     write_whole(folder / _TOKENIZER, pretrained.tokenizer.to_str(pretty=True))
     write_whole(folder / _SENTENCE_CONFIG, _json({"max_seq_length": pretrained.max_tokens}))
-    write_whole(folder / _CONFIG, _json(layout.settings(config)))  # last: without it, the folder is not read at all
+    write_whole(folder / _CONFIG, _json(layout.settings(config)))  # last: a folder without it cannot be read
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
-    """What a family of models calls its settings and tensors."""
+class _CheckpointLayout:
+    """Names of the settings and tensors of a family of models."""
 
     model_type: str
     architecture: str
-    fields: Mapping[str, str]  # of EncoderConfig -> key of config.json
-    supported: Mapping[str, Any]  # key of config.json -> its only value that is supported, which is the default, too
-    modules: Mapping[str, str]  # module of TextEncoder -> of the checkpoint
-    layer: str  # what the modules of a layer begin with
+    fields: Mapping[str, str]  # field of EncoderConfig -> key of config.json
+    supported: Mapping[str, Any]  # key of config.json -> its only supported value, which is also its default
+    modules: Mapping[str, str]  # module of TextEncoder -> module of the checkpoint
+    layer: str  # prefix of the modules of a layer
     layer_modules: Mapping[str, str]
 
     def config(self, path: pathlib.Path, settings: Mapping[str, Any]) -> EncoderConfig:
@@ -182,7 +184,7 @@ class _Layout:
         for field, key in self.fields.items():
             values[field] = settings.get(key)
             kind = float if field == "layer_norm_eps" else int
-            if type(values[field]) is not kind:  # a bool would be an int
+            if type(values[field]) is not kind:  # not isinstance, as a bool is an int
                 raise InputError(f"{path}: {key} is {values[field]!r}, must be of type {kind.__name__}")
         try:
             return EncoderConfig(**values)
@@ -195,7 +197,7 @@ class _Layout:
         return kind | {key: getattr(config, field) for field, key in self.fields.items()} | dict(self.supported)
 
     def tensor_name(self, path: tuple[str, ...]) -> str:
-        """Returns the name of a weight, whose path ends with kernel, scale, embedding or bias, without prefix."""
+        """Returns the name of a weight without prefix; its path ends with kernel, scale, embedding or bias."""
         *modules, leaf = path
         if len(modules) == 2:
             number = modules[0].removeprefix("layer_")
@@ -205,7 +207,7 @@ class _Layout:
         return f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
-_BERT = _Layout(
+_BERT = _CheckpointLayout(
     model_type="bert",
     architecture="BertModel",
     fields={
@@ -237,7 +239,7 @@ _BERT = _Layout(
         "output_norm": "output.LayerNorm",
     },
 )
-_DISTILBERT = _Layout(
+_DISTILBERT = _CheckpointLayout(
     model_type="distilbert",
     architecture="DistilBertModel",
     fields={
@@ -268,14 +270,14 @@ _DISTILBERT = _Layout(
 )
 
 
-def _layout(path: pathlib.Path, settings: Mapping[str, Any]) -> _Layout:
+def _layout(path: pathlib.Path, settings: Mapping[str, Any]) -> _CheckpointLayout:
     for layout in (_BERT, _DISTILBERT):
         if settings.get("model_type") == layout.model_type:
             return layout
     raise InputError(f"{path}: model_type is {settings.get('model_type')!r}, must be 'bert' or 'distilbert'")
 
 
-def _read_weights(path: pathlib.Path, layout: _Layout, config: EncoderConfig) -> Any:
+def _read_weights(path: pathlib.Path, layout: _CheckpointLayout, config: EncoderConfig) -> Any:
     one_token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     one_mask = jax.ShapeDtypeStruct((1, 1), jnp.bool)
     shapes = jax.eval_shape(TextEncoder(config).init, jax.random.key(0), one_token, one_mask)["params"]
@@ -283,35 +285,47 @@ def _read_weights(path: pathlib.Path, layout: _Layout, config: EncoderConfig) ->
     try:
         with safetensors.safe_open(path, framework="np") as file:
             names = _names_in_file(file.keys(), f"{layout.model_type}.")
-            for weight, wanted in traverse_util.flatten_dict(shapes).items():
+            for weight, expected in traverse_util.flatten_dict(shapes).items():
                 name = layout.tensor_name(weight)
                 if name not in names:
-                    raise InputError(f"{path}: the tensor {name} is missing, which {_CONFIG} asks for")
-                tensor = file.get_tensor(names[name])
+                    raise InputError(f"{path}: the tensor {name} is missing, but {_CONFIG} requires it")
+                tensor = read_tensor(file, names[name], f"{path}: {name}")
                 is_kernel = weight[-1] == "kernel"
-                _check_tensor(f"{path}: {name}", tensor, wanted.shape[::-1] if is_kernel else wanted.shape)
+                _check_tensor(f"{path}: {name}", tensor, expected.shape[::-1] if is_kernel else expected.shape)
                 weights[weight] = jnp.array(tensor.T if is_kernel else tensor, jnp.float32)
     except FileNotFoundError as error:
         raise _missing(path) from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a readable file of safetensors: {error}") from error
+        raise InputError(f"{path}: is not a readable file of safetensors: {error}") from error
     return {"params": traverse_util.unflatten_dict(weights)}
 
 
+def read_tensor(file: Any, name: str, where: str) -> np.ndarray:
+    """Returns a tensor of an open file of safetensors.
+
+    Raises:
+      InputError: NumPy has no such type, for instance 8-bit floating point; the message begins with ``where``.
+    """
+    try:
+        return np.asarray(file.get_tensor(name))
+    except AttributeError as error:
+        raise InputError(f"{where} is {file.get_slice(name).get_dtype()}, which NumPy cannot read") from error
+
+
 def _names_in_file(names: Sequence[str], prefix: str) -> dict[str, str]:
-    """Returns plain names, without prefix and as of today, with those that the file has instead."""
-    plain = {}
+    """Returns the names in a file by current name; old files have other names of LayerNorm, and some a prefix."""
+    by_current_name = {}
     for name in names:
-        today = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        plain[today.removeprefix(prefix)] = name
-    return plain
+        current = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        by_current_name[current.removeprefix(prefix)] = name
+    return by_current_name
 
 
 def _check_tensor(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise InputError(f"{name} is {tensor.dtype}{list(tensor.shape)}, must be floating point {list(shape)}")
     if not np.isfinite(tensor).all():
-        raise InputError(f"{name} has weights that are not finite; all must be")
+        raise InputError(f"{name} has weights that are not finite, must be finite")
 
 
 def _read_tokenizer(folder: pathlib.Path, config: EncoderConfig) -> Tokenizer:
@@ -319,26 +333,34 @@ def _read_tokenizer(folder: pathlib.Path, config: EncoderConfig) -> Tokenizer:
     tokenizer = _from_tokenizer_json(path) if path.name == _TOKENIZER else _from_vocabulary(path)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    highest = max(tokenizer.get_vocab().values(), default=0)
+    around_a_text = tokenizer.post_process(tokenizer.encode("", add_special_tokens=False)).ids
+    highest = max([*tokenizer.get_vocab().values(), *around_a_text], default=0)
     if highest >= config.vocab_size:
         raise InputError(f"{path}: has a token of id {highest}, must be below vocab_size, {config.vocab_size}")
     return tokenizer
 
 
 def _from_tokenizer_json(path: pathlib.Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     text = _read_text(path)
     try:
         return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more special
+    except BaseException as error:  # the library raises plain exceptions, and panics, which are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(f"{path}: is no tokenizer: {error}") from error
 
 
 def _from_vocabulary(path: pathlib.Path) -> Tokenizer:
-    """Makes BERT's own tokenizer from the lines of vocab.txt; tokenizer_config.json may say that it is cased."""
+    """Returns BERT's tokenizer with the tokens in vocab.txt and the options in tokenizer_config.json, if it exists."""
+    from tokenizers import Tokenizer
+    from tokenizers.implementations import BertWordPieceTokenizer
+
     vocabulary = {token: number for number, token in enumerate(_read_text(path).removesuffix("\n").split("\n"))}
     for token in ("[UNK]", "[CLS]", "[SEP]"):
         if token not in vocabulary:
-            raise InputError(f"{path}: has no line {token}; it must hold one token a line, this one among them")
+            raise InputError(f"{path}: has no line {token}, must hold one token per line, including this one")
     settings_path = path.with_name(_TOKENIZER_CONFIG)
     settings = _read_json(settings_path) if settings_path.exists() else {}
     try:
@@ -349,7 +371,7 @@ def _from_vocabulary(path: pathlib.Path) -> Tokenizer:
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         )
     except TypeError as error:
-        raise InputError(f"{settings_path}: makes no tokenizer: {error}") from error
+        raise InputError(f"{settings_path}: has illegal options of a tokenizer: {error}") from error
     return Tokenizer.from_str(tokenizer.to_str())
 
 
@@ -375,13 +397,13 @@ def _read_text(path: pathlib.Path) -> str:
     except FileNotFoundError as error:
         raise _missing(path) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file: {error}") from error
+        raise InputError(f"{path}: is not a readable text file: {error}") from error
 
 
 def _missing(path: pathlib.Path) -> InputError:
     return InputError(
         f"{path} is missing: download {path.name} of an encoder of the BERT or DistilBERT family, such as "
-        f"sentence-transformers/all-MiniLM-L6-v2 on Hugging Face, and put it into {path.parent}"
+        f"sentence-transformers/all-MiniLM-L6-v2 on Hugging Face, into {path.parent}"
     )
 
 
@@ -389,22 +411,22 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _readable(number: int, text: Any, limit: int) -> str:
-    """Returns the begin of a text, checked as far as the tokenizer does not."""
+def _cut(number: int, text: Any, limit: int) -> str:
+    """Returns the first ``limit`` characters of a text, checked to be Unicode, which the tokenizer requires."""
     if not isinstance(text, str):
         raise InputError(f"text {number} is {text!r}, must be a string")
-    begin = text[:limit]
+    start = text[:limit]
     try:
-        begin.encode()
+        start.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"text {number} is no Unicode text: {error}") from error
-    return begin
+    return start
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(config: EncoderConfig, weights: Any, tokens: Tokens) -> Array:
     states = cast(Array, TextEncoder(config).apply(weights, *tokens))
-    return mean_pooled(states, tokens.mask)
+    return mean_pool(states, tokens.mask)
 
 
 def _next_power_of_2(number: int, at_most: int) -> int:

@@ -16,13 +16,9 @@ AGENTS = (
     "paper",
     "baseline_rl",
 )
-ROUTERS = (
-    "random",
+MAIN_ROUTERS = (
     "round_robin",
     "shortest_queue",
-    "shortest_tokens",
-    "least_kv",
-    "power_of_two",
     "vllm_dp",
     "latency_headroom",
     "bert_router",
@@ -30,8 +26,17 @@ ROUTERS = (
     "impact_greedy",
     "impact_greedy_equal_gpus",
     "impact_greedy_no_drop",
-    "oracle_score",
     "oracle_impact",
+)
+"""The routers that `make run` compares."""
+
+ROUTERS = (
+    *MAIN_ROUTERS,
+    "random",
+    "shortest_tokens",
+    "least_kv",
+    "power_of_two",
+    "oracle_score",
     "rollout",
 )
 AGENT_FIELDS = (

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from qos_jax.errors import InputError
 from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
+from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.world_flags import numbers, world_config
 from qos_jax.report import plots
@@ -39,20 +40,6 @@ from qos_jax.training.load import load_router
 from qos_jax.training.run_folder import CONFIG, RunFolder
 
 _DEFAULT_LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3)
-MAIN = (
-    "round_robin",
-    "shortest_queue",
-    "vllm_dp",
-    "latency_headroom",
-    "bert_router",
-    "bert_router_feasible",
-    "impact_greedy",
-    "impact_greedy_equal_gpus",
-    "impact_greedy_no_drop",
-    "oracle_impact",
-)
-"""The routers of the table in the README."""
-
 _WINDOW_S = 3.0  # of one expert's iterations, to be looked at closely
 
 
@@ -99,7 +86,7 @@ def _scenarios(values: FlagValues, params: EnvParams) -> list[Scenario]:
 
 
 def _routers(texts: Sequence[str], env: Environment, params: EnvParams) -> list[Router]:
-    groups = {"all": router_names(env), "main": MAIN}
+    groups = {"all": router_names(env), "main": choices.MAIN_ROUTERS}
     names = list(dict.fromkeys(name for text in texts for name in groups.get(text, [text])))
     if not names:
         raise InputError(f"--routers= names none; choose all, main, or from {', '.join(groups['all'])}")

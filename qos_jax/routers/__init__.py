@@ -1,19 +1,28 @@
-"""Every router by name."""
+"""Routers by name, and how to register another one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from qos_jax.errors import InputError
+from qos_jax.io.imports import import_named, in_one_line
 from qos_jax.routers import heuristics
 from qos_jax.routers.base import Router
 from qos_jax.routers.impact_greedy import impact_greedy
 from qos_jax.routers.planner import rollout_planner
+from qos_jax.sim.engine import EngineSpec
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import Workload
+from qos_jax.sim.world import WorldSpec
 
-__all__ = ["Router", "make_router", "router_names"]
+__all__ = ["Router", "RouterFactory", "make_router", "register_router", "router_names"]
+
+RouterFactory = Callable[[Environment, EnvParams], Router]
 
 _ROUTERS: dict[str, Callable[[], Router]] = {
     "random": heuristics.random,
@@ -27,7 +36,7 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     "bert_router": heuristics.bert_router,
     "bert_router_feasible": heuristics.bert_router_feasible,
     "impact_greedy": impact_greedy,
-    # tuned on paper-3 alone, as ours has a number of its own for equal GPUs (experiments.tune_impact, BUILD_NOTES.md)
+    # Tuned on paper-3 alone, by ``python -m experiments.tune_impact``: the best values differ where GPUs are equal.
     "impact_greedy_equal_gpus": partial(impact_greedy, "impact_greedy_equal_gpus", width_s=1.5e-3, price=0.1),
     "impact_greedy_no_drop": partial(impact_greedy, "impact_greedy_no_drop", price=-math.inf),
     "oracle_score": partial(heuristics.bert_router, "oracle_score", kind="oracle", information="true_scores"),
@@ -42,37 +51,97 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     ),
 }
 PLANNERS: dict[str, Callable[[Workload], Router]] = {"rollout": rollout_planner}
-_MOST_SINGLES = 8  # in a larger fleet, to compare all experts alone says little
+"""Routers that simulate ahead at every decision, and are therefore slow."""
+_registered: dict[str, RouterFactory] = {}
+_MAX_SINGLE_EXPERTS = 8  # larger fleets have no rows of one expert alone in tables of all routers
 
 
-def router_names(num_experts: int) -> list[str]:
-    """Returns the names of all routers for a fleet, with each of its experts alone if they are few.
+def register_router(name: str, factory: RouterFactory) -> None:
+    """Registers a router under a name for ``make_router`` and ``router_names``.
 
-    Planners are left out: they simulate at every decision, and are slow.
-    """
-    singles = [f"expert_{i}" for i in range(num_experts)] if num_experts <= _MOST_SINGLES else []
-    return [*_ROUTERS, *singles]
-
-
-def make_router(name: str, num_experts: int, workload: Workload | None = None) -> Router:
-    """Builds a router.
+    A later registration under the same name replaces the earlier one.
 
     Args:
-      name: one of ``router_names``, or a planner's: rollout.
-      num_experts: size of the fleet.
-      workload: the law of requests, from which planners sample the future; ``EnvParams`` has it. Others need none.
+      name: letters, digits and underscores.
+      factory: returns the router of a world; called as ``factory(env, params)``.
 
     Raises:
-      InputError: there is no router of this name for a fleet of this size, or a planner is given no workload.
+      InputError: the name is not of this form, or is one of the library's.
     """
+    if not name.isidentifier():
+        raise InputError(f"router name {name!r} must consist of letters, digits and underscores")
+    if name in (*_ROUTERS, *PLANNERS, "all") or name.startswith("expert_"):
+        raise InputError(f"router {name!r} is one of the library: choose another name")
+    _registered[name] = factory
+
+
+def router_names(env: Environment) -> list[str]:
+    """Returns the names of all routers for a fleet: the library's, registered ones, and each expert of a small fleet.
+
+    Planners are left out, as they are slow.
+    """
+    if isinstance(env, int):
+        env, _ = _earlier_call(env)
+    num_experts = env.spec.num_experts
+    singles = [f"expert_{i}" for i in range(num_experts)] if num_experts <= _MAX_SINGLE_EXPERTS else []
+    return [*_ROUTERS, *_registered, *singles]
+
+
+def make_router(name: str, env: Environment, params: EnvParams | None = None) -> Router:
+    """Builds a router for a world.
+
+    Args:
+      name: one of ``router_names(env)``, the planner ``rollout``, or ``package.module:factory`` for a ``RouterFactory``
+        of the user's, which is imported.
+      env: the environment.
+      params: its parameters. The library's routers do not need them, except for planners, which sample future requests
+        from ``params.workload``.
+
+    Raises:
+      InputError: the name is unknown for a fleet of this size, ``params`` is needed and missing, or a factory cannot be
+        imported or fails.
+    """
+    if isinstance(env, int):
+        env, params = _earlier_call(env, params)
     if name in _ROUTERS:
         return _ROUTERS[name]()
     if name in PLANNERS:
-        if workload is None:
+        if params is None or params.workload is None:
             raise InputError(f"router {name!r} plans ahead, but workload is None: give the law of requests")
-        return PLANNERS[name](workload)
+        return PLANNERS[name](params.workload)
+    if name in _registered or ":" in name:
+        return _made_by_user(name, env, params)
+    num_experts = env.spec.num_experts
     expert = name.removeprefix("expert_")
     if name != expert and expert.isdecimal() and int(expert) < num_experts:
         return heuristics.single_expert(int(expert))
-    known = ", ".join([*_ROUTERS, *PLANNERS])
-    raise InputError(f"router {name!r} is unknown; choose all, {known}, or expert_0 to expert_{num_experts - 1}")
+    known = ", ".join([*_ROUTERS, *PLANNERS, *_registered])
+    raise InputError(
+        f"router {name!r} is unknown; choose all, {known}, expert_0 to expert_{num_experts - 1}, "
+        "or package.module:factory for a router of your own"
+    )
+
+
+def _made_by_user(name: str, env: Environment, params: EnvParams | None) -> Router:
+    """Returns the router of a registered or imported factory."""
+    if params is None:
+        raise InputError(f"router {name!r} is made for a world: give env and params")
+    factory = _registered[name] if name in _registered else import_named(name)
+    try:
+        router = factory(env, params)
+    except Exception as error:
+        raise InputError(f"router {name!r}: its factory failed: {in_one_line(error)}") from error
+    if not isinstance(router, Router):
+        raise InputError(f"router {name!r}: its factory returned {type(router).__name__}, must return a Router")
+    return dataclasses.replace(router, name=name) if name in _registered else router
+
+
+def _earlier_call(num_experts: int, workload: Any = None) -> tuple[Environment, EnvParams | None]:
+    """Returns the arguments for a call as in release 0.1, ``make_router(name, num_experts, workload)``."""
+    warnings.warn(
+        "give env and params; a number of experts and a workload will not be accepted in the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    env = Environment(WorldSpec(num_experts, EngineSpec(slots=1)))
+    return env, None if workload is None else EnvParams(None, workload)  # type: ignore[arg-type]

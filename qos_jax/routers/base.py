@@ -1,4 +1,4 @@
-"""What a router is: a small frozen struct of pure functions, for one environment, to be jitted and vmapped."""
+"""The interface of a router: a small frozen struct of pure functions for one environment, to be jitted and vmapped."""
 
 from __future__ import annotations
 
@@ -12,46 +12,70 @@ from jax import Array
 
 from qos_jax.sim.types import Observation
 
-Memory = Any  # a pytree; () for a router without one
+Memory = Any  # a pytree; () for a router without memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """Decides which expert serves the request that has arrived, from what it is told and nothing else."""
+    """A policy that assigns each arriving request to an expert, from observations only."""
 
     name: str
     kind: Literal["heuristic", "learned", "oracle"]
     init: Callable[[], Memory]
     """Returns the memory before the first request."""
     act: Callable[[Array, Observation, Memory], tuple[Array, Memory]]
-    """Takes a key, what is seen and the memory; returns the action [] int32, N for a drop, and the memory."""
+    """Takes a random key, the observation and the memory; returns the action [] int32, N to drop, and the memory."""
     information: Literal["predictions", "true_scores", "true_scores_and_tokens"] = "predictions"
-    """Oracles see truths in the place of predictions."""
+    """Which ground truth an oracle observes instead of predictions."""
     params: Any = dataclasses.field(default=None, compare=False, repr=False)
-    """Weights of a learned router, a pytree; ``act`` has them already."""
+    """Weights of a learned router, a pytree; ``act`` holds them already."""
 
 
-def best_legal(obs: Observation, value: Array) -> Array:
-    """Returns the legal expert of the highest ``value`` [N], the first of equals; N, the drop, where none is legal."""
+def best_legal(key: Array, obs: Observation, value: Array) -> Array:
+    """Returns the legal expert with the highest value.
+
+    The first expert wins a tie.
+
+    Args:
+      key: random key for ties; not used yet.
+      obs: the observation.
+      value: [N] of each expert.
+
+    Returns:
+      The action [] int32; N, the drop, where no expert is legal.
+    """
     legal = obs.action_mask[:-1]
-    best = jnp.argmax(jnp.where(legal, value, -jnp.inf))
+    value = jnp.where(legal, value, -jnp.inf)
+    # To break ties at random: jax.random.categorical(key, jnp.where(value == jnp.max(value), 0.0, -jnp.inf)).
+    best = jnp.argmax(value)
     return jnp.where(jnp.any(legal), best, legal.shape[0]).astype(jnp.int32)
 
 
-def gumbel_if_stale(key: Array, obs: Observation, temperature: float) -> Array:
-    """Returns noise [N + 1] with which the best of some values is a draw by softmax(values / temperature).
+def key_for_ties(key: Array) -> Array:
+    """Returns the key for ``best_legal`` in a router that also samples with ``key``."""
+    return jax.random.fold_in(key, 1)
 
-    It is 0 where metrics are fresh. Where they are late, requests that come close together all see the same fleet, and
-    by their values alone would all go to the same expert.
+
+def gumbel_if_stale(key: Array, obs: Observation, temperature: float) -> Array:
+    """Returns Gumbel noise [N + 1] where metrics are stale, and 0 where they are fresh.
+
+    The best of values plus this noise is a sample from softmax(values / temperature). With stale metrics, requests that
+    arrive shortly after each other observe the same fleet. Without noise all of them would go to the same expert.
     """
     return jnp.where(obs.staleness_s > 0, temperature * jax.random.gumbel(key, obs.action_mask.shape), 0.0)
 
 
 def by_value(name: str, value: Callable[[Observation], Array], **fields: Any) -> Router:
-    """Builds a router without memory that takes the legal expert of the highest value [N]."""
+    """Builds a router without memory that takes the legal expert with the highest value.
+
+    Args:
+      name: of the router.
+      value: returns the value [N] of each expert.
+      **fields: other fields of ``Router``; the kind is "heuristic" by default.
+    """
     return Router(
         name=name,
         init=tuple,
-        act=lambda key, obs, memory: (best_legal(obs, value(obs)), memory),
+        act=lambda key, obs, memory: (best_legal(key, obs, value(obs)), memory),
         **({"kind": "heuristic"} | fields),
     )

@@ -1,1 +1,1 @@
-"""The world: experts, engine, environment, replay, metrics."""
+"""The simulator: cost of an iteration, engine, environment, exact replay, and capacity of a fleet."""

@@ -1,4 +1,4 @@
-"""Many environments on one device."""
+"""Applies a function to many environments on one device, in the order that suits the device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any
 import jax
 from jax import lax
 
-_PER_BLOCK_ON_CPU = 16  # few enough that their state stays in cache and that no slow one holds up many
+_CPU_BATCH_SIZE = 16  # environments: few enough that their state stays in cache and that one slow lane delays few
 
 
-def map_environments(one: Callable[[Any], Any], each: Any) -> Any:
-    """Returns what a function of one environment says of each; leaves [E, ...].
+def map_environments(function: Callable[[Any], Any], environments: Any) -> Any:
+    """Applies a function of one environment to each environment.
 
-    A CPU goes through them block by block, other devices take all of them at once.
+    A CPU processes the environments in batches of 16; other devices process all of them at once.
+
+    Args:
+      function: takes and returns pytrees of one environment.
+      environments: pytree with a leading axis [E] on every leaf.
+
+    Returns:
+      The results, leaves [E, ...].
     """
-    count = jax.tree.leaves(each)[0].shape[0]
-    return lax.map(one, each, batch_size=_PER_BLOCK_ON_CPU if jax.default_backend() == "cpu" else count)
+    count = jax.tree.leaves(environments)[0].shape[0]
+    batch_size = _CPU_BATCH_SIZE if jax.default_backend() == "cpu" else count
+    return lax.map(function, environments, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""How many requests a fleet can serve, found by simulating it with work always at hand."""
+"""The saturation rate of a fleet: the rate at which it finishes requests while every expert has some waiting."""
 
 from __future__ import annotations
 
@@ -17,20 +17,29 @@ from qos_jax.sim.validation import checked_experts
 
 @partial(jax.jit, static_argnums=2)
 def sample_requests(workload: Workload, key: Array, num_requests: int) -> tuple[Array, Request]:
-    """Draws requests from a workload: gaps [J] s and the requests, leaves [J, ...]."""
+    """Samples requests from a workload.
+
+    Args:
+      workload: to sample from.
+      key: random key.
+      num_requests: J.
+
+    Returns:
+      The gap before each request [J] s, and the requests, leaves [J, ...].
+    """
     key_init, key_next = jax.random.split(key)
 
-    def draw(state: Any, key: Array) -> tuple[Any, tuple[Array, Request]]:
+    def sample(state: Any, key: Array) -> tuple[Any, tuple[Array, Request]]:
         gap_s, request, state = workload.next(key, state)
         return state, (gap_s, request)
 
-    return lax.scan(draw, workload.init(key_init), jax.random.split(key_next, num_requests))[1]
+    return lax.scan(sample, workload.init(key_init), jax.random.split(key_next, num_requests))[1]
 
 
 def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert: int = 4000, seed: int = 0) -> float:
-    """Returns the rate [requests/s] at which the fleet finishes requests when every expert always has some waiting.
+    """Returns the saturation rate of the fleet [requests/s], the sum of ``saturation_rates``.
 
-    It is the sum of ``saturation_rates``. A load rho means arrivals at rho times this rate.
+    At load rho, requests arrive at rho times this rate.
     """
     return sum(saturation_rates(env, params, requests_per_expert=requests_per_expert, seed=seed))
 
@@ -38,20 +47,29 @@ def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert:
 def saturation_rates(
     env: Environment, params: EnvParams, *, requests_per_expert: int = 4000, seed: int = 0
 ) -> list[float]:
-    """Returns the rate [requests/s] at which each expert finishes requests when it always has some waiting.
+    """Returns the rate at which each expert finishes requests while its queue is never empty.
 
-    Measured by simulation: each expert is offered its share of the workload at twice the rate that it could finish
-    without prefill and KV reads, and drops what its queue does not hold; the middle 80 % of its completions give its
+    The rates are measured by simulation. Each expert is offered requests at twice the rate that it could finish without
+    prefill and KV reads, and drops those for which its queue has no place. The middle 80 % of its completions give its
     rate.
+
+    Args:
+      env: gives the number of experts and the engine's integers.
+      params: gives the experts and the workload; its arrival rate is not used.
+      requests_per_expert: requests offered to each expert.
+      seed: of the sampled requests.
+
+    Returns:
+      N rates [requests/s].
     """
     num_experts = env.spec.num_experts
     experts = checked_experts(params.experts)
     count = requests_per_expert * num_experts
     _, requests = sample_requests(params.workload, jax.random.key(seed), count)
     output_tokens = np.asarray(requests.output_tokens)
-    fastest_s = (experts.step_base_s / experts.max_running + experts.per_sequence_s) * output_tokens.mean(0)
+    min_service_s = (experts.step_base_s / experts.max_running + experts.per_sequence_s) * output_tokens.mean(0)
 
-    arrival_s = (np.arange(requests_per_expert)[:, None] * fastest_s / 2.0).ravel()
+    arrival_s = (np.arange(requests_per_expert)[:, None] * min_service_s / 2.0).ravel()
     order = np.argsort(arrival_s, kind="stable")
     assignment = (np.arange(count) % num_experts)[order]
     trace = RequestTrace(arrival_s[order], np.asarray(requests.prompt_tokens), output_tokens)
@@ -61,6 +79,7 @@ def saturation_rates(
 
 
 def _middle_rate(finish_s: np.ndarray) -> float:
+    """Returns the rate [1/s] of the middle 80 % of completions; NaN times are dropped requests."""
     finish_s = np.sort(finish_s[np.isfinite(finish_s)])
     first, last = int(0.1 * len(finish_s)), int(0.9 * len(finish_s))
     return (last - first) / float(finish_s[last] - finish_s[first])

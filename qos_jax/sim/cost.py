@@ -1,8 +1,7 @@
-"""How long iterations take, and the closed forms over stretches of equal batches.
+"""The duration of an iteration, and closed forms for a stretch of iterations with the same batch.
 
-A decode stretch is a run of iterations with the same ``B`` requests, all decoding, so that each adds ``B`` cached
-tokens to the next: iteration ``i`` takes ``alpha + beta i`` seconds, and ``k`` of them ``alpha k + beta k (k - 1) /
-2``.
+In a decode stretch the same ``B`` requests decode in every iteration, and each iteration adds ``B`` cached tokens.
+Iteration ``i`` therefore takes ``alpha + beta i`` seconds, and ``k`` iterations take ``alpha k + beta k (k - 1) / 2``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,17 @@ from qos_jax.sim.types import ExpertProfile
 
 
 def iteration_s(experts: ExpertProfile, prefill_tokens: Array, requests: Array, kv_tokens: Array) -> Array:
-    """Returns the duration [s] of one iteration; all arguments have the shape of the experts, counts as integers."""
+    """Returns the duration of one iteration of each expert.
+
+    Args:
+      experts: profile of the experts, fields [N] or [].
+      prefill_tokens: [N] int, prompt tokens computed in the iteration.
+      requests: [N] int, requests in the batch.
+      kv_tokens: [N] int, cached tokens of the decoding requests.
+
+    Returns:
+      [N] s.
+    """
     prefill_s = jnp.where(
         prefill_tokens > 0, experts.prefill_base_s + experts.prefill_per_token_s * prefill_tokens, 0.0
     )
@@ -23,25 +32,26 @@ def iteration_s(experts: ExpertProfile, prefill_tokens: Array, requests: Array, 
 
 
 def stretch_s(first_s: Array, growth_s: Array, iterations: Array) -> Array:
-    """Returns the duration [s] of a decode stretch whose iteration i takes ``first_s + growth_s i``."""
+    """Returns the duration [s] of a decode stretch in which iteration i takes ``first_s + growth_s i`` seconds."""
     return first_s * iterations + growth_s * (iterations * (iterations - 1.0) / 2.0)
 
 
-def iterations_started(first_s: Array, growth_s: Array, duration_s: Array, most: Array) -> Array:
-    """Returns how many iterations of a decode stretch start before ``duration_s`` (> 0), ``most`` (int32) at most.
+def iterations_started(first_s: Array, growth_s: Array, duration_s: Array, max_iterations: Array) -> Array:
+    """Returns how many iterations of a decode stretch start before ``duration_s`` (> 0), at most ``max_iterations``.
 
-    The root of the quadratic is exact but for rounding; one step of correction against ``stretch_s`` removes that.
+    The count is the root of a quadratic; comparing it with ``stretch_s`` corrects a rounding error of one iteration.
+    All arguments and the result have one shape; ``max_iterations`` and the result are int32.
     """
     slope = first_s - growth_s / 2.0
     root = 2.0 * duration_s / (slope + jnp.sqrt(slope**2 + 2.0 * growth_s * duration_s))
-    count = jnp.ceil(jnp.minimum(root, most))
+    count = jnp.ceil(jnp.minimum(root, max_iterations))
     count = jnp.where(stretch_s(first_s, growth_s, count - 1.0) >= duration_s, count - 1.0, count)
     count = jnp.where(stretch_s(first_s, growth_s, count) < duration_s, count + 1.0, count)
-    return jnp.minimum(count.astype(jnp.int32), most)
+    return jnp.minimum(count.astype(jnp.int32), max_iterations)
 
 
 def blocks_of(tokens: Array, block_size: int) -> Array:
-    """Returns the KV blocks that so many tokens fill, the last one perhaps in part."""
+    """Returns the number of KV blocks that ``tokens`` take; the last block may be partly filled."""
     return (tokens + (block_size - 1)) // block_size
 
 

@@ -1,21 +1,20 @@
 """The engine: continuous batching over a paged KV cache, as pure functions of arrays.
 
-The rules are those of vLLM's V1 scheduler reduced to what sets timing (docs/simulator.md). Three facts make them fast
-without making them less exact:
+The rules are those of vLLM's V1 scheduler, reduced to what determines timing (docs/guide/simulator.md). Three properties make
+the implementation fast and keep it exact:
 
-* Requests run in arrival order and are preempted from the tail, so on one expert the running requests come before the
-  waiting ones in arrival order. One array of slots in that order serves both queues, a request is running if it has
-  computed tokens, and every scheduling rule is a condition on a prefix sum over the slots.
-* Between two scheduling events the batch only decodes, so a whole stretch is one closed form (``qos_jax.sim.cost``).
-* Finished requests stay where they are until room is needed (``compact``), and whoever keeps the books may read them
-  there.
+* Requests run in arrival order and are preempted from the tail, so the running requests of an expert have arrived
+  before its waiting ones. One array of slots in arrival order therefore holds both queues, a request is running if it
+  has computed tokens, and every scheduling rule is a condition on a prefix sum over the slots.
+* Between two scheduling events the batch only decodes, so a whole stretch has a closed form (``qos_jax.sim.cost``).
+* Finished requests stay in their slots until room is needed (``compact``), where a caller can read their times.
 
 Times are relative to "now", the time to which the experts were last advanced, so float32 stays exact for runs of any
-length; what a request took is fixed relative to its arrival when it happens.
+length. The times of a request's first token and finish are relative to its arrival.
 
 Shapes: ``L`` stands for any leading axes (environments, experts); a lane is one expert of one environment. The public
-functions are ``custom_vmap``: a batched call is the same program with more lanes, so that its loops and branches look
-at all lanes at once instead of turning into selects.
+functions are ``custom_vmap``: a batched call is the same program with more lanes, so loops and branches test all lanes
+at once instead of being converted to selects.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
-    """What fixes array shapes and integer arithmetic; a change recompiles."""
+    """Sizes that are static under jit; a change recompiles."""
 
-    slots: int  # S, requests that one expert can hold, running and waiting
+    slots: int  # S, requests on one expert, running and waiting
     token_budget: int = TOKEN_BUDGET  # tokens per iteration
     block_size: int = BLOCK_SIZE_TOKENS  # tokens per KV block
 
 
 class Slots(struct.PyTreeNode):
-    """Requests on the experts in arrival order; a slot is empty where ``output_tokens`` is 0."""
+    """Requests on the experts in arrival order; a slot with 0 ``output_tokens`` is empty."""
 
     prompt_tokens: Array  # [L, S] int32
     output_tokens: Array  # [L, S] int32
@@ -54,7 +53,7 @@ class Slots(struct.PyTreeNode):
     arrival_s: Array  # [L, S] s, relative to now
     first_token_s: Array  # [L, S] s since arrival; set once generated > 0
     finish_s: Array  # [L, S] s since arrival; set once finished
-    payload: Any  # pytree of [L, S], whatever the caller wants kept beside a request
+    payload: Any  # pytree with leaves [L, S]: the caller's data of each request
 
     @property
     def live(self) -> Array:
@@ -73,22 +72,29 @@ class Slots(struct.PyTreeNode):
 
     @property
     def finished(self) -> Array:
-        """[L, S] bool: done and not yet compacted away."""
+        """[L, S] bool: finished and not yet removed by ``compact``."""
         return (self.output_tokens > 0) & ~self.live
 
 
 class ExpertState(struct.PyTreeNode):
-    """The state of every expert, and its integrals since they were last set to zero."""
+    """The state of every expert, and integrals over time since they were last reset."""
 
     slots: Slots
     clock_s: Array  # [L] s, relative to now: when the next iteration may start
     busy_s: Array  # [L] s of iterations
     kv_block_s: Array  # [L] blocks x s held during iterations
-    passes: Array  # [L] int32 passes through the engine's loops, a measure of its work and not of the world's
+    passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
 
 
 def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtype: Any = jnp.float32) -> ExpertState:
-    """Returns idle experts; ``payload`` gives one request's payload, an array for each leaf."""
+    """Returns idle experts.
+
+    Args:
+      spec: static sizes.
+      lanes: the leading axes [L].
+      payload: payload of one request, leaves []; gives structure and types.
+      dtype: of times.
+    """
     shape = (*lanes, spec.slots)
     tokens, times = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, dtype)
     slots = Slots(
@@ -100,23 +106,23 @@ def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtyp
 
 
 def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, duration_s: Array) -> ExpertState:
-    """Runs every iteration that starts before ``duration_s`` [] or [L] from now, and makes that time the new now."""
+    """Runs every iteration that starts within ``duration_s`` [] or [L] from now; now moves to the end of that time."""
     return _advance(spec)(experts, state, jnp.broadcast_to(duration_s, state.clock_s.shape).astype(state.clock_s.dtype))
 
 
 def drain(spec: EngineSpec, experts: ExpertProfile, state: ExpertState) -> ExpertState:
-    """Runs until no expert has work left; now stays where it is."""
+    """Runs every request to its end; now stays unchanged."""
     never = jnp.full_like(state.clock_s, 1e30)
     return _drain(spec)(experts, state, never)
 
 
 def needs_compact(state: ExpertState) -> Array:
-    """Returns [L] bool: the last slot is taken, so nothing can be pushed before ``compact``."""
+    """Returns [L] bool: the last slot is taken, so ``push`` needs ``compact`` first."""
     return state.slots.output_tokens[..., -1] > 0
 
 
 def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
-    """Moves the live requests to the front, in order, and forgets the finished ones."""
+    """Moves the live requests to the front, in order, and removes the finished ones."""
     slots = state.slots
     order = jnp.argsort(~slots.live, axis=-1, stable=True)
     used = jnp.arange(spec.slots) < jnp.sum(slots.live, -1, dtype=jnp.int32, keepdims=True)
@@ -127,32 +133,37 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
 def admissible(
     spec: EngineSpec, experts: ExpertProfile, state: ExpertState, prompt_tokens: Array, output_tokens: Array
 ) -> Array:
-    """Returns [L] bool: the queue has a place for one more request, and its ``prompt + output`` tokens [L] can fit.
+    """Returns [L] bool: the queue has a free place, and the KV memory can hold all ``prompt + output`` tokens [L].
 
-    A request that is not admissible is dropped at once (docs/simulator.md).
+    A request that is not admissible is dropped on arrival (docs/guide/simulator.md).
     """
     fits = blocks_of(prompt_tokens + output_tokens, spec.block_size) <= experts.kv_blocks
     return fits & (jnp.sum(state.slots.waiting, -1) < experts.max_waiting)
 
 
 def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
-    """Compacts all lanes if any of them needs it, so that the cost is paid once in many arrivals."""
+    """Compacts all lanes if any lane needs it, which spreads the cost over many arrivals."""
     return _compact_if_full(spec)(state)
 
 
 def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: Array, payload: Any) -> ExpertState:
-    """Puts a request that arrives now behind the others of each lane where ``lane`` [L] is set and a slot is free.
+    """Appends a request that arrives now to the queue of each selected lane that has a free slot.
 
-    ``prompt_tokens`` and ``output_tokens`` are [L], the leaves of ``payload`` broadcast to [L].
+    Args:
+      state: before the arrival.
+      lane: [L] bool, selected lanes.
+      prompt_tokens: [L] tokens.
+      output_tokens: [L] tokens, at least 1.
+      payload: leaves [L] or broadcast to it.
     """
     slots = state.slots
     occupied = slots.output_tokens > 0
     slot = jnp.arange(occupied.shape[-1], dtype=jnp.int32)
     tail = jnp.max(jnp.where(occupied, slot + 1, 0), -1)
-    here = (slot == tail[..., None]) & lane[..., None]
+    target = (slot == tail[..., None]) & lane[..., None]
 
     def put(old: Array, new: Any) -> Array:
-        return jnp.where(here, jnp.asarray(new, old.dtype)[..., None], old)
+        return jnp.where(target, jnp.asarray(new, old.dtype)[..., None], old)
 
     slots = slots.replace(
         prompt_tokens=put(slots.prompt_tokens, prompt_tokens),
@@ -163,7 +174,7 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
         arrival_s=put(slots.arrival_s, 0.0),
         payload=jax.tree.map(put, slots.payload, payload),
     )
-    # The clock is never behind now: an idle expert starts now, a busy one sees the request at its next boundary.
+    # The clock is never behind now: an idle expert starts now, a busy one schedules the request in its next iteration.
     return state.replace(slots=slots)
 
 
@@ -187,33 +198,33 @@ def _compact_if_full(spec: EngineSpec) -> Callable[[ExpertState], ExpertState]:
 
 
 def _over_lanes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a function of arrays with any leading axes the vmap rule that it is: one more leading axis."""
+    """Returns a function whose batched call is one call with an additional leading axis."""
     lanewise = jax.custom_batching.custom_vmap(function)
 
     @lanewise.def_vmap
     def _batched(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:
-        def spread(x: Array, batched: bool) -> Array:
+        def add_axis(x: Array, batched: bool) -> Array:
             return x if batched else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
 
-        out = lanewise(*jax.tree.map(spread, args, tuple(in_batched)))
+        out = lanewise(*jax.tree.map(add_axis, args, tuple(in_batched)))
         return out, jax.tree.map(lambda _: True, out)
 
     return lanewise
 
 
 def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
-    """Runs every iteration that starts before ``horizon_s`` [L]; now stays where it is."""
+    """Runs every iteration that starts before ``horizon_s`` [L]; now stays unchanged."""
 
     def busy(state: ExpertState) -> Array:
         return (state.clock_s < horizon_s) & jnp.any(state.slots.live, -1)
 
     def schedule_then_decode(state: ExpertState) -> ExpertState:
         state, steady = iterate(spec, experts, state, busy(state))
-        none_wait = ~jnp.any(state.slots.waiting, -1)  # so that completions admit nobody
+        none_wait = ~jnp.any(state.slots.waiting, -1)  # then a completion admits no request
 
         def decode(carry: tuple[ExpertState, Array]) -> tuple[ExpertState, Array]:
-            state, again = _decode_stretch(spec, experts, *carry, horizon_s)
-            return state, again & none_wait
+            state, decodes_on = _decode_stretch(spec, experts, *carry, horizon_s)
+            return state, decodes_on & none_wait
 
         return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, (state, steady & busy(state)))[0]
 
@@ -221,53 +232,55 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
 
 
 def _rebase(state: ExpertState, now_s: Array) -> ExpertState:
-    """Moves now to ``now_s`` [L]; an idle expert's clock stays at now, lest it lag without bound."""
+    """Moves now to ``now_s`` [L]; the clock of an idle expert stays at now instead of falling behind without bound."""
     slots = state.slots.replace(arrival_s=state.slots.arrival_s - now_s[..., None])
     return state.replace(slots=slots, clock_s=jnp.maximum(state.clock_s - now_s, 0.0))
 
 
 def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array) -> tuple[ExpertState, Array]:
-    """Runs one iteration on the lanes ``active`` [L], by every rule of the scheduler.
+    """Runs one iteration on the ``active`` [L] lanes, with every rule of the scheduler.
 
-    Returns the state and [L] bool: from here on the lane only decodes until a request finishes or memory runs out.
+    Returns the state and [L] bool: the lane will only decode until a request finishes or memory runs out.
     """
     slots = state.slots
-    known = slots.prompt_tokens + slots.generated
-    missing = known - slots.computed
+    known_tokens = slots.prompt_tokens + slots.generated
+    uncached_tokens = known_tokens - slots.computed
     live = slots.live & active[..., None]
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
 
-    # Running requests come first. All but the last of them decode (a prompt is cut only where the budget ends, and
-    # nothing is admitted behind it), so that one may take what the others leave: 1 at least, as it was admitted.
-    queued_tokens = jnp.where(waiting, jnp.minimum(known, spec.token_budget), 0)
+    # Running requests are scheduled first. All but the last one decode: a prompt is cut only where the budget ends, and
+    # no request is admitted behind a cut prompt. The last one gets what the others leave, at least 1 token.
+    queued_tokens = jnp.where(waiting, jnp.minimum(known_tokens, spec.token_budget), 0)
     count, queued_tokens_so_far = _prefix_sums(live, queued_tokens)
-    take = jnp.where(running, jnp.minimum(missing, spec.token_budget + 1 - _total(running)[..., None]), 0)
-    budget_left = (spec.token_budget - _total(take))[..., None] - (queued_tokens_so_far - queued_tokens)
+    max_tokens = spec.token_budget + 1 - _total(running)[..., None]
+    new_tokens = jnp.where(running, jnp.minimum(uncached_tokens, max_tokens), 0)
+    budget_left = (spec.token_budget - _total(new_tokens))[..., None] - (queued_tokens_so_far - queued_tokens)
 
-    # Preempting from the tail keeps the longest prefix whose blocks, this iteration's included, fit in memory. Behind a
-    # preempted request nothing fits, so nothing is admitted in the same iteration.
-    blocks = jnp.where(running, blocks_of(slots.computed + take, spec.block_size), blocks_of(known, spec.block_size))
-    (blocks_so_far,) = _prefix_sums(jnp.where(live, blocks, 0))
+    # Preemption from the tail keeps the longest prefix whose blocks, with those of this iteration, fit in memory.
+    # Nothing fits behind a preempted request, so no request is admitted in the same iteration.
+    next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
+    (blocks_so_far,) = _prefix_sums(jnp.where(live, blocks_of(next_tokens, spec.block_size), 0))
     fits = blocks_so_far <= jnp.asarray(experts.kv_blocks)[..., None]
     preempted = running & ~fits
-    welcome = waiting & (budget_left > 0) & (count <= jnp.asarray(experts.max_running)[..., None])
-    admitted = welcome & fits
-    take = jnp.where(admitted, jnp.minimum(known, budget_left), jnp.where(preempted, 0, take))
+    eligible = waiting & (budget_left > 0) & (count <= jnp.asarray(experts.max_running)[..., None])
+    admitted = eligible & fits
+    admitted_tokens = jnp.minimum(known_tokens, budget_left)
+    new_tokens = jnp.where(admitted, admitted_tokens, jnp.where(preempted, 0, new_tokens))
 
-    scheduled = take > 0
-    decoding = scheduled & (slots.generated > 0) & (missing == 1)
+    scheduled = new_tokens > 0
+    decoding = scheduled & (slots.generated > 0) & (uncached_tokens == 1)
     requests = _total(scheduled)
     duration_s = iteration_s(
         experts,
-        prefill_tokens=_total(jnp.where(decoding, 0, take)),
+        prefill_tokens=_total(jnp.where(decoding, 0, new_tokens)),
         requests=requests,
         kv_tokens=_total(jnp.where(decoding, slots.computed, 0)),
     )
     duration_s = jnp.where(active, duration_s, 0.0)
     clock_s = state.clock_s + duration_s
 
-    computed = jnp.where(preempted, 0, slots.computed + take)
-    emitted = scheduled & (computed == known)
+    computed = jnp.where(preempted, 0, slots.computed + new_tokens)
+    emitted = scheduled & (computed == known_tokens)
     generated = slots.generated + emitted
     finished = emitted & (generated == slots.output_tokens)
     age_s = clock_s[..., None] - slots.arrival_s
@@ -277,9 +290,9 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 
     completions = _total(finished)
     full = requests - completions >= experts.max_running
-    no_memory = jnp.any(welcome & ~fits, -1) & (completions == 0)
-    closed = ~jnp.any(waiting & ~admitted, -1) | full | no_memory
-    steady = closed & jnp.all(emitted | ~(running | admitted), -1)
+    no_memory = jnp.any(eligible & ~fits, -1) & (completions == 0)
+    admits_none = ~jnp.any(waiting & ~admitted, -1) | full | no_memory
+    steady = admits_none & jnp.all(emitted | ~(running | admitted), -1)
     state = ExpertState(
         slots=slots.replace(
             generated=generated,
@@ -299,10 +312,13 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 def _decode_stretch(
     spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array, horizon_s: Array
 ) -> tuple[ExpertState, Array]:
-    """Jumps over the iterations of the ``active`` [L] lanes to the next completion, the horizon or the end of memory.
+    """Runs the ``active`` [L] lanes to the next completion, to the horizon, or until the KV memory is full.
 
-    Every request of an active lane that runs is decoding, and none can be admitted. Returns the state and [L] bool: if
-    nobody waits, the lane may jump again. The blocks x s integral takes all iterations at the stretch's mean duration.
+    On an active lane every running request decodes and none can be admitted. The ``kv_block_s`` integral takes all
+    iterations at the mean duration of the stretch.
+
+    Returns:
+      The state, and [L] bool: another stretch follows if no request waits.
     """
     slots = state.slots
     running = slots.running & active[..., None]
@@ -314,10 +330,10 @@ def _decode_stretch(
     duration_s = jnp.where(active, horizon_s - state.clock_s, 1.0)
     iterations = iterations_started(first_s, growth_s, duration_s, jnp.min(left_tokens, -1))
     iterations = jnp.where(active, iterations, 0)
-    most_blocks = requests + (kv_tokens + requests * iterations) // spec.block_size
+    max_blocks = requests + (kv_tokens + requests * iterations) // spec.block_size
     iterations = lax.cond(
-        jnp.any(most_blocks > experts.kv_blocks),
-        lambda: _within_memory(spec, experts, slots, running, iterations),
+        jnp.any(max_blocks > experts.kv_blocks),
+        lambda: _limit_to_memory(spec, experts, slots, running, iterations),
         lambda: iterations,
     )
 
@@ -329,7 +345,7 @@ def _decode_stretch(
     block_iterations = blocks_summed(computed, spec.block_size) - blocks_summed(slots.computed, spec.block_size)
     block_iterations = _total(jnp.where(running, block_iterations, 0))
     completions = _total(finished)
-    again = (completions > 0) & (completions < requests) & (clock_s < horizon_s)
+    decodes_on = (completions > 0) & (completions < requests) & (clock_s < horizon_s)
     state = ExpertState(
         slots=slots.replace(
             generated=generated,
@@ -341,27 +357,29 @@ def _decode_stretch(
         kv_block_s=state.kv_block_s + duration_s * block_iterations / jnp.maximum(iterations, 1),
         passes=state.passes + 1,
     )
-    return state, again
+    return state, decodes_on
 
 
-def _within_memory(spec: EngineSpec, experts: ExpertProfile, slots: Slots, running: Array, iterations: Array) -> Array:
-    """Halves ``iterations`` [L] until the blocks that the running requests then hold fit; 0 where not even one fits."""
+def _limit_to_memory(
+    spec: EngineSpec, experts: ExpertProfile, slots: Slots, running: Array, iterations: Array
+) -> Array:
+    """Halves ``iterations`` [L] until the blocks of the running requests fit in memory; 0 if one iteration does not."""
 
-    def too_many(iterations: Array) -> Array:
+    def exceed_memory(iterations: Array) -> Array:
         blocks = blocks_of(slots.computed + iterations[..., None], spec.block_size)
         return (_total(jnp.where(running, blocks, 0)) > experts.kv_blocks) & (iterations > 0)
 
     return lax.while_loop(
-        lambda iterations: jnp.any(too_many(iterations)),
-        lambda iterations: jnp.where(too_many(iterations), iterations // 2, iterations),
+        lambda iterations: jnp.any(exceed_memory(iterations)),
+        lambda iterations: jnp.where(exceed_memory(iterations), iterations // 2, iterations),
         iterations,
     )
 
 
 def _prefix_sums(*columns: Array) -> list[Array]:
-    """Returns the inclusive sums over the slots of each integer column [L, S], exact below 2^24.
+    """Returns the inclusive prefix sums over the slots of each integer column [L, S], exact below 2^24.
 
-    A product with a triangle of ones is many times faster than a scan on CPUs, and as fast on GPUs.
+    On CPUs, the product with a triangular matrix of ones is many times faster than a scan; on GPUs it is as fast.
     """
     stacked = jnp.stack(columns).astype(jnp.float32)
     triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, jnp.float32))
@@ -370,5 +388,5 @@ def _prefix_sums(*columns: Array) -> list[Array]:
 
 
 def _total(values: Array) -> Array:
-    """Returns the int32 sum over the slots, in float64 runs too."""
+    """Returns the sum over the slots as int32, also when 64-bit types are enabled."""
     return jnp.sum(values, -1, dtype=jnp.int32)

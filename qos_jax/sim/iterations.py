@@ -1,7 +1,7 @@
-"""One expert under the magnifying glass: every iteration in a window of time, and what each request did in it.
+"""A log of every iteration of one expert in a time window, with the activity of each request.
 
-``replay`` jumps over the iterations in which a batch only decodes. Here the host steps through them one at a time, with
-the same engine: slow, and meant for pictures and for understanding a schedule.
+``replay`` runs a stretch of decode iterations as one closed form. ``iterations_of`` steps through them one at a time on
+the host, with the same engine. It is slow and serves pictures and the analysis of a schedule.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from qos_jax.sim.validation import checked_assignment, checked_experts, checked_
 class Activity(enum.IntEnum):
     """What a request does in one iteration."""
 
-    ABSENT = 0  # not there yet, or finished
+    ABSENT = 0  # not arrived yet, or finished
     WAITING = 1  # gets no tokens: the batch, the memory or the budget is full
-    PREFILL = 2  # computes tokens of its prompt, or again those that a preemption threw away
+    PREFILL = 2  # computes tokens of its prompt, or recomputes tokens that a preemption discarded
     DECODE = 3  # computes its newest token and emits the next
-    PREEMPTED = 4  # its KV blocks were taken; it waits to start over
+    PREEMPTED = 4  # lost its KV blocks and waits to start over
 
 
 @struct.dataclass
 class IterationLog:
-    """The I iterations of one expert that start in a window, and the R requests that are on it meanwhile."""
+    """The I iterations of one expert that start in a window, and the R requests on it during these iterations."""
 
     expert: int
     start_s: np.ndarray  # [I] s
@@ -43,7 +43,7 @@ class IterationLog:
     request: np.ndarray  # [R] positions in the trace, in order of arrival
     arrival_s: np.ndarray  # [R] s
     activity: np.ndarray  # [I, R] int8, an Activity
-    tokens: np.ndarray  # [I, R] int32 tokens computed: prompt tokens in PREFILL, one in DECODE, else none
+    tokens: np.ndarray  # [I, R] int32 tokens computed: prompt tokens in PREFILL, 1 in DECODE, else 0
 
 
 def iterations_of(
@@ -63,32 +63,32 @@ def iterations_of(
       experts: profile of the N experts.
       trace: J requests, as for ``replay``.
       assignment: [J] int, expert of each request.
-      expert: which of the N to look at.
-      start_s: the first iteration shown starts here at the earliest.
-      end_s: the last one starts before this.
-      token_budget: tokens that one iteration may take.
+      expert: index of the expert, 0 .. N - 1.
+      start_s: begin of the window; iterations that start earlier are not logged.
+      end_s: end of the window; iterations that start at this time or later are not logged.
+      token_budget: maximum tokens per iteration.
       block_size: tokens per KV block.
 
     Returns:
-      The iterations, as the engine runs them in float32, and the requests that are on the expert during them.
+      The iterations as the engine runs them in float32, and the requests on the expert during these iterations.
 
     Raises:
-      InputError: a field of the arguments is not usable.
+      InputError: an argument has a wrong shape or an illegal value.
     """
     fleet = checked_experts(experts, np.float32)
-    most_running, most_waiting = np.asarray(fleet.max_running), np.asarray(fleet.max_waiting)
-    trace = checked_trace(trace, len(most_running))
+    max_running, max_waiting = np.asarray(fleet.max_running), np.asarray(fleet.max_waiting)
+    trace = checked_trace(trace, len(max_running))
     arrival_s = np.asarray(trace.arrival_s)
-    sent = checked_assignment(assignment, len(arrival_s), len(most_running))
-    if not 0 <= expert < len(most_running):
-        raise InputError(f"expert is {expert}, must be one of 0 .. {len(most_running) - 1}")
+    expert_of_request = checked_assignment(assignment, len(arrival_s), len(max_running))
+    if not 0 <= expert < len(max_running):
+        raise InputError(f"expert is {expert}, must be one of 0 .. {len(max_running) - 1}")
     if not start_s < end_s:
         raise InputError(f"the window is {start_s} .. {end_s} s, must end after it starts")
-    request = np.flatnonzero((sent == expert) & (arrival_s < end_s))
-    live = min(len(request), int(most_running[expert]) + int(most_waiting[expert]))  # at most
-    slots = 1 << live.bit_length()  # powers of two, so that few shapes are compiled
-    one = jax.tree.map(lambda x: jnp.asarray(x[expert : expert + 1]), fleet)
-    stepper = _Stepper(EngineSpec(slots, token_budget, block_size), one, trace, request, expert)
+    request = np.flatnonzero((expert_of_request == expert) & (arrival_s < end_s))
+    max_live = min(len(request), int(max_running[expert]) + int(max_waiting[expert]))
+    slots = 1 << max_live.bit_length()  # powers of two, so that few shapes are compiled
+    profile = jax.tree.map(lambda x: jnp.asarray(x[expert : expert + 1]), fleet)
+    stepper = _Stepper(EngineSpec(slots, token_budget, block_size), profile, trace, request, expert)
     stepper.skip_to(start_s)
     records = []
     while stepper.reach_next_iteration() and stepper.boundary_s < end_s:
@@ -98,7 +98,7 @@ def iterations_of(
 
 
 class _Stepper:
-    """The engine with one expert, fed with its requests."""
+    """The engine with one expert, to which requests are added as they arrive."""
 
     def __init__(
         self, spec: EngineSpec, profile: ExpertProfile, trace: RequestTrace, request: np.ndarray, expert: int
@@ -107,13 +107,13 @@ class _Stepper:
         self.arrival_s = np.asarray(trace.arrival_s)[request]
         self.prompt_tokens = np.asarray(trace.prompt_tokens)[request]
         self.output_tokens = np.asarray(trace.output_tokens)[request, expert]
-        self.arrived = 0  # requests so far
+        self.num_arrived = 0  # requests
         self.now_s = float(self.arrival_s[0]) if len(request) else 0.0
         self.state = engine.init_state(spec, (1,), jnp.int32(0))
 
     @property
     def boundary_s(self) -> float:
-        """When the next iteration starts, if there is anything to do."""
+        """Start of the next iteration [s], provided that a request is live."""
         return self.now_s + float(self.state.clock_s[0])
 
     @property
@@ -122,31 +122,32 @@ class _Stepper:
         return not bool(self.state.slots.live.any())
 
     def skip_to(self, time_s: float) -> None:
-        """Runs every iteration that starts before ``time_s`` unseen, and makes that time the new now."""
-        while self.arrived < len(self.arrival_s) and self.arrival_s[self.arrived] < time_s:
-            self.take_in()
+        """Runs every iteration that starts before ``time_s`` without logging it; now becomes ``time_s``."""
+        while self.num_arrived < len(self.arrival_s) and self.arrival_s[self.num_arrived] < time_s:
+            self.add_next_request()
         if time_s > self.now_s:
             self.state = _advance(self.spec, self.profile, self.state, np.float32(time_s - self.now_s))
             self.now_s = time_s
 
     def reach_next_iteration(self) -> bool:
-        """Takes in every request that arrives before the next iteration starts; returns whether there is one."""
-        while self.arrived < len(self.arrival_s):
-            gap_s = np.float32(self.arrival_s[self.arrived] - self.now_s)
+        """Adds every request that arrives before the next iteration; returns whether there is a next iteration."""
+        while self.num_arrived < len(self.arrival_s):
+            gap_s = np.float32(self.arrival_s[self.num_arrived] - self.now_s)
             if gap_s > self.state.clock_s[0] and not self.idle:
                 break
-            self.take_in()
+            self.add_next_request()
         return not self.idle
 
-    def take_in(self) -> None:
-        """Advances to the next arrival and puts that request on the expert, unless it must be dropped."""
-        at, self.arrived = self.arrived, self.arrived + 1
-        gap_s, self.now_s = np.float32(self.arrival_s[at] - self.now_s), float(self.arrival_s[at])
+    def add_next_request(self) -> None:
+        """Advances to the next arrival and adds that request to the expert if it is admissible."""
+        index, self.num_arrived = self.num_arrived, self.num_arrived + 1
+        gap_s, self.now_s = np.float32(self.arrival_s[index] - self.now_s), float(self.arrival_s[index])
         state = _advance(self.spec, self.profile, self.state, gap_s)
-        self.state = _arrive(self.spec, self.profile, state, self.prompt_tokens[at], self.output_tokens[at], at)
+        prompt_tokens, output_tokens = self.prompt_tokens[index], self.output_tokens[index]
+        self.state = _arrive(self.spec, self.profile, state, prompt_tokens, output_tokens, index)
 
     def iterate(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Runs one iteration; returns its duration [s], the requests that are there, their activities and tokens."""
+        """Runs one iteration; returns its duration [s], the live requests, their activities and tokens."""
         before = self.state
         self.state = _iterate(self.spec, self.profile, before)
         old, new = jax.tree.map(lambda x: np.asarray(x[0]), (before, self.state))
@@ -172,12 +173,12 @@ def _iterate(spec: EngineSpec, profile: ExpertProfile, state: ExpertState) -> Ex
 
 
 def _activities(before: Slots, after: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the live requests, their activities and the tokens computed, from the slots [S] around one iteration."""
+    """Returns the live requests, their activities and tokens, from the slots [S] before and after one iteration."""
     tokens = np.maximum(after.computed - before.computed, 0)
-    missing = before.prompt_tokens + before.generated - before.computed
-    decoding = (tokens > 0) & (before.generated > 0) & (missing == 1)
-    thrown_out = (after.preemptions > 0) & (after.computed == 0)
-    idle = np.where(thrown_out, Activity.PREEMPTED, Activity.WAITING)
+    uncached_tokens = before.prompt_tokens + before.generated - before.computed
+    decoding = (tokens > 0) & (before.generated > 0) & (uncached_tokens == 1)
+    preempted = (after.preemptions > 0) & (after.computed == 0)
+    idle = np.where(preempted, Activity.PREEMPTED, Activity.WAITING)
     activity = np.where(tokens > 0, np.where(decoding, Activity.DECODE, Activity.PREFILL), idle)
     live = before.live
     return before.payload[live], activity[live], tokens[live]
@@ -186,8 +187,9 @@ def _activities(before: Slots, after: Slots) -> tuple[np.ndarray, np.ndarray, np
 def _log(records: list[tuple[Any, ...]], expert: int, request: np.ndarray, arrival_s: np.ndarray) -> IterationLog:
     activity = np.zeros((len(records), len(request)), np.int8)
     tokens = np.zeros((len(records), len(request)), np.int32)
-    for row, (_, _, index, did, computed) in enumerate(records):
-        activity[row, index], tokens[row, index] = did, computed
-    seen = (activity != Activity.ABSENT).any(0)
+    for row, (_, _, index, row_activity, row_tokens) in enumerate(records):
+        activity[row, index], tokens[row, index] = row_activity, row_tokens
+    present = (activity != Activity.ABSENT).any(0)
     start_s, duration_s = (np.array([record[i] for record in records], np.float64) for i in (0, 1))
-    return IterationLog(expert, start_s, duration_s, request[seen], arrival_s[seen], activity[:, seen], tokens[:, seen])
+    requests = (request[present], arrival_s[present], activity[:, present], tokens[:, present])
+    return IterationLog(expert, start_s, duration_s, *requests)

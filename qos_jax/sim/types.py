@@ -1,7 +1,7 @@
-"""The nouns of the simulated world: expert profiles, requests, traces and logs.
+"""Data types of the simulator: expert profiles, requests, traces, logs and observations.
 
-Every array field states its shape and unit. ``N`` is the number of experts, ``J`` the number of requests, ``S`` the
-number of request slots of one expert. Leading batch axes are always allowed in front.
+Every array field states its shape and unit. ``N`` is the number of experts, ``J`` the number of requests, and ``S`` the
+number of request slots of one expert. Batched instances have further axes in front.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ AnyArray = Any  # NumPy's or JAX's
 
 BLOCK_SIZE_TOKENS = 16
 TOKEN_BUDGET = 2048
-LLAMA_7B_BLOCK_GB = BLOCK_SIZE_TOKENS * 524_288 / 1e9  # 32 layers x 2 x 4096 x fp16, for one KV block
+LLAMA_7B_BLOCK_GB = BLOCK_SIZE_TOKENS * 524_288 / 1e9  # of one KV block: 32 layers x 2 x 4096 x 2 bytes per token
 
 
 class ExpertProfile(struct.PyTreeNode):
-    """What sets the timing, the memory and the energy of each expert: one LLM on its GPU.
+    """Timing, memory and power of N experts; an expert is one LLM on one GPU.
 
     One iteration takes ``max(step_base_s, [P > 0] (prefill_base_s + prefill_per_token_s P)) + per_sequence_s B +
     per_kv_token_s K`` seconds for ``P`` prompt tokens, ``B`` scheduled requests and ``K`` cached tokens of its decoding
     requests.
     """
 
-    step_base_s: AnyArray  # [N] s, reading the weights once: floor of every iteration
+    step_base_s: AnyArray  # [N] s to read the weights once: lower bound of an iteration
     prefill_base_s: AnyArray  # [N] s
     prefill_per_token_s: AnyArray  # [N] s/token
     per_sequence_s: AnyArray  # [N] s/request
     per_kv_token_s: AnyArray  # [N] s/token
-    kv_blocks: AnyArray  # [N] blocks of KV memory
+    kv_blocks: AnyArray  # [N] KV blocks in memory
     max_running: AnyArray  # [N] requests in one iteration
     max_waiting: AnyArray  # [N] requests in the queue
-    network_s: AnyArray = 0.0  # [N] s, added to the latency only
+    network_s: AnyArray = 0.0  # [N] s of network delay, added to the latency only
     idle_w: AnyArray = 0.0  # [N] W while no iteration runs
     busy_w: AnyArray = 0.0  # [N] W while an iteration runs
     kv_block_gb: AnyArray = LLAMA_7B_BLOCK_GB  # [N] GB (10^9 bytes) of one KV block
 
 
 class Request(struct.PyTreeNode):
-    """One request: what its user sent, what each expert would answer, and what the router is told beforehand."""
+    """One request: its prompt, the answer that each expert would give, and the predictions that a router observes."""
 
     prompt_tokens: Array  # [] int32 tokens
-    output_tokens: Array  # [N] int32 tokens, the truth: hidden from routers
-    score: Array  # [N] quality in [0, 1], the truth: hidden from routers
+    output_tokens: Array  # [N] int32 tokens, ground truth: hidden from routers
+    score: Array  # [N] quality in [0, 1], ground truth: hidden from routers
     latency_limit_s: Array  # [] s/token
     predicted_score: Array  # [N]
     predicted_tokens: Array  # [N] tokens
 
 
 class RequestTrace(struct.PyTreeNode):
-    """Requests in order of arrival. The fields that only a router or a QoS metric reads may be left out."""
+    """J requests in order of arrival. Fields with the default None are needed by routers and QoS metrics only."""
 
     arrival_s: AnyArray  # [J] s, not decreasing
     prompt_tokens: AnyArray  # [J] tokens, at least 1
@@ -65,16 +65,16 @@ class RequestTrace(struct.PyTreeNode):
 
 
 class RequestLog(struct.PyTreeNode):
-    """What happened to each request of a trace; NaN times where it was dropped."""
+    """What happened to each request of a trace; the times of dropped requests are NaN."""
 
-    finish_s: np.ndarray  # [J] s, when its last token left the GPU (network_s is not in it)
+    finish_s: np.ndarray  # [J] s, when the last token left the GPU, without network_s
     first_token_s: np.ndarray  # [J] s
     preemptions: np.ndarray  # [J] int32
     dropped: np.ndarray  # [J] bool
 
 
 class Workload(Protocol):
-    """A pytree of traced numbers that draws requests one by one; nothing of the length of a trace is in its state."""
+    """A source of requests: a pytree of traced numbers that generates requests one by one, in constant memory."""
 
     def init(self, key: Array) -> Any:
         """Returns the state before the first request."""
@@ -86,21 +86,21 @@ class Workload(Protocol):
         """Returns the same workload at another mean arrival rate [requests/s]."""
 
 
-RATE_WINDOWS_S = (2.0, 10.0, 60.0)  # K of them
+RATE_WINDOWS_S = (2.0, 10.0, 60.0)  # time constants [s] of the K observed arrival rates
 
 
 class ArrivedView(struct.PyTreeNode):
-    """What a router knows of the request it must place now, and of how they have come lately."""
+    """What a router observes of the request to place, and the recent arrival rates."""
 
     prompt_tokens: Array  # [] int32 tokens
     latency_limit_s: Array  # [] s/token
     predicted_score: Array  # [N]
     predicted_tokens: Array  # [N] tokens
-    recent_rate_per_s: Array  # [K] requests/s that arrived, over about the last ``RATE_WINDOWS_S``
+    recent_rate_per_s: Array  # [K] requests/s, averaged over about the last ``RATE_WINDOWS_S``
 
 
 class ExpertView(struct.PyTreeNode):
-    """What a router knows of each expert."""
+    """What a router observes of each expert."""
 
     profile: Any  # ExpertProfile, [N] each
     running: Array  # [N] int32 requests
@@ -109,7 +109,10 @@ class ExpertView(struct.PyTreeNode):
 
 
 class RequestView(struct.PyTreeNode):
-    """What a router knows of the requests that are on the experts, in arrival order; read only where a mask is set."""
+    """What a router observes of the requests on each expert, in arrival order.
+
+    Values are meaningful only in slots where ``running`` or ``waiting`` is set.
+    """
 
     running: Array  # [N, S] bool
     waiting: Array  # [N, S] bool
@@ -123,10 +126,10 @@ class RequestView(struct.PyTreeNode):
 
 
 class Observation(struct.PyTreeNode):
-    """Everything a router may look at: the arrays of the heterogeneous graph of arrived, expert and request nodes."""
+    """Everything that a router observes: arrays of a heterogeneous graph with arrived, expert and request nodes."""
 
     arrived: ArrivedView
     experts: ExpertView
     requests: RequestView
-    action_mask: Array  # [N + 1] bool: legal actions; the last one drops the request
-    staleness_s: Array | float = 0.0  # [] s, how old what is seen of experts and requests is, at least
+    action_mask: Array  # [N + 1] bool: legal actions; the last action drops the request
+    staleness_s: Array | float = 0.0  # [] s, minimum age of what is observed of experts and requests

@@ -1,8 +1,9 @@
-"""Checks of experts and traces that come from outside, and their canonical array forms."""
+"""Validation of expert profiles, traces, assignments and shapes, and conversion to canonical arrays."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,37 @@ from qos_jax.errors import InputError
 from qos_jax.sim.types import ExpertProfile, RequestTrace
 
 _COUNTS = ("kv_blocks", "max_running", "max_waiting")
-_LARGEST_COUNT = 2**30  # sums of two counts stay within int32
+_MAX_COUNT = 2**30  # the sum of two counts fits in int32
+
+
+def check_shapes(arrays: Mapping[str, tuple[Any, str]], **lengths: int) -> None:
+    """Checks shapes before NumPy or JAX would broadcast arrays that do not belong together.
+
+    Inside ``jax.jit`` the check runs once, while the function is traced.
+
+    Args:
+      arrays: array and its axes, a letter each, by name: ``{"trace.score": (score, "JN")}``.
+      **lengths: length of each axis.
+
+    Raises:
+      InputError: an array has another shape.
+    """
+    import chex  # imported here, as importing qos_jax must not load it
+
+    dimensions = chex.Dimensions(**lengths)
+    for name, (array, axes) in arrays.items():
+        try:
+            chex.assert_shape(array, dimensions[axes])
+        except AssertionError as error:
+            legal = f"[{', '.join(axes)}] = {list(dimensions[axes])}"
+            raise InputError(f"{name} has shape {np.shape(array)}, must be {legal}") from error
 
 
 def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertProfile:
-    """Returns the profile with every field as a NumPy array [N], times as ``dtype``, counts as int32.
+    """Returns the profile with every field as a NumPy array [N]: times as ``dtype``, counts as int32.
 
     Raises:
-      InputError: a field has another length, is NaN, infinite or negative, or leaves an expert unable to work.
+      InputError: a field has a wrong shape, is NaN, infinite or negative, or an iteration of an expert takes no time.
     """
     fields = {f.name: np.asarray(getattr(experts, f.name)) for f in dataclasses.fields(experts)}
     num_experts = max((x.shape[0] for x in fields.values() if x.ndim == 1), default=1)
@@ -37,14 +61,14 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
         if name in _COUNTS:
             if (values != np.floor(values)).any():
                 raise InputError(f"experts.{name} is {values.tolist()}, must be whole numbers")
-            checked[name] = np.minimum(values, _LARGEST_COUNT).astype(np.int32)
+            checked[name] = np.minimum(values, _MAX_COUNT).astype(np.int32)
         else:
             checked[name] = values.astype(dtype)
-    idle = (checked["step_base_s"] + checked["per_sequence_s"] + checked["per_kv_token_s"]) <= 0
-    if idle.any():
+    timeless = (checked["step_base_s"] + checked["per_sequence_s"] + checked["per_kv_token_s"]) <= 0
+    if timeless.any():
         raise InputError(
-            f"experts.step_base_s, per_sequence_s and per_kv_token_s are all 0 for expert {idle.argmax()}: "
-            "an iteration must take time"
+            f"experts.step_base_s, per_sequence_s and per_kv_token_s are all 0 for expert {timeless.argmax()}, "
+            "one must be above 0, as an iteration takes time"
         )
     return ExpertProfile(**checked)
 
@@ -53,20 +77,20 @@ def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
     """Returns the trace with NumPy arrays: arrivals as float64, tokens as int32.
 
     Raises:
-      InputError: a field has a wrong shape, is not finite, arrivals go back in time, or a token count is below 1.
+      InputError: a field has a wrong shape, a time is not finite, arrivals decrease, or a token count is below 1.
     """
     arrival_s = np.asarray(trace.arrival_s, np.float64)
     if arrival_s.ndim != 1:
         raise InputError(f"trace.arrival_s has shape {arrival_s.shape}, must be [J], one time per request")
     if not np.isfinite(arrival_s).all():
-        at = int(np.isfinite(arrival_s).argmin())
-        raise InputError(f"trace.arrival_s[{at}] is {arrival_s[at]}, must be finite")
-    back = np.diff(arrival_s) < 0
-    if back.any():
-        at = int(back.argmax()) + 1
+        index = int(np.isfinite(arrival_s).argmin())
+        raise InputError(f"trace.arrival_s[{index}] is {arrival_s[index]}, must be finite")
+    decreasing = np.diff(arrival_s) < 0
+    if decreasing.any():
+        index = int(decreasing.argmax()) + 1
         raise InputError(
-            f"trace.arrival_s[{at}] is {arrival_s[at]}, before request {at - 1} at {arrival_s[at - 1]}: "
-            "sort the trace by arrival"
+            f"trace.arrival_s[{index}] is {arrival_s[index]}, must be at least that of the request before it, "
+            f"{arrival_s[index - 1]}: sort the trace by arrival"
         )
     num_requests = arrival_s.shape[0]
     prompt_tokens = _checked_tokens("prompt_tokens", trace.prompt_tokens, (num_requests,))
@@ -75,18 +99,21 @@ def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
 
 
 def checked_assignment(assignment: ArrayLike, num_requests: int, num_experts: int) -> np.ndarray:
-    """Returns the assignment as int32 [J]; -1 stands for a request that the router drops."""
+    """Returns the assignment as int32 [J]; -1 drops a request.
+
+    Raises:
+      InputError: the shape or type is wrong, or an entry is no expert.
+    """
     values = np.asarray(assignment)
     if values.shape != (num_requests,):
         raise InputError(f"assignment has shape {values.shape}, must be [{num_requests}], one expert per request")
     if not np.issubdtype(values.dtype, np.integer):
-        raise InputError(f"assignment has type {values.dtype}, must be integers")
+        raise InputError(f"assignment has type {values.dtype}, must have a type of integers")
     bad = (values < -1) | (values >= num_experts)
     if bad.any():
-        at = int(bad.argmax())
-        raise InputError(
-            f"assignment[{at}] is {values[at]}, must be an expert 0 .. {num_experts - 1}, or -1 for a dropped request"
-        )
+        index = int(bad.argmax())
+        legal = f"an expert 0 .. {num_experts - 1}, or -1 for a dropped request"
+        raise InputError(f"assignment[{index}] is {values[index]}, must be {legal}")
     return values.astype(np.int32)
 
 
@@ -94,8 +121,9 @@ def _checked_tokens(name: str, tokens: ArrayLike, shape: tuple[int, ...]) -> np.
     values = np.asarray(tokens)
     if values.shape != shape:
         raise InputError(f"trace.{name} has shape {values.shape}, must be {list(shape)}")
-    bad = ~((values >= 1) & (values <= _LARGEST_COUNT) & (values == np.floor(values)))
+    bad = ~((values >= 1) & (values <= _MAX_COUNT) & (values == np.floor(values)))
     if bad.any():
-        at = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise InputError(f"trace.{name}{list(at)} is {values[at]}, must be a whole number of at least 1 token")
+        index = tuple(int(i) for i in np.argwhere(bad)[0])
+        legal = f"a whole number of tokens, at least 1 and at most {_MAX_COUNT}"
+        raise InputError(f"trace.{name}{list(index)} is {values[index]}, must be {legal}")
     return values.astype(np.int32)

@@ -1,7 +1,7 @@
-"""The world between two decisions: a request is sent, time passes, answers come back, the router looks again.
+"""The world between two decisions: dispatch of a request, time until the next arrival, completions, observation.
 
-Each function is for one environment, takes and returns plain pytrees, and knows nothing of episodes, rewards or traces;
-the environment and the evaluator are both made of them.
+Each function is for one environment and takes and returns pytrees. Episodes, rewards and traces are not part of the
+world; the environment and the evaluator are both built from these functions.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ from qos_jax.sim.types import (
 
 @dataclasses.dataclass(frozen=True)
 class WorldSpec:
-    """What fixes the shapes of the world; everything else is traced."""
+    """The static part of a world; everything else is traced."""
 
     num_experts: int  # N
     engine: EngineSpec
-    allow_drop: bool = True  # the router may refuse a request
-    history: int = 0  # snapshots kept for a router that sees metrics late; 0: it sees them fresh
+    allow_drop: bool = True  # the router may drop a request
+    history: int = 0  # H, snapshots kept for stale metrics; at 0, routers observe fresh metrics
 
 
 class SlotPayload(struct.PyTreeNode):
-    """What the engine keeps for us beside each request on an expert."""
+    """The payload of the engine's slots: what the world stores with each request on an expert."""
 
-    score: Array  # [N, S] true quality there
+    score: Array  # [N, S] true quality of this expert's answer
     latency_limit_s: Array  # [N, S] s/token
     predicted_score: Array  # [N, S]
     predicted_tokens: Array  # [N, S] tokens
 
 
 class Snapshots(struct.PyTreeNode):
-    """The last ``history`` looks at the experts, and how old each is."""
+    """The last H snapshots of the experts, a ring."""
 
     age_s: Array  # [H] s
-    newest: Array  # [] int32, index of the newest
-    looks: tuple[ExpertView, RequestView]  # leaves [H, ...]; the profile is left out
+    newest: Array  # [] int32, index of the newest snapshot
+    views: tuple[ExpertView, RequestView]  # leaves [H, ...], without the profile
 
 
 class Telemetry(struct.PyTreeNode):
-    """What the router's side remembers."""
+    """What is recorded for the router at each arrival."""
 
-    arrivals: Array  # [K] requests so far, each counted less the longer ago, with the time constants RATE_WINDOWS_S
-    snapshots: Snapshots | None  # of a router that sees metrics late
+    arrivals: Array  # [K] requests so far, discounted by age with the time constants RATE_WINDOWS_S
+    snapshots: Snapshots | None  # None for fresh metrics
 
 
 class World(struct.PyTreeNode):
-    """Experts with the requests on them, and what the router's side remembers."""
+    """The experts with the requests on them, and the telemetry."""
 
     experts: ExpertState  # payload: SlotPayload
-    telemetry: Telemetry | None  # None where nobody looks
+    telemetry: Telemetry | None  # None if no router observes this world
 
 
 class Completions(struct.PyTreeNode):
-    """Sums over the requests that finished in an interval, and what the experts used in it."""
+    """Sums over the requests that finished in an interval, and the resources that the experts used in it."""
 
     finished: Array  # [] int32 requests
     qos: Array  # [] sum of QoS
@@ -82,24 +82,27 @@ class Completions(struct.PyTreeNode):
 
 
 def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
-    """Returns idle experts."""
+    """Returns a world with idle experts and no arrivals so far."""
     dtype = jnp.asarray(profile.step_base_s).dtype
     zero = jnp.zeros((), dtype)
     experts = engine.init_state(spec.engine, (spec.num_experts,), SlotPayload(zero, zero, zero, zero), dtype)
     arrivals = jnp.zeros(len(RATE_WINDOWS_S), dtype)
     if spec.history == 0:
         return World(experts, Telemetry(arrivals, None))
-    looks = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _look(spec, experts))
+    views = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _view(spec, experts))
     age_s = jnp.full((spec.history,), jnp.inf, dtype)
-    return World(experts, Telemetry(arrivals, Snapshots(age_s, jnp.int32(0), looks)))
+    return World(experts, Telemetry(arrivals, Snapshots(age_s, jnp.int32(0), views)))
 
 
 def dispatch(
     spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, action: Array
 ) -> tuple[World, Array]:
-    """Sends ``request`` to expert ``action`` [] int32; ``num_experts`` drops it, as does an expert that cannot take it.
+    """Sends ``request`` to expert ``action`` [] int32; the action ``num_experts`` drops it.
 
-    Returns the world and [] bool: the request was dropped.
+    An expert with a full queue, or without memory for the request, drops it too.
+
+    Returns:
+      The world, and [] bool: the request was dropped.
     """
     experts = engine.compact_if_full(spec.engine, world.experts)
     chosen = jnp.arange(spec.num_experts) == action
@@ -112,38 +115,38 @@ def dispatch(
 
 
 def advance(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
-    """Runs the experts for ``duration_s`` [] s, until the next arrival, which is remembered."""
+    """Runs the experts for ``duration_s`` [] s until the next arrival, and records that arrival in the telemetry."""
     experts = engine.advance(spec.engine, profile, world.experts, duration_s)
     return record_arrival(spec, world.replace(experts=experts), duration_s)
 
 
 def record_arrival(spec: WorldSpec, world: World, duration_s: Array) -> World:
-    """Adds an arrival ``duration_s`` [] s after the last one, and what the experts look like then."""
+    """Records an arrival ``duration_s`` [] s after the last one, with a snapshot of the experts, in the telemetry."""
     if world.telemetry is None:
         return world
     arrivals = 1.0 + world.telemetry.arrivals * jnp.exp(-duration_s / jnp.array(RATE_WINDOWS_S, duration_s.dtype))
-    seen = world.telemetry.snapshots
-    if seen is None:
+    snapshots = world.telemetry.snapshots
+    if snapshots is None:
         return world.replace(telemetry=Telemetry(arrivals, None))
-    newest = (seen.newest + 1) % spec.history
-    looks = jax.tree.map(lambda ring, now: ring.at[newest].set(now), seen.looks, _look(spec, world.experts))
-    age_s = jnp.where(jnp.arange(spec.history) == newest, 0.0, seen.age_s + duration_s)
-    return world.replace(telemetry=Telemetry(arrivals, Snapshots(age_s, newest, looks)))
+    newest = (snapshots.newest + 1) % spec.history
+    views = jax.tree.map(lambda ring, now: ring.at[newest].set(now), snapshots.views, _view(spec, world.experts))
+    age_s = jnp.where(jnp.arange(spec.history) == newest, 0.0, snapshots.age_s + duration_s)
+    return world.replace(telemetry=Telemetry(arrivals, Snapshots(age_s, newest, views)))
 
 
 def payload_of(request: Request) -> SlotPayload:
-    """Returns what the engine keeps of a request; scores still one per expert."""
+    """Returns the slot payload of a request; leaves [N] or []."""
     return SlotPayload(request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens)
 
 
 def slot_latency_per_token_s(profile: ExpertProfile, slots: engine.Slots) -> Array:
-    """Returns the latency per token [..., N, S] s/token of the requests in the slots; read only where one finished."""
+    """Returns the latency per token [..., N, S] s/token of the requests in the slots; valid for finished requests."""
     latency_s = slots.finish_s + jnp.asarray(profile.network_s)[..., None]
     return latency_s / jnp.maximum(slots.output_tokens, 1)
 
 
 def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
-    """Takes the finished requests and the experts' integrals out of the world."""
+    """Removes the finished requests from the slots, and returns their sums and the experts' integrals, now reset."""
     experts, slots = world.experts, world.experts.slots
     done = slots.finished
     latency_per_token_s = slot_latency_per_token_s(profile, slots)
@@ -169,13 +172,17 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
 def observe(
     spec: WorldSpec, profile: ExpertProfile, world: World, request: Request, staleness_s: Array | float = 0.0
 ) -> Observation:
-    """Returns what the router sees when ``request`` arrives: fresh, or the newest snapshot at least that old."""
+    """Returns what the router observes when ``request`` arrives.
+
+    With snapshots, experts and requests are those of the newest snapshot that is at least ``staleness_s`` old; without,
+    they are fresh.
+    """
     assert world.telemetry is not None
     if world.telemetry.snapshots is None:
         staleness_s = 0.0
-        experts, requests = _look(spec, world.experts)
+        experts, requests = _view(spec, world.experts)
     else:
-        experts, requests = _look_back(world.telemetry.snapshots, staleness_s)
+        experts, requests = _stale_view(world.telemetry.snapshots, staleness_s)
     experts = experts.replace(profile=profile)
     arrived = ArrivedView(
         request.prompt_tokens,
@@ -191,7 +198,16 @@ def observe(
     return Observation(arrived, experts, requests, action_mask, staleness_s)
 
 
-def _look(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:
+def example_observation(spec: WorldSpec) -> Observation:
+    """Returns an observation with placeholder values, for the shapes and dtypes of its arrays."""
+    floats, counts = jnp.ones(spec.num_experts, jnp.float32), jnp.ones(spec.num_experts, jnp.int32)
+    profile = ExpertProfile(*[floats] * 5, *[counts] * 3, *[floats] * 4)
+    request = Request(jnp.int32(1), counts, floats, jnp.float32(1.0), floats, floats)
+    return observe(spec, profile, empty_world(spec, profile), request)
+
+
+def _view(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:
+    """Returns the fresh metrics of the experts and requests, without the profile."""
     slots = experts.slots
     running, waiting = slots.running, slots.waiting
     requests = RequestView(
@@ -206,7 +222,7 @@ def _look(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestVie
         predicted_tokens=jnp.maximum(slots.payload.predicted_tokens, slots.generated + 1),
     )
     view = ExpertView(
-        profile=None,  # the same for every look, so it is put in by the caller
+        profile=None,  # the caller adds it, as it is the same for all snapshots
         running=jnp.sum(running, -1, dtype=jnp.int32),
         waiting=jnp.sum(waiting, -1, dtype=jnp.int32),
         kv_used_blocks=jnp.sum(
@@ -216,11 +232,11 @@ def _look(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestVie
     return view, requests
 
 
-def _look_back(seen: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:
-    """Picks the newest snapshot that is at least ``staleness_s`` old, or the oldest one if none is."""
-    history = seen.age_s.shape[0]
-    back = jnp.arange(history)
-    newest_first = (seen.newest - back) % history
-    old_enough = (seen.age_s[newest_first] >= staleness_s) | (back == history - 1)
-    pick = newest_first[jnp.argmax(old_enough)]
-    return jax.tree.map(lambda ring: ring[pick], seen.looks)
+def _stale_view(snapshots: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:
+    """Returns the newest snapshot that is at least ``staleness_s`` old, or the oldest snapshot if none is."""
+    history = snapshots.age_s.shape[0]
+    steps_back = jnp.arange(history)
+    newest_first = (snapshots.newest - steps_back) % history
+    old_enough = (snapshots.age_s[newest_first] >= staleness_s) | (steps_back == history - 1)
+    index = newest_first[jnp.argmax(old_enough)]
+    return jax.tree.map(lambda ring: ring[index], snapshots.views)

@@ -1,1 +1,1 @@
-"""What the world is fed: arrivals, contents, predictions, tables, profiles."""
+"""Requests: arrival processes, recorded traces, generated and tabulated contents, and predictions for routers."""

@@ -1,18 +1,19 @@
-"""When requests arrive: one process whose numbers are all traced, so that its kinds mix in one compiled program.
+"""Arrival processes. The numbers of all built-in laws are traced, so that laws mix in one compiled program.
 
-In operational time the gaps between arrivals are independent with mean 1: exponential (Poisson), gamma, or those of a
-recording. Operational time runs at the rate ``rate_per_s * multiplier(t) * (1 + amplitude sin(2 pi t / period_s))``,
-where the multiplier is that of a two-state Markov chain. Poisson, gamma, Markov-modulated, sinusoidal and recorded
-arrivals are therefore values of one pytree, not types.
+In operational time the gaps between arrivals are independent with mean 1: exponential (Poisson), gamma, or the gaps of
+a recording. Operational time runs at the rate ``rate_per_s * multiplier(t) * (1 + amplitude sin(2 pi t / period_s))``,
+where a two-state Markov chain sets the multiplier. Poisson, gamma, Markov-modulated, sinusoidal and recorded arrivals
+are therefore values of one pytree, not types.
 
-The state holds no clock: what is left of a sojourn of the chain is exponential at every arrival (it has no memory), so
-it is drawn anew, and the phase counts 2^-32 of a period in an integer that wraps. Float32 stays exact in runs of any
-length.
+The state holds no clock. The remaining sojourn of the chain is memoryless, so it is sampled anew at every arrival, and
+the phase is an integer that counts 2^-32 of a period and wraps. Float32 is therefore precise in runs of any length.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,53 +26,71 @@ from scipy import stats
 from qos_jax.errors import InputError
 
 NUM_QUANTILES = 257
-QUANTILES_REACH = 16.0  # float32 draws unit exponentials up to 23 log 2 = 15.94
+QUANTILES_REACH = 16.0  # float32 samples of unit exponentials reach 23 log 2 = 15.94
 RATE_RANGE_PER_S = (1e-6, 1e6)
-CV_RANGE = (0.1, 10.0)  # where the tabulated gamma gaps keep their cv to 0.5 %
+CV_RANGE = (0.1, 10.0)  # where tabulated gamma gaps have the right CV to 0.5 %
 MAX_AMPLITUDE = 0.95
 DURATION_RANGE_S = (1e-3, 1e9)  # of a mean sojourn or a period
-NEVER_S = 1e20  # a mean sojourn that no run outlasts; infinity would turn the phase into NaN
-LAGUERRE_STEPS = 6  # from the start below to float64 rounding for every phase, gap and legal amplitude
+NEVER_S = 1e20  # a mean sojourn longer than any run; infinity would turn the phase into NaN
+LAGUERRE_STEPS = 6  # enough for float64 precision at every phase, gap and legal amplitude
+
+
+@runtime_checkable
+class Arrivals(Protocol):
+    """An arrival process: a pytree of traced numbers whose methods work under jit and vmap.
+
+    ``ArrivalProcess`` is one. Another law may be any other pytree with these methods. Such a process works everywhere
+    but in a mixture: ``sample_worlds`` stacks the processes of all environments, which must then have one structure.
+    """
+
+    def init(self, key: Array) -> Any:
+        """Returns the state at time 0, a pytree of constant structure and shapes."""
+
+    def next_gap(self, key: Array, state: Any) -> tuple[Array, Any]:
+        """Returns the time to the next arrival [s] and the state at that arrival."""
+
+    def with_rate(self, rate_per_s: ArrayLike) -> Arrivals:
+        """Returns the same process at another mean rate [requests/s], which may be traced."""
 
 
 @struct.dataclass
 class ArrivalState:
-    """Where the process is, seen from the last arrival."""
+    """State of the process at the last arrival."""
 
     chain: Array  # [] int32, state of the Markov chain: 0 calm, 1 burst
-    phase: Array  # [] uint32, position in the sinusoidal period in 2^-32 of it
-    recorded_index: Array  # [] int32, the recorded gap that comes next
+    phase: Array  # [] uint32, position in the sinusoidal period, in 2^-32 of the period
+    recorded_index: Array  # [] int32, index of the next recorded gap
 
 
 @struct.dataclass
 class ArrivalProcess:
     """A renewal process in operational time; build it with the functions below.
 
-    Processes of all kinds but the recorded ones have the same structure and shapes, so they stack and vmap together;
-    recordings do so with recordings of the same length.
+    Processes of all laws but recordings have the same structure and shapes, so that they stack and vmap together.
+    Recordings stack with recordings of the same length.
     """
 
     rate_per_s: Array  # [] requests/s, the mean
-    gap_quantiles: Array  # [NUM_QUANTILES] unit-mean gap at ``quantile_grid()``
-    multipliers: Array  # [2] rate in each state of the chain over the mean rate
+    gap_quantiles: Array  # [NUM_QUANTILES] gap of mean 1 at ``quantile_grid()``
+    multipliers: Array  # [2] rate in each state of the chain, relative to the mean rate
     mean_sojourns_s: Array  # [2] s
-    amplitude: Array  # [] of the sinusoid, over the mean rate
+    amplitude: Array  # [] of the sinusoid, relative to the mean rate
     period_s: Array  # [] s
-    random_start: Array  # [] bool: start anywhere in the period and the recording, or where they begin
-    recorded_gaps: Array | None = None  # [G] gaps of mean 1, played in order and looped instead of drawn ones
+    random_start: Array  # [] bool: start at a random point of the period and of the recording, else at their beginning
+    recorded_gaps: Array | None = None  # [G] gaps of mean 1, played in order and looped, instead of sampled gaps
 
     def with_rate(self, rate_per_s: ArrayLike) -> ArrivalProcess:
-        """Returns the same process at another mean rate [requests/s]; sojourns and period stay what they are.
+        """Returns the same process at another mean rate [requests/s]; sojourns and period do not change.
 
         Raises:
-            InputError: the rate lies outside ``RATE_RANGE_PER_S``; a traced rate is not checked.
+            InputError: the rate is outside ``RATE_RANGE_PER_S``; a traced rate is not checked.
         """
         if not isinstance(rate_per_s, jax.core.Tracer):
             _check_within("rate_per_s", rate_per_s, *RATE_RANGE_PER_S)
         return self.replace(rate_per_s=jnp.asarray(rate_per_s, self.gap_quantiles.dtype))  # type: ignore[attr-defined]
 
     def init(self, key: Array) -> ArrivalState:
-        """Returns the state at time 0; the chain starts in its stationary law."""
+        """Returns the state at time 0; the chain starts in its stationary distribution."""
         chain_key, phase_key, index_key = jax.random.split(key, 3)
         burst_share = self.mean_sojourns_s[1] / (self.mean_sojourns_s[0] + self.mean_sojourns_s[1])
         phase = jax.random.bits(phase_key, (), jnp.uint32)
@@ -102,7 +121,7 @@ class ArrivalProcess:
     ) -> tuple[Array, Array, Array, Array]:
         """Returns the work left for the last sojourn [s at the mean rate], the time before it [s], its chain and phase.
 
-        One trip per switch of the chain before the arrival, so none where the rate is not modulated.
+        The loop runs once for each switch of the chain before the arrival, so not at all without modulation.
         """
 
         def ends_first(carry: tuple[Array, ...]) -> Array:
@@ -121,7 +140,7 @@ class ArrivalProcess:
         return work_s, passed_s, chain, phase
 
     def _renewal_gap(self, unit_gap: Array) -> Array:
-        """Returns the tabulated gap at a unit exponential variate; beyond the table its last line goes on."""
+        """Returns the tabulated gap at a unit exponential variate; the last line of the table is extrapolated."""
         intervals = NUM_QUANTILES - 1
         step = QUANTILES_REACH / intervals**2
         i = jnp.minimum(jnp.sqrt(unit_gap / step).astype(jnp.int32), intervals - 1)
@@ -130,14 +149,14 @@ class ArrivalProcess:
         return low + weight * (high - low)
 
     def _integral_s(self, duration_s: Array, phase: Array) -> Array:
-        """Returns the integral of the sinusoidal factor over a duration, from a phase on."""
+        """Returns the integral [s] of the sinusoidal factor over a duration that starts at a phase."""
         periods = duration_s / self.period_s
         return duration_s + self.period_s * self._excess(periods - jnp.floor(periods), self._cycles(phase))
 
     def _integral_inverse_s(self, work_s: Array, phase: Array) -> Array:
         """Returns the duration [s] over which the sinusoidal factor integrates to ``work_s``.
 
-        The equation is Kepler's, with the amplitude as eccentricity. Laguerre's iteration solves it from any start.
+        The equation is Kepler's, with the amplitude as eccentricity. Laguerre's iteration converges from any start.
         """
         start = self._cycles(phase)
         whole = jnp.floor(work_s / self.period_s)  # over a whole period the factor averages 1
@@ -159,7 +178,7 @@ class ArrivalProcess:
         return (whole + jax.lax.fori_loop(0, steps, step, jnp.clip(target / slope, low, high))) * self.period_s
 
     def _excess(self, x: Array, start: Array) -> Array:
-        """Returns the integral of the sinusoid alone over x in [0, 1] periods; a product, for nothing to cancel."""
+        """Returns the integral of the sinusoid alone over x in [0, 1] periods, as a product, to avoid cancellation."""
         return self.amplitude / jnp.pi * jnp.sin(jnp.pi * x) * jnp.sin(jnp.pi * (2 * start + x))
 
     def _cycles(self, phase: Array) -> Array:
@@ -171,7 +190,10 @@ class ArrivalProcess:
 
 
 def quantile_grid() -> np.ndarray:
-    """Returns the unit exponential variates [NUM_QUANTILES] at which gaps are tabulated, dense near 0."""
+    """Returns the unit exponential variates [NUM_QUANTILES] at which gaps are tabulated; they are dense near 0.
+
+    The variate x is the quantile 1 - exp(-x) of a law.
+    """
     return QUANTILES_REACH * np.linspace(0.0, 1.0, NUM_QUANTILES) ** 2
 
 
@@ -188,16 +210,34 @@ def gamma(rate_per_s: float, cv: float) -> ArrivalProcess:
     """Returns arrivals with independent gamma gaps of this coefficient of variation (1 is Poisson).
 
     Raises:
-        InputError: the rate lies outside ``RATE_RANGE_PER_S`` or the cv outside ``CV_RANGE``.
+        InputError: the rate is outside ``RATE_RANGE_PER_S`` or the CV outside ``CV_RANGE``.
     """
     _check_within("cv", cv, *CV_RANGE)
     shape, grid = cv**-2, quantile_grid()
     near, far = stats.gamma.ppf(-np.expm1(-grid), shape), stats.gamma.isf(np.exp(-grid), shape)
-    gaps = np.where(grid < 1.0, near, far)  # each from the side of the law where its probability is not near 1
+    return renewal(rate_per_s, np.where(grid < 1.0, near, far))  # each from the tail whose probability is not near 1
+
+
+def renewal(rate_per_s: float, gaps: ArrayLike) -> ArrivalProcess:
+    """Returns arrivals with independent gaps of any law.
+
+    Args:
+        rate_per_s: the mean rate [requests/s].
+        gaps: [NUM_QUANTILES] gap at each unit exponential variate of ``quantile_grid()``, in any unit, as gaps are
+            scaled to the rate.
+
+    Raises:
+        InputError: the gaps are not finite, negative, decreasing or all 0, or the rate is outside
+            ``RATE_RANGE_PER_S``.
+    """
+    gaps, grid = np.asarray(gaps, np.float64), quantile_grid()
+    legal = gaps.shape == grid.shape and np.all(np.isfinite(gaps)) and gaps[0] >= 0 and np.all(np.diff(gaps) >= 0)
+    if not legal or gaps[-1] == 0:
+        raise InputError(f"gaps must be [{NUM_QUANTILES}] finite numbers >= 0 that do not decrease, some above 0")
     slopes = np.diff(gaps) / np.diff(grid)
     survival = np.exp(-grid)
     mean = gaps[0] + np.sum(slopes * (survival[:-1] - survival[1:])) + slopes[-1] * survival[-1]
-    return _process(rate_per_s, gap_quantiles=gaps / mean)  # so that interpolation keeps the mean rate
+    return _process(rate_per_s, gap_quantiles=gaps / mean)  # the mean of interpolated gaps, so the mean rate is exact
 
 
 def mmpp(rate_per_s: float, burst: float = 4.0, burst_s: float = 30.0, calm_s: float | None = None) -> ArrivalProcess:
@@ -222,7 +262,7 @@ def mmpp(rate_per_s: float, burst: float = 4.0, burst_s: float = 30.0, calm_s: f
 
 
 def sinusoidal(
-    rate_per_s: float, amplitude: float = 0.5, period_s: float = 600.0, random_start: bool = True
+    rate_per_s: float, amplitude: float = 0.5, period_s: float = 600.0, *, random_start: bool = True
 ) -> ArrivalProcess:
     """Returns Poisson arrivals at the drifting rate ``rate_per_s (1 + amplitude sin(2 pi t / period_s))``.
 
@@ -230,7 +270,7 @@ def sinusoidal(
         rate_per_s: the mean rate [requests/s].
         amplitude: in [0, ``MAX_AMPLITUDE``].
         period_s: s.
-        random_start: start anywhere in the period instead of at t = 0.
+        random_start: start at a random point of the period instead of at t = 0.
 
     Raises:
         InputError: an argument is not finite or out of range.
@@ -243,12 +283,12 @@ def sinusoidal(
 def recorded(
     gaps_s: Sequence[float] | np.ndarray, rate_per_s: float | None = None, random_start: bool = True
 ) -> ArrivalProcess:
-    """Returns arrivals that play recorded gaps in order and over again.
+    """Returns arrivals that play recorded gaps in order, in a loop.
 
     Args:
         gaps_s: [G] s, at least one of them positive.
-        rate_per_s: mean rate [requests/s] that the gaps are scaled to; the recorded one if left out.
-        random_start: start anywhere in the recording instead of at its first gap.
+        rate_per_s: mean rate [requests/s] that the gaps are scaled to; that of the recording by default.
+        random_start: start at a random point of the recording instead of at its first gap.
 
     Raises:
         InputError: the gaps are not a vector of finite numbers >= 0 with a positive mean, or the rate is out of range.
@@ -265,29 +305,73 @@ def recorded(
     )
 
 
-def parse_arrivals(text: str, rate_per_s: float) -> ArrivalProcess:
-    """Returns the arrivals that a flag names: the kind and, after colons, its numbers.
+_LAWS: dict[str, Callable[..., Arrivals]] = {
+    "poisson": poisson,
+    "gamma": gamma,
+    "mmpp": mmpp,
+    "sinusoidal": sinusoidal,
+}
+_BUILT_IN = tuple(_LAWS)
 
-    ``poisson``, ``gamma:CV``, ``mmpp[:BURST[:BURST_S[:CALM_S]]]`` or ``sinusoidal[:AMPLITUDE[:PERIOD_S]]``.
+
+def register_arrivals(name: str, parser: Callable[..., Arrivals]) -> None:
+    """Registers a law of arrivals under a name for ``parse_arrivals``, and so for ``--arrivals`` and ``qos_jax.make``.
+
+    A later registration under the same name replaces the earlier one.
+
+    Args:
+        name: letters, digits and underscores.
+        parser: returns the process; called as ``parser(rate_per_s, *numbers)`` with the numbers that follow the name.
+            Its positional parameters say how many numbers are legal. An ``ArrivalProcess``, as from ``renewal``, mixes
+            with the built-in laws in randomised training worlds; see ``Arrivals`` for other processes.
+
+    Raises:
+        InputError: the name is not of this form, or is a built-in law's.
+    """
+    if not name.isidentifier():
+        raise InputError(f"name {name!r} of a law of arrivals must consist of letters, digits and underscores")
+    if name in _BUILT_IN:
+        raise InputError(f"law of arrivals {name!r} is built in: choose another name")
+    _LAWS[name] = parser
+
+
+def parse_arrivals(text: str, rate_per_s: float) -> ArrivalProcess:
+    """Returns the arrivals that a text names: a law and, after colons, its numbers.
+
+    ``poisson``, ``gamma:CV``, ``mmpp[:BURST[:BURST_S[:CALM_S]]]``, ``sinusoidal[:AMPLITUDE[:PERIOD_S]]`` or a law
+    registered with ``register_arrivals``.
 
     Raises:
         InputError: the text is none of these, or a number is out of range.
     """
-    kinds: dict[str, tuple[Callable[..., ArrivalProcess], int, int]] = {
-        "poisson": (poisson, 0, 0),
-        "gamma": (gamma, 1, 1),
-        "mmpp": (mmpp, 0, 3),
-        "sinusoidal": (sinusoidal, 0, 2),
-    }
-    legal = "poisson, gamma:CV, mmpp[:BURST[:BURST_S[:CALM_S]]] or sinusoidal[:AMPLITUDE[:PERIOD_S]]"
-    kind, *numbers = text.split(":")
-    if kind not in kinds or not kinds[kind][1] <= len(numbers) <= kinds[kind][2]:
+    law, *numbers = text.split(":")
+    legal = ", ".join(_usage(each) for each in _LAWS)
+    required, optional = _numbers_of(law) if law in _LAWS else ([], [])
+    if law not in _LAWS or not len(required) <= len(numbers) <= len(required) + len(optional):
         raise InputError(f"arrivals {text!r}: legal is {legal}")
     try:
         arguments = [float(number) for number in numbers]
     except ValueError:
-        raise InputError(f"arrivals {text!r}: what follows the kind must be numbers; legal is {legal}") from None
-    return kinds[kind][0](rate_per_s, *arguments)
+        raise InputError(f"arrivals {text!r}: after the law there must be numbers; legal is {legal}") from None
+    process = _LAWS[law](rate_per_s, *arguments)
+    if not isinstance(process, Arrivals):
+        raise InputError(f"arrivals {text!r}: its parser returned {type(process).__name__}, must return Arrivals")
+    return cast(ArrivalProcess, process)  # or one like it, of a registered law
+
+
+def _numbers_of(law: str) -> tuple[list[str], list[str]]:
+    """Returns the names of the required and the optional numbers of a law."""
+    _, *parameters = inspect.signature(_LAWS[law]).parameters.values()
+    numbers = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    required = [each.name.upper() for each in numbers if each.default is each.empty]
+    return required, [each.name.upper() for each in numbers if each.default is not each.empty]
+
+
+def _usage(law: str) -> str:
+    """Returns how a law is written, as in ``gamma:CV``, with optional numbers in brackets."""
+    required, optional = _numbers_of(law)
+    nested = "".join(f"[:{name}" for name in optional) + "]" * len(optional)
+    return "".join([law, *(f":{name}" for name in required), nested])
 
 
 def _process(rate_per_s: float, **fields: ArrayLike) -> ArrivalProcess:

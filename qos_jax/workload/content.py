@@ -1,12 +1,12 @@
-"""What a request contains: its prompt's length, each expert's answer (length and score), and its latency limit.
+"""The content of a request: prompt length, length and score of each expert's answer, and latency limit.
 
-`GeneratedContent` draws them from laws fitted to measurements (see `calibration`). All experts share a normal factor
-per prompt for the score and another for the log length. A score's shortfall, ``1 - score``, is lognormal, and a third
-shared normal sets how far the experts lie apart on this prompt: with equal spreads on all prompts, the best of many
-experts would be better than any measurement. Scores and lengths are independent of each other and of the prompt's
-length; the measured correlations (.1 to .2, and 0) are left out.
+`GeneratedContent` samples them from distributions fitted to measurements (see `constants`). All experts share one
+normal variate per prompt for the score and another for the log length. The shortfall of a score, ``1 - score``, is
+lognormal. A third shared variate sets the spread of the experts on the prompt: with equal spreads on all prompts, the
+best of many experts would score higher than measured. Scores and lengths are independent of each other and of the
+prompt's length; the measured correlations (0.1 to 0.2, and 0) are neglected.
 
-One draw of normals serves a whole request, as this runs inside the simulator's innermost loop.
+One random draw serves a whole request, as this runs in the simulator's innermost loop.
 """
 
 from __future__ import annotations
@@ -27,60 +27,60 @@ from qos_jax.workload import constants
 
 @struct.dataclass
 class LatencyLimits:
-    """The latency limits per token of the classes of users, and how common each class is; see `latency_limits`."""
+    """Latency limits per token of C classes of users, and the share of each class; see `latency_limits`."""
 
     values_s: Array  # [C] s/token
-    weights: Array  # [C] shares, their sum is 1
+    weights: Array  # [C] shares, which sum to 1
 
     def at(self, quantile: Array) -> Array:
-        """Returns the limit [s/token] of the user at a quantile (uniform in [0, 1)) of the population."""
+        """Returns the limit [s/token] of the user at a quantile in [0, 1) of the population."""
         user_class = jnp.sum(quantile >= jnp.cumsum(self.weights[:-1]))
         return self.values_s[user_class]
 
 
-class Answers(NamedTuple):
-    """One prompt and what every expert would answer to it."""
+class SampledContent(NamedTuple):
+    """One prompt, the answers that the N experts would give, and the latency limit."""
 
     prompt_tokens: Array  # [] int32 tokens
     output_tokens: Array  # [N] int32 tokens
     score: Array  # [N] in [0, 1]
     latency_limit_s: Array  # [] s/token
-    row: Array  # [] int32 of the table that it is from; 0 where it was generated
+    row: Array  # [] int32 row of the table; 0 for generated content
 
 
 class RequestContent(Protocol):
-    """What draws requests, and the moments that a predictor of them is calibrated by."""
+    """A distribution of contents, with the moments to which predictions are calibrated."""
 
     score_mean: Array  # [N]
     score_sd: Array  # [N]
     log_length_mean: Array  # [N] of the natural logarithm of the output tokens
     log_length_sd: Array  # [N]
     score_correlation: Array  # [] between two experts, over the prompts
-    log_length_correlation: Array  # []
+    log_length_correlation: Array  # [] between two experts, over the prompts
     max_output_tokens: Array  # [] or [N] tokens, where answers are cut off
 
-    def sample(self, key: Array) -> Answers:
-        """Draws a prompt with its answers."""
+    def sample(self, key: Array) -> SampledContent:
+        """Samples a prompt with its answers and its latency limit."""
 
 
 @struct.dataclass
 class GeneratedContent:
-    """Requests drawn from fitted laws; build it with `generated_content`."""
+    """Contents sampled from fitted distributions; `generated_content` builds them."""
 
     score_mean: Array  # [N]
     score_sd: Array  # [N]
     log_length_mean: Array  # [N] of the natural logarithm of the output tokens, before the cap
     log_length_sd: Array  # [N]
     score_correlation: Array  # [] between the log shortfalls of two experts
-    log_spread_sd: Array  # [] of the logarithm of how far the experts lie apart on a prompt
-    log_length_correlation: Array  # []
+    log_spread_sd: Array  # [] of the logarithm of the experts' spread on a prompt
+    log_length_correlation: Array  # [] between two experts
     log_prompt_tokens: Array  # [3] coefficients of 1, z and z^2, for a standard normal z
     max_prompt_tokens: Array  # [] tokens
     max_output_tokens: Array  # [] tokens
     limits: LatencyLimits
 
-    def sample(self, key: Array) -> Answers:
-        """Draws a prompt with its answers."""
+    def sample(self, key: Array) -> SampledContent:
+        """Samples a prompt with its answers and its latency limit."""
         num_experts = self.score_mean.shape[-1]
         normals = jax.random.normal(key, (5 + 2 * num_experts,), self.score_mean.dtype)
         prompt, user, shared_score, spread, shared_length = normals[:5]
@@ -88,64 +88,65 @@ class GeneratedContent:
 
         level, slope, curvature = self.log_prompt_tokens
         prompt_tokens = _whole_tokens(level + (slope + curvature * prompt) * prompt, self.max_prompt_tokens)
-        length = correlated(shared_length, own_length, self.log_length_correlation)
+        length = correlate(shared_length, own_length, self.log_length_correlation)
         output_tokens = _whole_tokens(self.log_length_mean + self.log_length_sd * length, self.max_output_tokens)
-        # Its mean square over the prompts is 1, so that it leaves the SD of the scores as it is.
+        # The relative spread has a mean square of 1 over the prompts, so it does not change the SD of the scores.
         relative_spread = jnp.exp(self.log_spread_sd * (spread - self.log_spread_sd))
-        score = self._score(correlated(shared_score, relative_spread * own_score, self.score_correlation))
-        return Answers(prompt_tokens, output_tokens, score, self.limits.at(ndtr(user)), jnp.int32(0))
+        score = self._score(correlate(shared_score, relative_spread * own_score, self.score_correlation))
+        return SampledContent(prompt_tokens, output_tokens, score, self.limits.at(ndtr(user)), jnp.int32(0))
 
     def _score(self, standard: Array) -> Array:
-        """Returns scores whose shortfall is the lognormal with the given means and SDs, at a standard variate [N]."""
+        """Returns the scores [N] at standard normal variates [N]: 1 minus a lognormal with the given mean and SD."""
         shortfall_mean = 1.0 - self.score_mean
         log_sd = jnp.sqrt(jnp.log1p((self.score_sd / shortfall_mean) ** 2))
         shortfall = shortfall_mean * jnp.exp(-log_sd * (standard + log_sd / 2.0))
         return 1.0 - jnp.minimum(shortfall, 1.0)
 
 
-def correlated(shared: Array, own: Array, correlation: Array) -> Array:
-    """Returns standard normals [N] of which any two correlate so, from a shared one [] and one of each expert [N]."""
+def correlate(shared: Array, own: Array, correlation: Array) -> Array:
+    """Returns standard normals [N] with a pairwise correlation, from one shared by all [] and one per expert [N]."""
     return jnp.sqrt(correlation) * shared + jnp.sqrt(1.0 - correlation) * own
 
 
-def _whole_tokens(log_tokens: Array, most: Array) -> Array:
-    return jnp.clip(jnp.round(jnp.exp(log_tokens)), 1.0, most).astype(jnp.int32)
+def _whole_tokens(log_tokens: Array, max_tokens: Array) -> Array:
+    return jnp.clip(jnp.round(jnp.exp(log_tokens)), 1.0, max_tokens).astype(jnp.int32)
 
 
 def latency_limits(values_s: Sequence[float] = (0.03,), weights: Sequence[float] | None = None) -> LatencyLimits:
-    """Builds the limits of one class of users (by default 0.03 s/token, the paper's) or of several.
+    """Builds the latency limits of one or several classes of users.
 
     Args:
-        values_s: limit of each class [s/token], above 0.
-        weights: how common each class is, in any unit; equally common by default.
+        values_s: limit of each class [s/token], above 0; by default one class with the paper's limit.
+        weights: relative frequency of each class; equal by default.
 
     Raises:
-        InputError: if a limit is not above 0, a weight is negative, or their numbers differ.
+        InputError: a limit is not above 0, a weight is negative, or their numbers differ.
     """
     if len(values_s) == 0 or not all(0.0 < value < np.inf for value in values_s):
-        raise InputError(f"latency limits are {list(values_s)} s/token; give one or more, each above 0")
+        raise InputError(f"latency limits are {list(values_s)} s/token; must be one or more finite numbers above 0")
     shares = np.ones(len(values_s)) if weights is None else np.asarray(weights, float)
     if shares.shape != (len(values_s),) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
         raise InputError(
             f"the weights of the {len(values_s)} latency limits are {shares.tolist()}; "
-            "give one for each, none negative and not all 0"
+            "must be one for each limit, none negative and not all 0"
         )
     return LatencyLimits(jnp.asarray(values_s, float), jnp.asarray(shares / shares.sum(), float))
 
 
 def generated_content(experts: Sequence[str], limits: LatencyLimits | None = None) -> GeneratedContent:
-    """Builds the generator for some LLMs of mix-instruct, by their names there.
+    """Builds the generator for LLMs of mix-instruct.
 
     Args:
-        experts: N of the names in `constants.MIX_INSTRUCT`; an LLM may be served by several experts.
-        limits: of the users; by default `latency_limits()`.
+        experts: LLM of each of the N experts, a name in `constants.MIX_INSTRUCT`; several experts may serve one LLM.
+        limits: latency limits of the users; by default `latency_limits()`.
 
     Raises:
-        InputError: if there is no expert, or one is unknown.
+        InputError: there is no expert, or an LLM is unknown.
     """
     unknown = [name for name in experts if name not in constants.MIX_INSTRUCT]
     if unknown or len(experts) == 0:
-        raise InputError(f"experts {unknown} are unknown; choose from {', '.join(constants.MIX_INSTRUCT)}")
+        problem = f"experts {unknown} are unknown" if unknown else "there are no experts"
+        raise InputError(f"{problem}; choose from {', '.join(constants.MIX_INSTRUCT)}")
     laws = [constants.MIX_INSTRUCT[name] for name in experts]
     return GeneratedContent(
         score_mean=jnp.asarray([law.score_mean for law in laws], float),
@@ -163,9 +164,12 @@ def generated_content(experts: Sequence[str], limits: LatencyLimits | None = Non
 
 
 def sharegpt_run_content(num_experts: int, limits: LatencyLimits | None = None) -> GeneratedContent:
-    """Builds a generator with the lengths of the measured vLLM run; answers score 1, so QoS is the share in time."""
+    """Builds a generator with the lengths of the measured vLLM run.
+
+    All answers score 1, so QoS is the share of requests within their latency limit.
+    """
     log_prompt, log_output = constants.SHAREGPT_RUN_LOG_PROMPT, constants.SHAREGPT_RUN_LOG_OUTPUT
-    most_prompt, most_output = constants.SHAREGPT_RUN_MOST_TOKENS
+    max_prompt_tokens, max_output_tokens = constants.SHAREGPT_RUN_MAX_TOKENS
     return GeneratedContent(
         score_mean=jnp.full(num_experts, 1.0 - 1e-6),
         score_sd=jnp.zeros(num_experts),
@@ -175,7 +179,7 @@ def sharegpt_run_content(num_experts: int, limits: LatencyLimits | None = None) 
         log_spread_sd=jnp.asarray(constants.LOG_SPREAD_SD, float),
         log_length_correlation=jnp.asarray(1.0),
         log_prompt_tokens=jnp.asarray([*log_prompt, 0.0], float),
-        max_prompt_tokens=jnp.asarray(most_prompt, float),
-        max_output_tokens=jnp.asarray(most_output, float),
+        max_prompt_tokens=jnp.asarray(max_prompt_tokens, float),
+        max_output_tokens=jnp.asarray(max_output_tokens, float),
         limits=latency_limits() if limits is None else limits,
     )

@@ -1,28 +1,30 @@
-"""What the router is told of a request before it is served: predicted scores and output lengths, right in part.
+"""Models of what routers are given before a request is served: predicted scores and output lengths with errors.
 
-The standardised truths of the experts for one prompt are taken apart: their mean says how the prompt is, deviations
-from it say which expert does better on it than it usually does. Measured predictors know more of the first than of the
-second. So each part has a share of its variance that is predicted, A and B; noise is added that is distributed as the
-truths are, and each part is shrunk, such that predictions are calibrated (the expected truth, given all predictions, is
-the prediction):
+A prediction model splits the standardised true values of the experts on one prompt into their mean, which describes the
+prompt, and the deviations from it, which describe how each expert does on this prompt compared with its usual level.
+Measured predictors explain more of the mean than of the deviations, so each part has its own explained share of
+variance, A and B. Noise with the distribution of the true values is added, and each part is shrunk so that predictions
+are calibrated (the expected true value, given all predictions, equals the prediction):
 
     z = sqrt(share) part + sqrt(1 - share) noise,    prediction = mean + sd (sqrt(A) z_mean + sqrt(B) z_deviation).
 
-``r2`` is what this explains in all, A v + B (1 - v) where v is the variance of the mean; B is ``within_r2``, by default
-the same, and A is what then is missing. Like the paper's predictors, the realistic one names a bucket, a fifth of all
-requests each, and predicts the mean of that bucket; the R^2 given is that of the bucket. The means are those of a
-normal variate; scores have heavier tails, so of the .10 that is asked .09 remains, and they are 5 % too far apart.
+``r2`` is the explained share in total, A v + B (1 - v), where v is the variance of the mean. B is ``within_r2``, by
+default equal to ``r2``, and A follows from both. Like the paper's predictors, the realistic model predicts one of five
+equally likely buckets, and the mean of that bucket; its R^2 is that of the bucketed prediction. The bucket means are
+those of a normal variate. Scores have heavier tails, so a nominal R^2 of 0.10 yields 0.09, and predicted scores are 5 %
+too far apart.
 
-Lengths are predicted as logarithms. The router is told the expected number of tokens, which is more than the
-exponential of the expected logarithm: the mean of a lognormal cut off at ``max_output_tokens``. Generated lengths are
-such lognormals. Those of AlpacaEval's table fall off faster above their mean, so for them it is 5 to 12 % too high.
+Lengths are predicted as logarithms. Routers are given the expected number of tokens, which is larger than the
+exponential of the expected logarithm: it is the mean of a lognormal that is cut off at ``max_output_tokens``. Generated
+lengths are such lognormals. The lengths of AlpacaEval's table have a lighter tail, so for them the expected number is 5
+to 12 % too high.
 """
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,52 +35,53 @@ from jax.scipy.special import ndtr
 
 from qos_jax.errors import InputError
 from qos_jax.workload import constants
-from qos_jax.workload.content import Answers, RequestContent, correlated
+from qos_jax.workload.content import RequestContent, SampledContent, correlate
 
 NUM_BUCKETS = 5  # of equal probability
 _EDGES = np.array([NormalDist().inv_cdf(i / NUM_BUCKETS) for i in range(1, NUM_BUCKETS)])
 _EDGE_DENSITIES = np.array([0.0, *(NormalDist().pdf(edge) for edge in _EDGES), 0.0])
 _CENTRES = -NUM_BUCKETS * np.diff(_EDGE_DENSITIES)  # mean of a standard normal within each bucket
-_BUCKETED_SHARE = float(np.mean(_CENTRES**2))  # .897 of the variance survives
+_BUCKETED_SHARE = float(np.mean(_CENTRES**2))  # of the variance that bucketing preserves: 0.897
 
 
+@runtime_checkable
 class Predictions(Protocol):
-    """What says what a router is told."""
+    """A source of the predictions that routers observe."""
 
-    def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
-        """Returns the predicted score [N] in [0, 1] and predicted tokens [N] of one request."""
+    def predict(self, key: Array, content: RequestContent, sampled: SampledContent) -> tuple[Array, Array]:
+        """Returns the predicted score [N] in [0, 1] and the predicted tokens [N] of one request."""
 
 
 @struct.dataclass
 class TablePredictions:
-    """What a trained predictor said of each prompt of a table, to go with the content of that table."""
+    """A trained predictor's predictions for each prompt of a table; requests must be sampled from that table."""
 
     score: Array  # [M, N] in [0, 1]
     output_tokens: Array  # [M, N] tokens
 
-    def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
-        """Returns the predictions for the row that was drawn."""
+    def predict(self, key: Array, content: RequestContent, sampled: SampledContent) -> tuple[Array, Array]:
+        """Returns the predictions for the sampled row."""
         del key, content
-        return self.score[answers.row], self.output_tokens[answers.row]
+        return self.score[sampled.row], self.output_tokens[sampled.row]
 
 
 @struct.dataclass
 class PredictionModel:
-    """How much of the truth the predictions hold; all numbers are traced, so that a sweep over them compiles once."""
+    """Predictions of a given accuracy; all numbers are traced, so a sweep over them compiles once."""
 
-    score_r2: Array | float  # [] share of a score's variance that is predicted
-    log_length_r2: Array | float  # [] share of a log length's variance that is predicted
-    bucketed: Array | bool = False  # [] name one of 5 buckets only; R^2 is .897 at most then
-    score_within_r2: Array | float = math.nan  # [] the same share of what sets the experts apart on one prompt;
-    log_length_within_r2: Array | float = math.nan  # [] that of all where it is NaN
+    score_r2: Array | float  # [] explained share of the variance of a score
+    log_length_r2: Array | float  # [] explained share of the variance of a log length
+    bucketed: Array | bool = False  # [] predict one of 5 buckets, which limits R^2 to 0.897
+    score_within_r2: Array | float = math.nan  # [] explained share of the deviations between experts on one prompt;
+    log_length_within_r2: Array | float = math.nan  # [] NaN stands for the share in total
 
-    def predict(self, key: Array, content: RequestContent, answers: Answers) -> tuple[Array, Array]:
+    def predict(self, key: Array, content: RequestContent, sampled: SampledContent) -> tuple[Array, Array]:
         """Returns the predicted score [N] in [0, 1] and predicted tokens [N] of one request; exact where R^2 is 1."""
-        score, output_tokens = answers.score, answers.output_tokens
+        score, output_tokens = sampled.score, sampled.output_tokens
         num_experts = score.shape[-1]
         normals = jax.random.normal(key, (2 + 2 * num_experts,), score.dtype)
-        score_noise = correlated(normals[0], normals[2 : 2 + num_experts], content.score_correlation)
-        length_noise = correlated(normals[1], normals[2 + num_experts :], content.log_length_correlation)
+        score_noise = correlate(normals[0], normals[2 : 2 + num_experts], content.score_correlation)
+        length_noise = correlate(normals[1], normals[2 + num_experts :], content.log_length_correlation)
 
         predicted_score = self._expected(
             score,
@@ -102,28 +105,36 @@ class PredictionModel:
     def _expected(
         self,
         truth: Array,
-        law: tuple[Array, Array, Array],
+        moments: tuple[Array, Array, Array],
         shares: tuple[Array | float, Array | float],
         noise: Array,
     ) -> Array:
-        """Returns the calibrated prediction of a truth [N] with a mean [N], an SD [N] and a correlation []."""
-        (mean, sd, correlation), (r2, within_r2) = law, shares
+        """Returns calibrated predictions [N] of true values [N].
+
+        Args:
+          truth: [N].
+          moments: mean [N] and SD [N] of the true values, and their correlation [] between experts.
+          shares: ``r2`` and ``within_r2``.
+          noise: [N] standard normals with the same correlation.
+        """
+        (mean, sd, correlation), (r2, within_r2) = moments, shares
         within_r2 = jnp.where(jnp.isnan(within_r2), r2, within_r2)
-        lost = jnp.where(self.bucketed, _BUCKETED_SHARE, 1.0)
-        latent_r2, within = jnp.minimum(r2 / lost, 1.0), jnp.minimum(within_r2 / lost, 1.0)
+        preserved = jnp.where(self.bucketed, _BUCKETED_SHARE, 1.0)
+        latent_r2, within = jnp.minimum(r2 / preserved, 1.0), jnp.minimum(within_r2 / preserved, 1.0)
         shared_variance = correlation + (1.0 - correlation) / truth.shape[-1]
         common = jnp.clip((latent_r2 - within * (1.0 - shared_variance)) / shared_variance, 0.0, 1.0)
 
         standard = (truth - mean) / jnp.maximum(sd, 1e-9)
-        told = _seen(jnp.mean(standard, -1, keepdims=True), jnp.mean(noise, -1, keepdims=True), common)
-        told += _seen(_deviation(standard), _deviation(noise), within)
+        expected = _shrink(jnp.mean(standard, -1, keepdims=True), jnp.mean(noise, -1, keepdims=True), common)
+        expected += _shrink(_deviation(standard), _deviation(noise), within)
         spread = jnp.sqrt(common * shared_variance + within * (1.0 - shared_variance))
-        bucket = jnp.sum(told[..., None] > spread * _EDGES.astype(told.dtype), axis=-1)
-        return mean + sd * jnp.where(self.bucketed, spread * jnp.asarray(_CENTRES, told.dtype)[bucket], told)
+        bucket = jnp.sum(expected[..., None] > spread * _EDGES.astype(expected.dtype), axis=-1)
+        bucket_mean = spread * jnp.asarray(_CENTRES, expected.dtype)[bucket]
+        return mean + sd * jnp.where(self.bucketed, bucket_mean, expected)
 
 
-def _seen(truth: Array, noise: Array, share: Array) -> Array:
-    """Returns the expected truth, given one of which a share of the variance is left and the rest is noise."""
+def _shrink(truth: Array, noise: Array, share: Array) -> Array:
+    """Returns the expected true value, given an observation with this share of its variance and noise for the rest."""
     return jnp.sqrt(share) * (jnp.sqrt(share) * truth + jnp.sqrt(1.0 - share) * noise)
 
 
@@ -142,11 +153,11 @@ def parse_prediction(text: str) -> PredictionModel:
     """Builds a prediction model from its name.
 
     Args:
-        text: ``realistic`` (what embeddings of the prompt were measured to give), ``perfect`` (the truth), ``none``
-            (each expert's mean) or ``r2:SCORE:LENGTH`` with the two R^2, for instance ``r2:0.3:0.5``.
+        text: ``realistic`` (as accurate as measured predictors on embeddings of the prompt), ``perfect`` (the true
+            values), ``none`` (each expert's mean) or ``r2:SCORE:LENGTH`` with the two R^2, for example ``r2:0.3:0.5``.
 
     Raises:
-        InputError: if the text is none of these, or an R^2 is outside [0, 1].
+        InputError: the text is none of these, or an R^2 is outside [0, 1].
     """
     named = {
         "realistic": PredictionModel(
@@ -167,7 +178,7 @@ def parse_prediction(text: str) -> PredictionModel:
         if kind == "r2" and 0.0 <= model.score_r2 <= 1.0 and 0.0 <= model.log_length_r2 <= 1.0:
             return model
     except ValueError:
-        pass  # the same message as for numbers out of range
+        pass  # raises the same error as numbers out of range
     raise InputError(
         f"prediction {text!r} is unknown; choose realistic, perfect, none or r2:SCORE:LENGTH with two numbers in [0, 1]"
     )

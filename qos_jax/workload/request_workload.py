@@ -1,4 +1,4 @@
-"""The stream of requests that a simulation is fed: arrivals, contents and predictions, drawn one request at a time."""
+"""A workload from three parts: arrivals, contents and predictions, sampled one request at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qos_jax.workload.prediction import Predictions
 
 @struct.dataclass
 class RequestWorkload:
-    """A `Workload` whose three parts are drawn independently; contents and predictions keep no state."""
+    """A `Workload` with three independent parts; only the arrivals have a state."""
 
     arrivals: ArrivalProcess
     content: RequestContent
@@ -30,18 +30,18 @@ class RequestWorkload:
         """Returns the gap to the next arrival [s], that request, and the state after it."""
         gap_key, content_key, prediction_key = jax.random.split(key, 3)
         gap_s, state = self.arrivals.next_gap(gap_key, state)
-        answers = self.content.sample(content_key)
-        predicted_score, predicted_tokens = self.prediction.predict(prediction_key, self.content, answers)
+        sampled = self.content.sample(content_key)
+        predicted_score, predicted_tokens = self.prediction.predict(prediction_key, self.content, sampled)
         request = Request(
-            prompt_tokens=answers.prompt_tokens,
-            output_tokens=answers.output_tokens,
-            score=answers.score,
-            latency_limit_s=answers.latency_limit_s,
+            prompt_tokens=sampled.prompt_tokens,
+            output_tokens=sampled.output_tokens,
+            score=sampled.score,
+            latency_limit_s=sampled.latency_limit_s,
             predicted_score=predicted_score,
             predicted_tokens=predicted_tokens,
         )
         return gap_s, request, state
 
     def with_rate(self, rate_per_s: Array | float) -> RequestWorkload:
-        """Returns the same workload at another mean rate [requests/s]."""
+        """Returns the same workload at another mean arrival rate [requests/s]."""
         return dataclasses.replace(self, arrivals=self.arrivals.with_rate(rate_per_s))

@@ -1,8 +1,8 @@
-"""Tables of real prompts: what each LLM answered, how long and how well; read from files, then drawn from as they are.
+"""Quality tables: the length and score of each LLM's answer to real prompts, read from files and sampled by row.
 
-Two formats are read. An ``.npz`` with the columns ``experts`` [N], ``prompt_tokens`` [M], ``out_tokens`` [M, N] and any
-column of scores [M, N]; and the JSON lines of mix-instruct, each with ``instruction``, ``input`` and ``candidates``, a
-list of ``{model, text, scores: {bertscore, ...}}``. Scores must lie in [0, 1]: BERTScore and ROUGE do, BARTScore not.
+Two formats are read. An ``.npz`` has the columns ``experts`` [N], ``prompt_tokens`` [M], ``out_tokens`` [M, N] and a
+column of scores [M, N]. The JSON lines of mix-instruct each have ``instruction``, ``input`` and ``candidates``, a list
+of ``{model, text, scores: {bertscore, ...}}``. Scores must lie in [0, 1]; BERTScore and ROUGE do, BARTScore does not.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jax import Array
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import numbers_in, parse_json, read_columns
-from qos_jax.workload.content import Answers, LatencyLimits, latency_limits
+from qos_jax.workload.content import LatencyLimits, SampledContent, latency_limits
 
-_MOST_TOKENS = 2**24  # of an answer or a prompt
+_MAX_TOKENS = 2**24  # of an answer or a prompt
 
 
 @struct.dataclass
 class TableContent:
-    """Requests drawn uniformly from the rows of a table; build it with `QualityTable.content`."""
+    """Contents sampled uniformly from the rows of a table; `QualityTable.content` builds them."""
 
     prompt_tokens: Array  # [M] int32 tokens
     output_tokens: Array  # [M, N] int32 tokens
@@ -37,35 +37,35 @@ class TableContent:
     log_length_mean: Array  # [N] of the natural logarithm of the output tokens
     log_length_sd: Array  # [N]
     score_correlation: Array  # [] between two experts, mean of all pairs
-    log_length_correlation: Array  # []
-    max_output_tokens: Array  # [N] tokens, the longest answer of each
+    log_length_correlation: Array  # [] between two experts, mean of all pairs
+    max_output_tokens: Array  # [N] tokens, the longest answer of each expert
     limits: LatencyLimits
 
-    def sample(self, key: Array) -> Answers:
-        """Draws a row."""
+    def sample(self, key: Array) -> SampledContent:
+        """Samples a row and a latency limit."""
         row_key, user_key = jax.random.split(key)
         row = jax.random.randint(row_key, (), 0, self.prompt_tokens.shape[0])
         limit_s = self.limits.at(jax.random.uniform(user_key))
-        return Answers(self.prompt_tokens[row], self.output_tokens[row], self.score[row], limit_s, row)
+        return SampledContent(self.prompt_tokens[row], self.output_tokens[row], self.score[row], limit_s, row)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QualityTable:
-    """The answers of N LLMs to M prompts, on the host; checked when it is made.
+    """The answers of N LLMs to M prompts, as NumPy arrays that are validated on construction.
 
     Raises:
-        InputError: if shapes do not agree, an LLM is named twice, a length is below 1 token or a score outside [0, 1].
+        InputError: shapes differ, an LLM is named twice, a length is below 1 token, or a score is outside [0, 1].
     """
 
-    source: str  # the file it came from, for messages
-    experts: tuple[str, ...]  # N names
+    source: str  # the file that was read, for messages
+    experts: tuple[str, ...]  # N names of LLMs
     prompt_tokens: np.ndarray  # [M] int32 tokens
     output_tokens: np.ndarray  # [M, N] int32 tokens
     score: np.ndarray  # [M, N] in [0, 1]
     prompts: tuple[str, ...] | None = None  # M texts
 
     def __post_init__(self) -> None:
-        """Checks what the fields say of each other."""
+        """Validates the fields."""
         shape = (len(self.prompt_tokens), len(self.experts))
         if 0 in shape or self.output_tokens.shape != shape or self.score.shape != shape:
             raise InputError(
@@ -73,25 +73,30 @@ class QualityTable:
                 f"{self.output_tokens.shape} and scores {self.score.shape}; both must be [prompts, experts], none empty"
             )
         if self.prompts is not None and len(self.prompts) != shape[0]:
-            raise InputError(f"{self.source}: {len(self.prompts)} texts for {shape[0]} prompts; give one for each")
+            raise InputError(f"{self.source}: {len(self.prompts)} texts for {shape[0]} prompts, must be one for each")
         if len(set(self.experts)) != shape[1]:
-            raise InputError(f"{self.source}: experts {', '.join(self.experts)} are not all different")
+            raise InputError(f"{self.source}: experts are {', '.join(self.experts)}, must be different names")
         shortest = min(self.prompt_tokens.min(), self.output_tokens.min())
         if shortest < 1:
-            raise InputError(f"{self.source}: a length of {shortest} tokens; lengths are 1 or more")
-        bad = ~((self.score >= 0.0) & (self.score <= 1.0))  # NaN is bad, too
+            raise InputError(f"{self.source}: a length is {shortest} tokens, must be at least 1")
+        bad = ~((self.score >= 0.0) & (self.score <= 1.0))  # also where a score is NaN
         if bad.any():
             row, expert = np.argwhere(bad)[0]
             raise InputError(
                 f"{self.source}: score {self.score[row, expert]:g} of {self.experts[expert]} for prompt {row} "
-                f"({bad.sum()} such in all); scores must lie in [0, 1]"
+                f"({bad.sum()} illegal scores in total), must lie in [0, 1]"
             )
 
     def select(self, experts: Sequence[str]) -> QualityTable:
-        """Returns the table of these LLMs only, in this order; an unknown one raises `InputError`."""
+        """Returns the table of some LLMs, in the given order.
+
+        Raises:
+            InputError: no LLM is given, or one is not in the table.
+        """
         unknown = [name for name in experts if name not in self.experts]
         if unknown or len(experts) == 0:
-            raise InputError(f"{self.source}: experts {unknown} are unknown; choose from {', '.join(self.experts)}")
+            problem = f"experts {unknown} are unknown" if unknown else "there are no experts"
+            raise InputError(f"{self.source}: {problem}; choose from {', '.join(self.experts)}")
         columns = [self.experts.index(name) for name in experts]
         return dataclasses.replace(
             self,
@@ -101,12 +106,16 @@ class QualityTable:
         )
 
     def split(self, test_fraction: float, seed: int) -> tuple[QualityTable, QualityTable]:
-        """Returns the tables (train, test) of a random partition of the prompts; an empty part raises `InputError`."""
+        """Returns the tables (train, test) of a random partition of the prompts.
+
+        Raises:
+            InputError: a part is empty.
+        """
         train, test = split_rows(self.source, len(self.prompt_tokens), test_fraction, seed)
         return self._rows(train), self._rows(test)
 
     def content(self, limits: LatencyLimits | None = None) -> TableContent:
-        """Returns what draws requests from this table, by default for users with the limits `latency_limits()`."""
+        """Returns contents sampled from this table, by default with the limits `latency_limits()`."""
         log_length = np.log(self.output_tokens)
         return TableContent(
             prompt_tokens=jnp.asarray(self.prompt_tokens, jnp.int32),
@@ -133,36 +142,45 @@ class QualityTable:
 
 
 def split_rows(source: str, num_prompts: int, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows (train, test) of a random partition of the prompts, each in order.
+    """Returns the rows (train, test) of a random partition of the prompts, both ascending.
+
+    Args:
+        source: the file, for messages.
+        num_prompts: M.
+        test_fraction: share of the prompts in the test part.
+        seed: of the partition.
 
     Raises:
-        InputError: naming ``source``, if a part is empty.
+        InputError: a part is empty.
     """
     num_test = round(test_fraction * num_prompts)
     if not 0 < num_test < num_prompts:
-        raise InputError(f"{source}: test_fraction {test_fraction:g} of {num_prompts} prompts; both parts need some")
+        raise InputError(
+            f"{source}: test_fraction {test_fraction:g} of {num_prompts} prompts leaves a part empty; "
+            "both parts must have prompts"
+        )
     order = np.random.default_rng(seed).permutation(num_prompts)
     return np.sort(order[num_test:]), np.sort(order[:num_test])
 
 
 def _pair_correlation(columns: np.ndarray) -> float:
-    """Returns the mean correlation of two columns [M, N] over all pairs, 0 where it is negative or there is no pair."""
+    """Returns the mean correlation over all pairs of columns [M, N]; 0 if it is negative or there is no pair."""
     experts = columns.shape[1]
     standard = (columns - columns.mean(0)) / np.maximum(columns.std(0), 1e-12)
     return float(np.clip((standard.sum(1).var() - experts) / max(experts * (experts - 1), 1), 0.0, 1.0))
 
 
 def read_npz(path: str | os.PathLike[str], score_column: str, clip_scores: bool = False) -> QualityTable:
-    """Reads a table from an ``.npz``; answers of 0 tokens count as 1, as the end of an answer is a token.
+    """Reads a table from an ``.npz``; an answer of 0 tokens counts as 1, as the end of an answer is a token.
 
     Args:
-        path: the file, with the columns named at the head of this module.
-        score_column: the column that is the score.
-        clip_scores: move scores outside [0, 1] to its ends. A similarity of embeddings, such as AlpacaEval's
-            ``quality_bertscore_minilm``, needs that: 5 of its 9,660 scores are negative and 37 pass 1 by rounding.
+        path: the file; the module describes its columns.
+        score_column: name of the column of scores.
+        clip_scores: clip scores to [0, 1]. A similarity of embeddings, such as AlpacaEval's
+            ``quality_bertscore_minilm``, needs that: 5 of its 9,660 scores are negative and 37 exceed 1 by rounding.
 
     Raises:
-        InputError: if the file is missing or damaged, lacks a column, or makes no `QualityTable`.
+        InputError: the file is missing or damaged, lacks a column, or holds an illegal value.
     """
     columns = read_columns(path, ("experts", "prompt_tokens", "out_tokens", score_column))
     prompt_tokens, output_tokens, score = (
@@ -178,15 +196,16 @@ def read_npz(path: str | os.PathLike[str], score_column: str, clip_scores: bool 
 
 
 def _whole(path: str | os.PathLike[str], name: str, lengths: np.ndarray) -> np.ndarray:
-    if not (np.isfinite(lengths) & (np.abs(lengths) < _MOST_TOKENS)).all():
-        raise InputError(f"{path}: column {name} holds lengths that no answer has; they must be below {_MOST_TOKENS}")
+    legal = np.isfinite(lengths) & (np.abs(lengths) < _MAX_TOKENS)
+    if not legal.all():
+        raise InputError(f"{path}: column {name} has a length of {lengths[~legal][0]:g}, must be below {_MAX_TOKENS}")
     return lengths.astype(np.int32)
 
 
 def approximate_tokens(text: str) -> int:
-    """Returns about how many tokens a text has: one for every 4 characters.
+    """Returns the approximate number of tokens of a text: one for every 4 characters.
 
-    On 644 English prompts this is 1 % above the true sum, and the median error of one prompt is 11 %.
+    On 644 English prompts the sum is 1 % too high, and the median error of one prompt is 11 %.
     """
     return max(1, round(len(text) / 4))
 
@@ -196,15 +215,15 @@ def read_mix_instruct(
     score_name: str = "bertscore",
     count_tokens: Callable[[str], int] = approximate_tokens,
 ) -> QualityTable:
-    """Reads mix-instruct's JSON lines; the order of the experts is that of the first line, blank lines are skipped.
+    """Reads the JSON lines of mix-instruct; experts are in the order of the first line, blank lines are skipped.
 
     Args:
         path: the file.
-        score_name: which of a candidate's scores is the score, as it stands; only those in [0, 1] can be.
-        count_tokens: the number of tokens of a text, for instance by an LLM's own tokenizer.
+        score_name: name of the score of a candidate; it must lie in [0, 1].
+        count_tokens: returns the number of tokens of a text, for example by an LLM's own tokenizer.
 
     Raises:
-        InputError: naming the line, if it is not in the format or its experts differ from those of the first.
+        InputError: a line is not in the format, or its experts differ from those of the first line.
     """
     experts: tuple[str, ...] = ()
     prompts: list[str] = []
@@ -213,7 +232,7 @@ def read_mix_instruct(
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file: {error}") from error
+        raise InputError(f"{path}: is not a readable text file: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -221,14 +240,14 @@ def read_mix_instruct(
         experts = experts or tuple(answers)
         if set(answers) != set(experts):
             raise InputError(
-                f"{path}, line {number}: answers of {', '.join(answers)}; "
-                f"as on the first line, they must be of {', '.join(experts)}"
+                f"{path}, line {number}: the models are {', '.join(answers)}, "
+                f"must be those of the first line, {', '.join(experts)}"
             )
         prompts.append(prompt)
         output_tokens.append([max(1, count_tokens(answers[name][0])) for name in experts])
         scores.append([answers[name][1] for name in experts])
     if not prompts:
-        raise InputError(f"{path}: no prompts in it; one JSON object a line is needed")
+        raise InputError(f"{path}: has no prompts, must hold one JSON object per line")
     return QualityTable(
         source=str(path),
         experts=experts,
@@ -240,17 +259,17 @@ def read_mix_instruct(
 
 
 def _parse_line(where: str, line: str, score_name: str) -> tuple[str, dict[str, tuple[str, float]]]:
-    """Returns the prompt of a line of mix-instruct and each model's answer and score."""
+    """Returns the prompt of a line of mix-instruct, and the answer and score of each model."""
     record = parse_json(line, where)
     try:
         prompt = "\n".join(part for part in (record["instruction"], record["input"]) if part)
         candidates = [(c["model"], (c["text"], float(c["scores"][score_name]))) for c in record["candidates"]]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{where}: {type(error).__name__} {error}; a line needs instruction, input and candidates, "
-            f"each of these model, text and scores with a number {score_name}"
+            f"{where}: {type(error).__name__} {error}; a line must have instruction, input and candidates, and a "
+            f"candidate must have model, text and scores with a number {score_name}"
         ) from error
     answers = dict(candidates)
     if len(answers) != len(candidates) or not answers:
-        raise InputError(f"{where}: {len(candidates)} candidates of {len(answers)} models; each model must answer once")
+        raise InputError(f"{where}: {len(candidates)} candidates of {len(answers)} models, must be one of each model")
     return prompt, answers

@@ -1,9 +1,9 @@
-"""Recorded arrivals: readers for the public traces of LLM serving, and what one does with a trace before playing it.
+"""Recorded traces of LLM serving: readers for public formats, and scaling, cutting and looping of a trace.
 
 Formats: Azure LLM inference 2023 and 2024 (csv), BurstGPT (csv), Mooncake (JSON lines) and a plain csv of ``arrival_s,
-prompt_tokens, output_tokens``. Columns are found by name and others are ignored. Two departures from the files: failed
-requests of BurstGPT (no response tokens) are left out and counted, and times of Mooncake, which lie on a grid of 3 s,
-are spread uniformly over their step.
+prompt_tokens, output_tokens``. Columns are found by name; other columns are ignored. Two kinds of rows are changed:
+failed requests of BurstGPT (no response tokens) are skipped and counted, and times of Mooncake, which lie on a grid of
+3 s, are spread uniformly over their step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ COLUMNS = {  # format -> names of time, prompt tokens and output tokens
     "mooncake": ("timestamp", "input_length", "output_length"),
     "csv": ("arrival_s", "prompt_tokens", "output_tokens"),
 }
-Row = tuple[int, list[str]]  # line of the file, and what it says of time, prompt tokens and output tokens
+TraceRow = tuple[int, list[str]]  # number of the line, and its texts of time, prompt tokens and output tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrivalTrace:
-    """Requests of a recording in order of arrival, on the host.
+    """J recorded requests in order of arrival, as NumPy arrays that are validated on construction.
 
     Raises:
         InputError: there is no request, the arrays differ in shape, times decrease, or a number is not finite and >= 0.
@@ -42,11 +42,11 @@ class ArrivalTrace:
     arrival_s: np.ndarray  # [J] float64 s since the trace began, not decreasing
     prompt_tokens: np.ndarray  # [J] int64 tokens
     output_tokens: np.ndarray  # [J] int64 tokens
-    source: str  # where it comes from, for messages and reports
-    num_skipped: int = 0  # failed requests that the recording holds and this trace does not
+    source: str  # the file that was read, for messages and reports
+    num_skipped: int = 0  # failed requests of the recording, which this trace leaves out
 
     def __post_init__(self) -> None:
-        """Checks the arrays and fixes their types."""
+        """Validates the arrays and converts their types."""
         dtypes = {"arrival_s": np.float64, "prompt_tokens": np.int64, "output_tokens": np.int64}
         for name, dtype in dtypes.items():
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
@@ -67,12 +67,16 @@ class ArrivalTrace:
 
     @property
     def gaps_s(self) -> np.ndarray:
-        """Gaps [J - 1] between successive arrivals [s]."""
+        """Gaps between successive arrivals [J - 1] s."""
         return np.diff(self.arrival_s)
 
     @property
     def rate_per_s(self) -> float:
-        """Mean rate [requests/s] from the first arrival to the last."""
+        """Mean rate [requests/s] from the first arrival to the last.
+
+        Raises:
+            InputError: all requests arrive at the same time.
+        """
         if not self.arrival_s[-1] > self.arrival_s[0]:
             raise InputError(f"{self.source}: {len(self)} requests at one instant have no rate")
         return float((len(self) - 1) / (self.arrival_s[-1] - self.arrival_s[0]))
@@ -83,7 +87,10 @@ class ArrivalTrace:
         return float(np.std(self.gaps_s)) * self.rate_per_s
 
     def index_of_dispersion(self, window_s: float) -> float:
-        """Returns variance over mean of the arrivals per window of this length [s]; 1 for Poisson arrivals.
+        """Returns the variance over the mean of the arrivals per window; 1 for Poisson arrivals.
+
+        Args:
+            window_s: length of a window [s].
 
         Raises:
             InputError: the trace does not span two windows.
@@ -97,13 +104,13 @@ class ArrivalTrace:
         return float(np.var(counts, ddof=1) / np.mean(counts))
 
     def scaled_to(self, rate_per_s: float) -> ArrivalTrace:
-        """Returns the trace with time stretched so that its mean rate [requests/s] is this one."""
+        """Returns the trace with time stretched to a mean rate of ``rate_per_s`` [requests/s]."""
         if not (math.isfinite(rate_per_s) and rate_per_s > 0):
             raise InputError(f"rate_per_s must be positive and finite, got {rate_per_s}")
         return dataclasses.replace(self, arrival_s=self.arrival_s * (self.rate_per_s / rate_per_s))
 
     def cut(self, start_s: float, stop_s: float) -> ArrivalTrace:
-        """Returns the requests that arrive in [start_s, stop_s), their times counted from ``start_s``.
+        """Returns the requests that arrive in [start_s, stop_s), with times relative to ``start_s``.
 
         Raises:
             InputError: there are none.
@@ -112,26 +119,26 @@ class ArrivalTrace:
         if not self.arrival_s[kept].size:
             raise InputError(
                 f"{self.source}: no request arrives in [{start_s}, {stop_s}) s; "
-                f"they arrive in [{self.arrival_s[0]}, {self.arrival_s[-1]}] s"
+                f"the arrivals are in [{self.arrival_s[0]}, {self.arrival_s[-1]}] s"
             )
-        return self._taken(kept, self.arrival_s[kept] - start_s)
+        return self._select(kept, self.arrival_s[kept] - start_s)
 
     def halves(self) -> tuple[ArrivalTrace, ArrivalTrace]:
-        """Returns the first and the second half of the time span, to fit on one and to test on the other."""
+        """Returns the first and the second half of the time span, for training and test."""
         start_s, last_s = self.arrival_s[[0, -1]]
         middle_s = (start_s + last_s) / 2
         return self.cut(start_s, middle_s), self.cut(middle_s, np.nextafter(last_s, np.inf))
 
     def looped(self, num_requests: int) -> ArrivalTrace:
-        """Returns so many requests: the trace over and over (or its beginning), one mean gap between its rounds."""
+        """Returns ``num_requests`` requests: the trace repeated, with one mean gap between two rounds, or its begin."""
         if num_requests < 1:
             raise InputError(f"num_requests must be at least 1, got {num_requests}")
         rounds, index = np.divmod(np.arange(num_requests), len(self))
         round_s = len(self) / self.rate_per_s if rounds[-1] else 0.0
-        return self._taken(index, self.arrival_s[index] + rounds * round_s)
+        return self._select(index, self.arrival_s[index] + rounds * round_s)
 
     def clipped(self, max_prompt_tokens: int, max_output_tokens: int) -> tuple[ArrivalTrace, int]:
-        """Returns the trace with prompts and outputs cut to these lengths, and how many requests were longer."""
+        """Returns the trace with prompts and outputs clipped to these lengths, and the number of longer requests."""
         limits = {"max_prompt_tokens": max_prompt_tokens, "max_output_tokens": max_output_tokens}
         for name, limit in limits.items():
             if limit < 1:
@@ -149,7 +156,7 @@ class ArrivalTrace:
             first = int(np.argmin(legal))
             raise InputError(f"{self.source}: {name} of request {first + 1} is {getattr(self, name)[first]}, {rule}")
 
-    def _taken(self, index: np.ndarray | slice, arrival_s: np.ndarray) -> ArrivalTrace:
+    def _select(self, index: np.ndarray | slice, arrival_s: np.ndarray) -> ArrivalTrace:
         return dataclasses.replace(
             self,
             arrival_s=arrival_s,
@@ -159,15 +166,15 @@ class ArrivalTrace:
 
 
 def with_gaps(trace: ArrivalTrace, rate_per_s: float | None = None, random_start: bool = True) -> ArrivalProcess:
-    """Returns arrivals that play the gaps of a trace in order and over again.
+    """Returns an arrival process that plays the gaps of a trace in order, repeatedly.
 
     Args:
         trace: at least two arrivals at different times.
-        rate_per_s: mean rate [requests/s] to scale to; the trace's own if left out.
-        random_start: start anywhere in the trace instead of at its first gap.
+        rate_per_s: mean rate [requests/s] to scale to; by default the trace's own.
+        random_start: start at a random gap instead of the first one.
 
     Raises:
-        InputError: the trace has no rate, or the given one is out of range.
+        InputError: the trace has no rate, or ``rate_per_s`` is out of range.
     """
     return recorded(trace.gaps_s, trace.rate_per_s if rate_per_s is None else rate_per_s, random_start)
 
@@ -177,10 +184,10 @@ def read_trace(path: str | pathlib.Path, format: str | None = None) -> ArrivalTr
 
     Args:
         path: the file, in UTF-8.
-        format: a key of ``COLUMNS``; told from the first line if left out.
+        format: a key of ``COLUMNS``; by default recognised from the first line.
 
     Raises:
-        InputError: the file cannot be read, is of no known format, or holds a value that is not legal.
+        InputError: the file cannot be read, has no known format, or holds an illegal value.
     """
     if format is not None and format not in COLUMNS:
         raise InputError(f"format must be one of {', '.join(COLUMNS)}, got {format!r}")
@@ -188,7 +195,7 @@ def read_trace(path: str | pathlib.Path, format: str | None = None) -> ArrivalTr
     format = format or _detect(lines[0], path)
     rows = _json_rows(lines, path) if format == "mooncake" else _csv_rows(lines, COLUMNS[format], path)
     parsed = [_parse(row, format, path) for row in rows]
-    kept = [row for row in parsed if format != "burstgpt" or row[2] > 0]  # no response: the request failed
+    kept = [row for row in parsed if format != "burstgpt" or row[2] > 0]  # a request without response tokens failed
     times, prompt_tokens, output_tokens = np.array(kept, np.float64).reshape(-1, 3).T
     return ArrivalTrace(
         arrival_s=_seconds(times, format),
@@ -221,7 +228,7 @@ def _detect(first_line: str, path: str | pathlib.Path) -> str:
     raise InputError(f"{path}: no known trace begins with {first_line[:80]!r}; columns must be those of {legal}")
 
 
-def _csv_rows(lines: list[str], columns: tuple[str, ...], path: str | pathlib.Path) -> Iterator[Row]:
+def _csv_rows(lines: list[str], columns: tuple[str, ...], path: str | pathlib.Path) -> Iterator[TraceRow]:
     reader = csv.DictReader(lines)
     missing = set(columns) - set(reader.fieldnames or ())
     if missing:
@@ -233,7 +240,7 @@ def _csv_rows(lines: list[str], columns: tuple[str, ...], path: str | pathlib.Pa
         raise InputError(f"{path}, line {reader.line_num + 1}: {error}") from None
 
 
-def _json_rows(lines: list[str], path: str | pathlib.Path) -> Iterator[Row]:
+def _json_rows(lines: list[str], path: str | pathlib.Path) -> Iterator[TraceRow]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -245,8 +252,8 @@ def _json_rows(lines: list[str], path: str | pathlib.Path) -> Iterator[Row]:
             raise InputError(f"{path}, line {number}: must be a JSON object with {legal}, got {line[:80]!r}") from None
 
 
-def _parse(row: Row, format: str, path: str | pathlib.Path) -> tuple[float, int, int]:
-    """Returns time (azure: us since 1970, mooncake: ms, else s), prompt tokens and output tokens."""
+def _parse(row: TraceRow, format: str, path: str | pathlib.Path) -> tuple[float, int, int]:
+    """Returns time (azure: us since 1970, mooncake: ms, others: s), prompt tokens and output tokens."""
     number, texts = row
     columns = COLUMNS[format]
     try:
@@ -269,18 +276,18 @@ def _microseconds(text: str) -> float:
 
 
 def _seconds(times: np.ndarray, format: str) -> np.ndarray:
-    """Returns seconds since the trace began: the first request of azure, the file's own time 0 otherwise."""
+    """Returns seconds since the trace began: since the first request in azure, since time 0 of the file in others."""
     if format == "azure":
         return (times - times[:1]) / 1e6
     if format == "mooncake":
-        return _spread(times) / 1e3
+        return _spread_over_steps(times) / 1e3
     return times
 
 
-def _spread(times_ms: np.ndarray) -> np.ndarray:
-    """Returns times spread uniformly over their steps, in the order of the file; finer times as they are."""
+def _spread_over_steps(times_ms: np.ndarray) -> np.ndarray:
+    """Returns times spread uniformly over their steps, in the order of the file; unchanged if any time is finer."""
     steps = np.rint(times_ms / MOONCAKE_STEP_MS)
-    if np.any(np.abs(times_ms - steps * MOONCAKE_STEP_MS) > 1.0):  # the files are rounded to 1 ms either way
+    if np.any(np.abs(times_ms - steps * MOONCAKE_STEP_MS) > 1.0):  # the published times are rounded to 1 ms
         return times_ms
     within = np.random.default_rng(0).uniform(size=times_ms.size)
     order = np.lexsort((within, np.cumsum(np.diff(steps, prepend=0.0) != 0.0)))

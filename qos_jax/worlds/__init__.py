@@ -1,1 +1,1 @@
-"""Named worlds and sample_worlds ones to train in."""
+"""Worlds: named presets and their variations, randomised training worlds, and world configurations."""

@@ -1,13 +1,14 @@
-"""Named worlds, and ``make``, which builds one of them or a variation of it.
+"""Named worlds (presets), and ``make``, which builds a preset or a variation of it.
 
-A load rho is a fraction of the fleet's saturation rate: the requests per second that it finishes when every expert
-always has some waiting (``qos_jax.sim.capacity``). The rates of the presets as they stand are written down here, as
-``python -m experiments.saturation`` prints them; a variation's is simulated when a load is asked for.
+A load is a fraction of the fleet's saturation rate: the rate at which it finishes requests while every expert has some
+waiting (``qos_jax.sim.capacity``). The saturation rates of the presets are constants in this module, as printed by
+``python -m experiments.saturation``; that of a variation is simulated when ``make`` needs it for a load.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.validation import checked_experts
 from qos_jax.sim.world import WorldSpec
-from qos_jax.workload.arrivals import ArrivalProcess, parse_arrivals
+from qos_jax.workload.arrivals import ArrivalProcess, Arrivals, parse_arrivals
 from qos_jax.workload.content import RequestContent, generated_content, latency_limits, sharegpt_run_content
 from qos_jax.workload.prediction import Predictions, parse_prediction
 from qos_jax.workload.request_workload import RequestWorkload
@@ -30,21 +31,21 @@ from qos_jax.workload.tables import QualityTable
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A world by name; each field may be overridden in ``make``."""
+    """The fields of a world; ``make`` takes other values for all of them but ``saturation_per_s``."""
 
     experts: tuple[tuple[str, str], ...]  # (LLM, GPU) of each expert
-    saturation_per_s: float  # requests/s, of this preset unchanged
+    saturation_per_s: float  # requests/s, of the preset without other values
     latency_limit_s: float | tuple[float, ...] = 0.03  # s/token, of one class of users or of several
-    latency_limit_weights: tuple[float, ...] | None = None
-    max_running: int = 32
-    max_waiting: int = 32
+    latency_limit_weights: tuple[float, ...] | None = None  # relative frequency of each class; equal by default
+    max_running: int = 32  # requests of an expert in one iteration
+    max_waiting: int = 32  # requests in the queue of an expert
     arrivals: str = "poisson"
     prediction: str = "realistic"
-    allow_drop: bool = True
-    staleness_s: float = 0.0  # s, how late the router sees metrics, at least
-    history: int | None = None  # snapshots kept for that, one per arrival; 64 by default
+    allow_drop: bool = True  # the router may drop a request
+    staleness_s: float = 0.0  # s, minimum age of the metrics that a router observes
+    history: int | None = None  # snapshots kept for stale metrics, one per arrival; 64 by default
     requests: int = 5000  # of an episode
-    content: str = "mix-instruct"  # law of prompts and answers: mix-instruct, or sharegpt-run for the measured vLLM run
+    content: str = "mix-instruct"  # distribution of contents: mix-instruct, or sharegpt-run as in the measured vLLM run
 
 
 PAPER_3 = (("alpaca-native", "A40"), ("chatglm-6b", "A40"), ("mpt-7b-instruct", "A40"))
@@ -61,12 +62,12 @@ EDGE_8 = (
 )
 
 PRESETS = {
-    # On an A40 about 20 requests side by side reach the paper's limit, so that requests interfere as they do there.
+    # On an A40 a batch of about 20 requests reaches the paper's latency limit, so requests interfere as in the paper.
     "paper-3": Preset(PAPER_3, saturation_per_s=22.9),
     "paper-6": Preset(PAPER_6, saturation_per_s=34.5),
     "edge-8": Preset(EDGE_8, saturation_per_s=68.2, latency_limit_s=0.036),
     "edge-64": Preset(EDGE_8 * 8, saturation_per_s=546.0, latency_limit_s=0.036),
-    # The fleet and the requests of a measured vLLM run, whose 10 requests/s were far beyond saturation.
+    # The fleet and the requests of a measured vLLM run, whose rate of 10 requests/s was far beyond saturation.
     "golden-rtx4090": Preset(
         (("llama-3.1-8b", "RTX 4090"),),
         saturation_per_s=1.71,
@@ -78,8 +79,8 @@ PRESETS = {
 }
 
 _DEFAULT_LOAD = 0.8
-_LARGEST = 2**30  # counts stay within int32
-_FLEET_FIELDS = {"experts", "max_running", "content"}  # what the saturation rate depends on
+_MAX_COUNT = 2**30  # the sum of two counts fits in int32
+_FLEET_FIELDS = {"experts", "max_running", "content"}  # fields on which the saturation rate depends
 
 
 def make(
@@ -97,21 +98,24 @@ def make(
 
     Args:
       name: one of ``PRESETS``.
-      load: arrival rate as a fraction of the fleet's saturation rate; 0.8 without it and ``rate_per_s``.
-      rate_per_s: arrival rate [requests/s].
+      load: arrival rate as a fraction of the fleet's saturation rate; 0.8 by default.
+      rate_per_s: arrival rate [requests/s], instead of ``load``.
       check: adds invariants to each step, see ``Environment``.
-      quality_table: draws requests from this table, which must know the preset's LLMs, not from the built-in generator.
-      arrivals: law of arrivals, as ``parse_arrivals`` reads it or as a process, whose rate is replaced.
-      prediction: what routers are told, as ``parse_prediction`` reads it or as a model.
+      quality_table: samples requests from this table instead of the built-in generator; it must have the fleet's LLMs.
+      arrivals: arrival process, or its name for ``parse_arrivals``; its rate is replaced.
+      prediction: prediction model, or its name for ``parse_prediction``.
       **overrides: other values for the fields of ``Preset``.
 
     Returns:
       The environment and its parameters; ``params.experts`` is the ``ExpertProfile``.
 
     Raises:
-      InputError: an unknown preset or field, or a value out of range.
+      InputError: a preset or field is unknown, or a value has the wrong type or is out of range.
     """
     preset = _preset(name, overrides)
+    _check_type("check", check, (bool, np.bool_), "True or False")
+    if quality_table is not None:
+        _check_type("quality_table", quality_table, QualityTable, "a QualityTable, as read_npz returns it")
     profile = checked_experts(
         expert_profile(preset.experts, max_running=preset.max_running, max_waiting=preset.max_waiting), np.float32
     )
@@ -126,7 +130,7 @@ def make(
         allow_drop=bool(preset.allow_drop),
         history=int(history),
     )
-    env = Environment(spec, expert_names=tuple(f"{llm} @ {gpu}" for llm, gpu in preset.experts), check=check)
+    env = Environment(spec, expert_names=tuple(f"{llm} @ {gpu}" for llm, gpu in preset.experts), check=bool(check))
     workload = RequestWorkload(
         arrivals=_arrivals(preset.arrivals if arrivals is None else arrivals),
         content=_content(preset, quality_table),
@@ -140,7 +144,7 @@ def make(
     )
     if rate_per_s is not None:
         if load is not None:
-            raise InputError(f"load {load} and rate_per_s {rate_per_s} are both given: give one")
+            raise InputError(f"load {load} and rate_per_s {rate_per_s} are both given, must be one of them")
         params = params.replace(workload=workload.with_rate(_positive("rate_per_s", rate_per_s)))
     else:
         varied = quality_table is not None or not _FLEET_FIELDS.isdisjoint(overrides)
@@ -150,51 +154,90 @@ def make(
 
 
 def preset_named(name: str) -> Preset:
-    """Returns the preset of this name.
+    """Returns the preset with this name.
 
     Raises:
-      InputError: there is none.
+      InputError: the name is unknown.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def _preset(name: str, overrides: dict[str, Any]) -> Preset:
+    """Returns the preset with other values for some fields, all of them checked."""
     base = preset_named(name)
-    known = {field.name for field in dataclasses.fields(Preset)} - {"saturation_per_s"}
-    unknown = sorted(set(overrides) - known)
+    fields = {field.name for field in dataclasses.fields(Preset)} - {"saturation_per_s"}
+    unknown = sorted(set(overrides) - fields)
     if unknown:
-        raise InputError(f"preset field {unknown[0]!r} is unknown; choose from {', '.join(sorted(known))}")
+        raise InputError(f"preset field {unknown[0]!r} is unknown; choose from {', '.join(sorted(fields))}")
     preset = dataclasses.replace(base, **overrides)
     for field, lowest in (("max_running", 1), ("max_waiting", 1), ("requests", 1), ("history", 0)):
         value = getattr(preset, field)
-        whole = isinstance(value, int | np.integer) and lowest <= value <= _LARGEST
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and lowest <= value <= _MAX_COUNT
         if not whole and not (field == "history" and value is None):
-            raise InputError(f"{field} is {value!r}, must be a whole number from {lowest} to {_LARGEST}")
+            raise InputError(f"{field} is {value!r}, must be a whole number from {lowest} to {_MAX_COUNT}")
     _positive("staleness_s", preset.staleness_s, or_zero=True)
-    return preset
+    _check_type("allow_drop", preset.allow_drop, (bool, np.bool_), "True or False")
+    return dataclasses.replace(preset, experts=_pairs(preset.experts))
+
+
+def _pairs(experts: Any) -> tuple[tuple[str, str], ...]:
+    """Returns the LLM and the GPU of each expert; ``expert_profile`` checks the names."""
+    if isinstance(experts, str) or not isinstance(experts, Sequence) or not experts:
+        raise InputError(f"experts is {experts!r}, must be one or more pairs (LLM, GPU) of names")
+    for number, pair in enumerate(experts):
+        is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not is_pair or not all(isinstance(name, str) for name in pair):
+            legal = "a pair (LLM, GPU) of names such as ('alpaca-native', 'A40')"
+            raise InputError(f"experts[{number}] is {pair!r}, must be {legal}")
+    return tuple((llm, gpu) for llm, gpu in experts)
 
 
 def _positive(name: str, value: float, *, or_zero: bool = False) -> float:
-    number = isinstance(value, int | float | np.number) and np.isfinite(value)
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value)
     if not number or value < 0 or (value == 0 and not or_zero):
         raise InputError(f"{name} is {value!r}, must be a finite number {'of at least' if or_zero else 'above'} 0")
     return float(value)
 
 
-def _arrivals(law: str | ArrivalProcess) -> ArrivalProcess:
-    return parse_arrivals(law, 1.0) if isinstance(law, str) else law
+def _numbers(name: str, values: Any) -> list[float]:
+    """Returns one or more numbers, given alone or as a sequence."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # sequences of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf" or array.ndim > 1:
+        raise InputError(f"{name} is {values!r}, must be a number or a sequence of numbers")
+    return [float(value) for value in np.atleast_1d(array)]
+
+
+def _check_type(name: str, value: Any, types: Any, legal: str) -> None:
+    if not isinstance(value, types):
+        raise InputError(f"{name} is {value!r}, must be {legal}")
+
+
+def _arrivals(process: str | ArrivalProcess) -> ArrivalProcess:
+    if isinstance(process, str):
+        return parse_arrivals(process, 1.0)
+    _check_type("arrivals", process, Arrivals, "an arrival process or the name of one, such as 'poisson'")
+    return process
 
 
 def _prediction(model: str | Predictions) -> Predictions:
-    return parse_prediction(model) if isinstance(model, str) else model
+    if isinstance(model, str):
+        return parse_prediction(model)
+    _check_type("prediction", model, Predictions, "a prediction model or the name of one, such as 'realistic'")
+    return model
 
 
 def _content(preset: Preset, table: QualityTable | None) -> RequestContent:
     names = [llm for llm, _ in preset.experts]
-    values = np.atleast_1d(preset.latency_limit_s).tolist()
-    limits = latency_limits(values, preset.latency_limit_weights)
+    weights = preset.latency_limit_weights
+    limits = latency_limits(
+        _numbers("latency_limit_s", preset.latency_limit_s),
+        None if weights is None else _numbers("latency_limit_weights", weights),
+    )
     if table is not None:
         return table.select(names).content(limits)
     if preset.content == "mix-instruct":

@@ -1,4 +1,4 @@
-"""Features of the nodes: what they say, that they are finite, and which requests are kept."""
+"""Features of the nodes: their values, that they are finite, and which requests are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qos_jax.encoder.graph import (
     graph_features,
 )
 from qos_jax.impact.estimate import impact
-from tests.helpers.encoder_worlds import nodes_of_batch, one_of, quick_jit, seen
+from tests.helpers.encoder_worlds import nodes_of_batch, observations_of, one_of, quick_jit
 from tests.helpers.observations import observation, observations, running, waiting
 
 nodes_of = quick_jit(graph_features, static_argnames=("with_impact", "slots"))
@@ -109,15 +109,15 @@ def test_features_are_always_finite_and_small(
         assert np.all(np.abs(features) <= FEATURE_LIMIT), name
 
 
-def test_what_is_in_empty_slots_is_not_read() -> None:
+def test_values_in_empty_slots_are_not_read() -> None:
     obs = two_experts()
-    here = np.asarray(obs.requests.running | obs.requests.waiting)
-    other = jax.tree.map(lambda x: x if x.dtype == bool else np.where(here, x, x.dtype.type(3)), obs.requests)
+    present = np.asarray(obs.requests.running | obs.requests.waiting)
+    other = jax.tree.map(lambda x: x if x.dtype == bool else np.where(present, x, x.dtype.type(3)), obs.requests)
     jax.tree.map(np.testing.assert_array_equal, nodes_of(obs.replace(requests=other)), nodes_of(obs))
 
 
 def spread_out(obs: Observation, slot: np.ndarray) -> Observation:
-    """The same requests, request i of every expert in slot ``slot[i]``, and empty slots in between."""
+    """The same requests: request i of every expert in slot ``slot[i]``, with empty slots in between."""
 
     def spread(x: jax.Array) -> np.ndarray:
         wide = np.zeros((x.shape[0], 3 * x.shape[1]), x.dtype)
@@ -128,28 +128,30 @@ def spread_out(obs: Observation, slot: np.ndarray) -> Observation:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 8, 11])
-def test_the_first_requests_are_kept_though_slots_are_empty_between(slots: int) -> None:
+def test_the_first_requests_are_kept_with_empty_slots_in_between(slots: int) -> None:
     obs = two_experts()
     gaps = np.array([2, 3, 7, 10, 11, 15, 20, 23])
-    kept, whole = nodes_of(spread_out(obs, gaps), slots=slots), nodes_of(obs)
+    kept, complete = nodes_of(spread_out(obs, gaps), slots=slots), nodes_of(obs)
     assert kept.requests.shape[-2] == slots
     both = min(slots, 3)
     for name in ("requests", "running", "waiting"):
-        few, every = np.asarray(getattr(kept, name)), np.asarray(getattr(whole, name))
+        few, every = np.asarray(getattr(kept, name)), np.asarray(getattr(complete, name))
         np.testing.assert_allclose(few[:, :both], every[:, :both], rtol=1e-6)
         assert not few[:, both:].any()
 
 
-def test_on_a_real_world_all_requests_are_kept_where_there_are_slots_for_them() -> None:
-    """Finished requests leave gaps, so that this fails where simply the first slots are taken."""
-    obs = one_of(seen("paper-3", 8.0))
-    whole = nodes_of(obs)
-    here = np.asarray(whole.running | whole.waiting)
-    slots = int(here.sum(-1).max())
+def test_in_a_real_world_all_requests_are_kept_if_there_are_enough_slots() -> None:
+    """Finished requests leave empty slots, so taking the first slots would fail this test."""
+    obs = one_of(observations_of("paper-3", 8.0))
+    complete = nodes_of(obs)
+    present = np.asarray(complete.running | complete.waiting)
+    slots = int(present.sum(-1).max())
     kept = nodes_of(obs, slots=slots)
-    assert here[..., slots:].any()
-    np.testing.assert_array_equal(np.sum(kept.running, -1), np.sum(whole.running, -1))
-    np.testing.assert_allclose(np.asarray(kept.requests)[kept.running | kept.waiting], whole.requests[here], rtol=1e-5)
+    assert present[..., slots:].any()
+    np.testing.assert_array_equal(np.sum(kept.running, -1), np.sum(complete.running, -1))
+    np.testing.assert_allclose(
+        np.asarray(kept.requests)[kept.running | kept.waiting], complete.requests[present], rtol=1e-5
+    )
 
 
 def test_slots_below_one_are_refused() -> None:
@@ -158,7 +160,7 @@ def test_slots_below_one_are_refused() -> None:
 
 
 def test_nodes_of_a_batch() -> None:
-    obs = seen("paper-3", 30.0)
+    obs = observations_of("paper-3", 30.0)
     batch = nodes_of_batch(obs)
     for i in range(4):
         alone = nodes_of(one_of(obs, i))

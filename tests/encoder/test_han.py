@@ -1,4 +1,4 @@
-"""The encoder: the textbook's formula, symmetries, what it can tell apart, and finite gradients where nothing is."""
+"""The encoder: the textbook formula, symmetries, which inputs it distinguishes, and gradients of empty graphs."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ class TestSymmetries:
 
         assert_same(encode(self.variables, of_requests(padded, self.nodes)), encode(self.variables, self.nodes))
 
-    def test_what_is_in_empty_slots_changes_nothing(self) -> None:
-        here = (self.nodes.running | self.nodes.waiting)[..., None]
-        junk = self.nodes.replace(requests=jnp.where(here, self.nodes.requests, 4.0))
+    def test_values_in_empty_slots_change_nothing(self) -> None:
+        present = (self.nodes.running | self.nodes.waiting)[..., None]
+        junk = self.nodes.replace(requests=jnp.where(present, self.nodes.requests, 4.0))
         assert_same(encode(self.variables, junk), encode(self.variables, self.nodes))
 
-    def test_an_environment_does_not_depend_on_those_beside_it(self) -> None:
+    def test_an_environment_does_not_depend_on_others_in_the_batch(self) -> None:
         together = encode(self.variables, busy_nodes())
         for i in range(4):
             alone = encode(self.variables, one_of(busy_nodes(), i))
@@ -169,14 +169,14 @@ class TestWhatItTellsApart:
 
 def degenerate(case: str) -> GraphFeatures:
     nodes = one_of(busy_nodes())
-    nobody, everybody = jnp.zeros_like(nodes.running), jnp.ones_like(nodes.running)
+    none, all_slots = jnp.zeros_like(nodes.running), jnp.ones_like(nodes.running)
     match case:
         case "no requests":
-            return nodes.replace(running=nobody, waiting=nobody, requests=0 * nodes.requests)
+            return nodes.replace(running=none, waiting=none, requests=0 * nodes.requests)
         case "all running":
-            return nodes.replace(running=everybody, waiting=nobody)
+            return nodes.replace(running=all_slots, waiting=none)
         case "all waiting":
-            return nodes.replace(running=nobody, waiting=everybody)
+            return nodes.replace(running=none, waiting=all_slots)
         case "one expert":
             return of_experts(lambda x: x[:1], nodes)
         case "nothing but zeros":
@@ -209,7 +209,7 @@ def test_degenerate_graphs_have_finite_values_and_gradients(case: str, scale: fl
         assert np.all(np.isfinite(x))
 
 
-def test_attention_weights_can_be_looked_at() -> None:
+def test_attention_weights_are_sown() -> None:
     nodes = some_nodes("paper-3", 8.0, 1)
     _, kept = quick_jit(functools.partial(HAN(CONFIG).apply, mutable="intermediates"))(variables_of(CONFIG), nodes)
     for layer in ("layer_0", "layer_1"):
@@ -227,12 +227,12 @@ def test_attention_weights_can_be_looked_at() -> None:
         assert np.all((semantic[..., 0] > 0) == queues[..., 0, :].any(-1))
 
 
-def test_requests_are_not_computed_where_nobody_reads_them() -> None:
+def test_requests_are_not_computed_in_the_last_layer() -> None:
     layers = variables_of(CONFIG)["params"]
     assert set(layers["layer_0"]) - set(layers["layer_1"]) == {"request", "expert_to_running", "expert_to_waiting"}
 
 
-def test_values_are_projected_without_growing_at_first() -> None:
+def test_projections_preserve_the_scale_of_values_at_initialisation() -> None:
     """The initialiser takes relations and heads for what they are, and not for inputs."""
     params = quick_jit(HAN(CONFIG).init)(jax.random.key(0), busy_nodes())["params"]
     for name in ("request_to_expert", "expert_to_arrived"):
@@ -248,6 +248,6 @@ def test_values_are_projected_without_growing_at_first() -> None:
         ({"heads": -1}, "heads is -1, must be at least 1"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(fields: dict[str, int], message: str) -> None:
+def test_illegal_sizes_are_refused(fields: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         HANConfig(**fields)

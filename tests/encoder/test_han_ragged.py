@@ -1,4 +1,4 @@
-"""The encoder on ragged graphs: it is the dense one, on any graph and on any batch of graphs."""
+"""The encoder on ragged graphs equals the dense encoder, for any graph and any batch of graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORLDS = {
     "busy": ("paper-3", 30.0),
     "full slots": ("paper-3", 500.0),
     "idle experts": ("paper-3", 8.0, 1),
-    "nothing there": ("paper-3", 1e-3),
+    "no requests": ("paper-3", 1e-3),
 }
 
 
@@ -28,7 +28,7 @@ dense = quick_jit(HAN(CONFIG).apply)
 
 
 def segment(graphs: Graphs) -> Embedding:
-    """All operations in one program, which is compiled faster than each of them."""
+    """All operations in one program, which compiles faster than each of them alone."""
     return quick_jit(lambda variables: segment_encode(variables, CONFIG, graphs))(variables_of(CONFIG))
 
 
@@ -38,12 +38,12 @@ def joined(fleets: Iterable[GraphFeatures]) -> Graphs:
 
 
 @pytest.mark.parametrize("world", [*WORLDS, pytest.param("eight unequal experts", marks=pytest.mark.slow)])
-def test_the_segment_form_is_the_dense_form(world: str) -> None:
+def test_the_ragged_form_equals_the_dense_form(world: str) -> None:
     batch = some_nodes(*WORLDS.get(world, ("edge-8", 60.0)))
-    here = np.asarray(batch.running | batch.waiting)
-    assert here.all() == (world == "full slots")
-    assert here.any() == (world != "nothing there")
-    assert np.any(~here.any(-1)) == (world in ("idle experts", "nothing there"))
+    present = np.asarray(batch.running | batch.waiting)
+    assert present.all() == (world == "full slots")
+    assert present.any() == (world != "no requests")
+    assert np.any(~present.any(-1)) == (world in ("idle experts", "no requests"))
     expected, found = dense(variables_of(CONFIG), batch), segment(joined(one_of(batch, i) for i in range(4)))
     np.testing.assert_allclose(found.arrived, expected.arrived, atol=1e-5)
     np.testing.assert_allclose(found.experts, np.concatenate(expected.experts), atol=1e-5)
@@ -61,14 +61,14 @@ def test_fleets_of_different_sizes_make_one_batch() -> None:
     np.testing.assert_allclose(found.experts, np.concatenate([each.experts for each in expected]), atol=1e-5)
 
 
-def test_the_graphs_hold_every_request_once_where_it_is() -> None:
+def test_the_graphs_hold_every_request_once_on_its_expert() -> None:
     nodes = one_of(busy_nodes())
     graphs = to_graphs(nodes)
     table = graphs["arrived", "expert"].nodes
-    here = np.asarray(nodes.running | nodes.waiting)
+    present = np.asarray(nodes.running | nodes.waiting)
     kinds = [NODE_KINDS[kind] for kind in table["kind"]]
-    assert kinds == ["arrived"] + ["expert"] * 3 + ["request"] * here.sum()
-    np.testing.assert_array_equal(table["request"][4:], np.asarray(nodes.requests)[here])
+    assert kinds == ["arrived"] + ["expert"] * 3 + ["request"] * present.sum()
+    np.testing.assert_array_equal(table["request"][4:], np.asarray(nodes.requests)[present])
     np.testing.assert_array_equal(table["expert"][1:4], nodes.experts)
     assert not table["expert"][4:].any() and not table["request"][:4].any()
     for name in ("running", "waiting"):

@@ -1,4 +1,4 @@
-"""The two views of an observation: what the flat one says and keeps, what the graph holds, and that they agree."""
+"""The two views of an observation: values of the flat view, nodes and edges of the graph, and that they agree."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ RELATIONS = [(kind, "expert") for kind in ("arrived", "running", "waiting")]
 def some_observation(
     seed: int, time_scale_s: float = 0.1, token_scale: int = 60, num_experts: int = NUM_EXPERTS
 ) -> Observation:
-    """Requests in random slots, of which the running ones come first; garbage everywhere else."""
+    """Requests in random slots, the running ones first; garbage in all other slots."""
     rng = np.random.default_rng(seed)
     shape = (num_experts, NUM_SLOTS)
     running = np.arange(NUM_SLOTS) < rng.integers(0, NUM_SLOTS, num_experts)[:, None]
-    here = running | (rng.random(shape) < 0.4)
+    present = running | (rng.random(shape) < 0.4)
     generated = np.where(running, rng.integers(0, token_scale, shape), 0)
     requests = RequestView(
         running=running,
-        waiting=here & ~running,
+        waiting=present & ~running,
         prompt_tokens=rng.integers(1, token_scale + 1, shape).astype(np.int32),
         generated_tokens=generated.astype(np.int32),
         computed_tokens=np.where(running, generated + 1, 0).astype(np.int32),
@@ -46,7 +46,7 @@ def some_observation(
         predicted_tokens=(generated + 1 + rng.exponential(token_scale, shape)).astype(np.float32),
     )
     garbage = {
-        field.name: np.where(here, getattr(requests, field.name), rng.choice([-1, 0, 1_000_000], shape))
+        field.name: np.where(present, getattr(requests, field.name), rng.choice([-1, 0, 1_000_000], shape))
         for field in dataclasses.fields(RequestView)
         if field.name not in ("running", "waiting")
     }
@@ -155,11 +155,11 @@ def test_the_flat_view_in_jit_and_vmap() -> None:
     assert len(np.unique(together, axis=0)) == len(observations)
 
 
-def test_the_flat_view_reads_only_what_is_there_and_moves_with_its_expert() -> None:
+def test_the_flat_view_ignores_empty_slots_and_permutes_with_the_experts() -> None:
     obs = some_observation(3)
-    here = obs.requests.running | obs.requests.waiting
-    assert not here.all()
-    junk = jax.tree.map(lambda x: np.where(here, x, x.dtype.type(7)) if x.dtype != bool else x, obs.requests)
+    present = obs.requests.running | obs.requests.waiting
+    assert not present.all()
+    junk = jax.tree.map(lambda x: np.where(present, x, x.dtype.type(7)) if x.dtype != bool else x, obs.requests)
     np.testing.assert_array_equal(flat_view(obs.replace(requests=junk)), flat_view(obs))
     order = np.array([2, 0, 1])
     arrived = obs.arrived.replace(
@@ -173,14 +173,14 @@ def test_the_flat_view_reads_only_what_is_there_and_moves_with_its_expert() -> N
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**16), num_experts=st.integers(1, 5))
-def test_the_graph_holds_every_request_once_and_what_is_known_of_it(seed: int, num_experts: int) -> None:
+def test_the_graph_holds_every_request_once_with_its_fields(seed: int, num_experts: int) -> None:
     obs = some_observation(seed, num_experts=num_experts)
     graphs = graph_view(obs)
     assert list(graphs) == RELATIONS
-    here = obs.requests.running | obs.requests.waiting
+    present = obs.requests.running | obs.requests.waiting
     nodes = graphs["arrived", "expert"].nodes
     kinds = [NODE_KINDS[kind] for kind in nodes["kind"]]
-    assert kinds == ["arrived"] + ["expert"] * num_experts + ["request"] * int(here.sum())
+    assert kinds == ["arrived"] + ["expert"] * num_experts + ["request"] * int(present.sum())
     is_expert, is_request = np.equal(kinds, "expert"), np.equal(kinds, "request")
     assert nodes["prompt_tokens"][0] == obs.arrived.prompt_tokens
     assert nodes["latency_limit_s"][0] == obs.arrived.latency_limit_s
@@ -190,15 +190,15 @@ def test_the_graph_holds_every_request_once_and_what_is_known_of_it(seed: int, n
     for name in ("running", "waiting", "kv_used_blocks"):
         np.testing.assert_array_equal(nodes[name][is_expert], getattr(obs.experts, name))
     for name in ("prompt_tokens", "generated_tokens", "age_s", "predicted_score", "predicted_tokens"):
-        np.testing.assert_array_equal(nodes[name][is_request], getattr(obs.requests, name)[here])
+        np.testing.assert_array_equal(nodes[name][is_request], getattr(obs.requests, name)[present])
     linked = np.concatenate([graphs[relation].senders for relation in RELATIONS[1:]])
     np.testing.assert_array_equal(np.sort(linked), np.flatnonzero(is_request))
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**16))
-def test_both_views_say_the_same(seed: int) -> None:
-    """Summing up the requests of the graph along its edges gives the columns of the flat view."""
+def test_both_views_agree(seed: int) -> None:
+    """Sums over the edges of the graph give the columns of the flat view."""
     obs = some_observation(seed, time_scale_s=2.0)
     graphs, columns = graph_view(obs), by_expert(flat_view(obs))
     for name in ("running", "waiting"):
@@ -211,11 +211,11 @@ def test_both_views_say_the_same(seed: int) -> None:
 
         count = over_edges(np.ones(len(expert)))
         latency = of_sender["age_s"] / (of_sender["latency_limit_s"] * of_sender["predicted_tokens"])
-        left_tokens = over_edges(of_sender["predicted_tokens"] - of_sender["generated_tokens"])
+        remaining_tokens = over_edges(of_sender["predicted_tokens"] - of_sender["generated_tokens"])
         limit = getattr(obs.experts.profile, f"max_{name}")
         expected = {
             name: count / limit,
-            f"{name}_tokens_left": np.log1p(left_tokens) / np.log1p(1024),
+            f"{name}_tokens_left": np.log1p(remaining_tokens) / np.log1p(1024),
             f"{name}_latency": over_edges(np.minimum(latency, FLAT_LIMIT)) / np.maximum(count, 1),
             f"{name}_score": over_edges(of_sender["predicted_score"]) / np.maximum(count, 1),
         }
@@ -225,7 +225,7 @@ def test_both_views_say_the_same(seed: int) -> None:
     np.testing.assert_allclose(columns["predicted_score"][arrived.receivers - 1], arrived.edges["predicted_score"])
 
 
-def test_the_graph_says_what_is_legal() -> None:
+def test_the_graph_holds_the_legal_actions() -> None:
     obs = some_observation(1).replace(action_mask=np.array([True, False, True, False]))
     graph = graph_view(obs)["arrived", "expert"]
     np.testing.assert_array_equal(graph.edges["legal"], [1, 0, 1])
@@ -236,8 +236,8 @@ def test_the_graph_says_what_is_legal() -> None:
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_graphs_of_different_sizes_make_a_batch(relation: tuple[str, str]) -> None:
-    nothing_there = np.zeros((NUM_EXPERTS, NUM_SLOTS), bool)
-    empty = slots_in_place(some_observation(0), nothing_there, nothing_there)
+    no_requests = np.zeros((NUM_EXPERTS, NUM_SLOTS), bool)
+    empty = slots_in_place(some_observation(0), no_requests, no_requests)
     graphs = [graph_view(obs)[relation] for obs in (some_observation(1), empty, some_observation(2))]
     batch = jraph.batch_np(graphs)
     np.testing.assert_array_equal(batch.n_node, [len(graph.nodes["kind"]) for graph in graphs])

@@ -1,4 +1,4 @@
-"""A measured run beside its replay: known errors come out, and a real run is met."""
+"""Fidelity: known errors are recovered, and the replay of a real run agrees with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from qos_jax import ExpertProfile, InputError, RequestTrace
 from qos_jax.evaluation import fidelity
 from qos_jax.evaluation.measured_run import read_run
 from qos_jax.fleet import profile_fitting
-from qos_jax.programs import fidelity as program_module
 from qos_jax.report import fidelity_plots
 from tests.fleet.test_profile_fitting import LAYERS, llmservingsim_tables
 from tests.helpers.programs import program_of
@@ -26,7 +25,7 @@ BEGAN_S, CLOCK_S, TICK_S, BLOCK_TOKENS = 1.7e9, 500.0, 0.25, 16
 
 
 class Made(NamedTuple):
-    """A run whose engine is the plain-Python simulator."""
+    """A run whose engine is the reference simulator in plain Python."""
 
     folder: pathlib.Path
     arrival_s: np.ndarray
@@ -41,14 +40,14 @@ def make_run(
     trace = RequestTrace(arrival_s, prompt_tokens, np.asarray(output_tokens)[:, None])
     reference = replay_reference(experts, trace, np.zeros(len(arrival_s), int))
     boundaries_s = np.array([iteration.start_s for iteration in reference.experts[0].iterations])
-    taken_s = [boundaries_s[boundaries_s >= at][0] for at in arrival_s]
+    taken_s = [boundaries_s[boundaries_s >= time_s][0] for time_s in arrival_s]
     rows = zip(
         arrival_s, prompt_tokens, output_tokens, taken_s, reference.first_token_s, reference.finish_s, strict=True
     )
     with open(folder / "requests.jsonl", "w", encoding="utf-8") as file:
-        for at, prompt, output, taken, first, last in reversed(list(rows)):  # in no order
+        for arrival, prompt, output, taken, first, last in reversed(list(rows)):  # files need not be sorted
             times = {"queued_ts": taken, "first_token_ts": first, "last_token_ts": last}
-            row = {"input_toks": int(prompt), "output_toks": int(output), "arrival_time": BEGAN_S + at}
+            row = {"input_toks": int(prompt), "output_toks": int(output), "arrival_time": BEGAN_S + arrival}
             file.write(json.dumps(row | {name: CLOCK_S + time for name, time in times.items()}) + "\n")
     meta = {
         "model": "a model",
@@ -64,26 +63,26 @@ def make_run(
 
 
 def write_ticks(path: pathlib.Path, made: Made, kv_blocks: int) -> None:
-    """What the engine's last iteration held; every request in an iteration here gets one token of it."""
+    """Writes the state of the engine's last iteration at each tick; every scheduled request emits one token."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["t", "prompt_throughput", "gen_throughput", "running", "waiting", "kv_cache_pct"])
         for tick in range(1, 2 + int(np.nanmax(made.reference.finish_s) / TICK_S)):
             now_s = tick * TICK_S - 0.125
-            past = [each for each in made.reference.experts[0].iterations if each.start_s <= now_s]
-            new = [each for each in past if each.start_s > now_s - TICK_S]
-            running = share = there = 0
+            past = [iteration for iteration in made.reference.experts[0].iterations if iteration.start_s <= now_s]
+            new = [iteration for iteration in past if iteration.start_s > now_s - TICK_S]
+            running = share = live = 0
             if past and now_s <= past[-1].start_s + past[-1].duration_s:
                 start_s, running, share = past[-1].start_s, past[-1].scheduled, past[-1].blocks_held / kv_blocks
-                there = np.sum(made.arrival_s <= start_s) - np.sum(made.reference.finish_s <= start_s)
-            prompts = sum(each.prefill_tokens for each in new) / TICK_S
-            tokens = sum(each.scheduled for each in new) / TICK_S
-            writer.writerow([tick * TICK_S, prompts, tokens, running, there - running if there else 0, 100 * share])
+                live = np.sum(made.arrival_s <= start_s) - np.sum(made.reference.finish_s <= start_s)
+            prompts = sum(iteration.prefill_tokens for iteration in new) / TICK_S
+            tokens = sum(iteration.scheduled for iteration in new) / TICK_S
+            writer.writerow([tick * TICK_S, prompts, tokens, running, live - running if live else 0, 100 * share])
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Forty requests that find room at once."""
+    """Forty requests that are admitted on arrival."""
     rng = np.random.default_rng(0)
     arrival_s = np.append(0.0, np.cumsum(rng.exponential(0.1, 39)))
     return make_run(tmp_path_factory.mktemp("calm"), arrival_s, rng.integers(5, 90, 40), rng.integers(1, 60, 40))
@@ -91,7 +90,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Forty requests whose memory does not last for half of them."""
+    """Forty requests with KV memory for less than half of them."""
     rng = np.random.default_rng(1)
     arrival_s = np.append(0.0, np.cumsum(rng.exponential(0.02, 39)))
     lengths = rng.integers(5, 90, 40), rng.integers(40, 80, 40)
@@ -99,7 +98,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.mark.parametrize("name", ["calm", "crowded"])
-def test_a_run_by_the_same_rules_is_met(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_replay_of_a_run_by_the_same_rules_agrees_with_it(name: str, request: pytest.FixtureRequest) -> None:
     made: Made = request.getfixturevalue(name)
     run = read_run(made.folder)
     simulated = fidelity.simulate(run, TIMING)
@@ -110,41 +109,42 @@ def test_a_run_by_the_same_rules_is_met(name: str, request: pytest.FixtureReques
         assert row["p95_error"] < 1e-4
         assert row["correlation"] > 1 - 1e-6
     for row in fidelity.load_errors(run, simulated).values():
-        assert row["measured"] == pytest.approx(row["simulated"], rel=0.02)  # float32 may see a tick on the other side
-    again = fidelity.recomputation(run, simulated, TIMING)
-    assert again["preemptions"] == made.reference.preemptions.sum()
-    warm_state = sum(each.prefill_tokens for each in made.reference.experts[0].iterations)
-    assert again["tokens"] == warm_state - run.prompt_tokens.sum()
-    assert (again["preemptions"] > 0) == (name == "crowded")
+        # Rounding may move a tick into the next iteration.
+        assert row["measured"] == pytest.approx(row["simulated"], rel=0.02)
+    recomputed = fidelity.recomputation(run, simulated, TIMING)
+    assert recomputed["preemptions"] == made.reference.preemptions.sum()
+    prefill_tokens = sum(iteration.prefill_tokens for iteration in made.reference.experts[0].iterations)
+    assert recomputed["tokens"] == prefill_tokens - run.prompt_tokens.sum()
+    assert (recomputed["preemptions"] > 0) == (name == "crowded")
     assert simulated.waiting.max() > 10 or name == "calm"
 
 
 def test_timing_that_is_a_tenth_too_slow_shows_as_such(tmp_path: pathlib.Path) -> None:
-    """Each request is alone, so that all of its times are iterations."""
+    """Requests do not overlap, so all of their times are sums of iterations."""
     run = read_run(make_run(tmp_path, 5.0 * np.arange(6), np.full(6, 40), np.arange(20, 26)).folder)
     slow = {name: 1.1 * value for name, value in TIMING.items()}
-    for name, row in fidelity.latency_errors(run, fidelity.replayed(run, slow)).items():
+    for name, row in fidelity.latency_errors(run, fidelity.replay_run(run, slow)).items():
         assert row["mean_error"] == pytest.approx(0.1, abs=1e-5), name
         assert row["median_error"] == pytest.approx(0.1, abs=1e-5), name
     of_slow, of_true = (1 + fidelity.decode_errors(run, timing)["memory free"]["error"] for timing in (slow, TIMING))
     assert of_slow == pytest.approx(1.1 * of_true)
 
 
-def test_the_form_is_right_at_the_batches_of_an_engine_that_follows_it(calm: Made, crowded: Made) -> None:
+def test_the_cost_model_is_right_at_the_batches_of_an_engine_that_follows_it(calm: Made, crowded: Made) -> None:
     free = fidelity.decode_errors(read_run(calm.folder), TIMING)["memory free"]
     assert free["ticks"] >= 3
-    assert abs(free["error"]) < 0.1  # batches between the looks are not known
+    assert abs(free["error"]) < 0.1  # batches between ticks are interpolated
     full = fidelity.decode_errors(read_run(crowded.folder), TIMING)["memory full"]
     assert full["ticks"] == 0 or abs(full["error"]) < 0.15
 
 
-def test_parts_of_the_model_are_worth_what_they_do(calm: Made, crowded: Made) -> None:
+def test_errors_without_a_part_of_the_model(calm: Made, crowded: Made) -> None:
     run = read_run(calm.folder)
-    worth = fidelity.parts_left_out(run, TIMING)
-    assert all(abs(error) < 1e-5 for error in worth["nothing"].values())
-    assert all(abs(error) < 1e-5 for error in worth["limit of the KV memory"].values())  # there was enough
+    errors = fidelity.parts_left_out(run, TIMING)
+    assert all(abs(error) < 1e-5 for error in errors["nothing"].values())
+    assert all(abs(error) < 1e-5 for error in errors["limit of the KV memory"].values())  # memory suffices
     for part in ("reads of the KV cache", "time per request"):
-        assert worth[part]["tpot_s"] < -0.001
+        assert errors[part]["tpot_s"] < -0.001
     assert fidelity.parts_left_out(read_run(crowded.folder), TIMING)["limit of the KV memory"]["ttft_s"] < -0.3
 
 
@@ -154,10 +154,10 @@ def batches(*rows: tuple[str, int, int, int], factor: float = 1.0) -> profile_fi
     return profile_fitting.Iterations(found.kind, *map(np.array, counts), factor * fidelity._predicted_s(found, TIMING))
 
 
-def test_errors_of_the_form_are_those_of_the_nearest_kernels() -> None:
+def test_errors_of_the_cost_model_are_those_of_the_nearest_kernels() -> None:
     right, double = batches(("decode", 0, 4, 100)), batches(("decode", 0, 60, 9000), ("mixed", 200, 5, 100), factor=2.0)
     kernels = profile_fitting.Iterations(
-        *(np.concatenate([getattr(each, name) for each in (right, double)]) for name in right.__dataclass_fields__)
+        *(np.concatenate([getattr(part, name) for part in (right, double)]) for name in right.__dataclass_fields__)
     )
     run = batches(("decode", 0, 5, 90), ("decode", 0, 50, 8000), ("mixed", 150, 4, 90), ("chunked", 900, 1, 0))
     rows = {row["kind"]: row for row in fidelity.parts_of_time(run, kernels, TIMING)}
@@ -178,9 +178,9 @@ def test_figures_show_both(crowded: Made) -> None:
     np.testing.assert_allclose(x, run.first_token_s - run.arrival_s)
     np.testing.assert_allclose(y, simulated.log.first_token_s - run.arrival_s)
     timeline = fidelity_plots.load_timeline(run, simulated)
-    measured, ours = timeline.axes[2].get_lines()
-    np.testing.assert_allclose(measured.get_ydata(), 100 * run.kv_share)
-    np.testing.assert_allclose(ours.get_ydata(), 100 * simulated.kv_share)
+    measured_line, simulated_line = timeline.axes[2].get_lines()
+    np.testing.assert_allclose(measured_line.get_ydata(), 100 * run.kv_share)
+    np.testing.assert_allclose(simulated_line.get_ydata(), 100 * simulated.kv_share)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,8 @@ def test_figures_show_both(crowded: Made) -> None:
     ],
 )
 def test_damaged_files_are_named(calm: Made, tmp_path: pathlib.Path, file: str, text: str, message: str) -> None:
-    for each in calm.folder.iterdir():
-        (tmp_path / each.name).write_bytes(each.read_bytes())
+    for path in calm.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / file).write_text(text)
     with pytest.raises(InputError, match=message):
         read_run(tmp_path)
@@ -215,17 +215,17 @@ def test_a_request_that_the_memory_cannot_hold(tmp_path: pathlib.Path) -> None:
     meta["kv_cache"]["num_gpu_blocks"] = 10
     (made.folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="request 2 does not fit 10 KV blocks"):
-        fidelity.replayed(read_run(made.folder), TIMING)
+        fidelity.replay_run(read_run(made.folder), TIMING)
 
 
-def test_the_real_run_is_met_to_1_percent(data_dir: pathlib.Path) -> None:
+def test_the_replay_of_the_real_run_agrees_to_1_percent(data_dir: pathlib.Path) -> None:
     run = read_run(data_dir / "golden-rtx4090")
     files = (
         data_dir / "profiles" / f"rtx4090_llama3.1-8b_{name}.csv" for name in ("dense", "attention", "per_sequence")
     )
     kernels = profile_fitting.assemble(profile_fitting.read_tables(*files), 32, run.kv_blocks * run.block_size)
     timing = profile_fitting.fit_timing(kernels)
-    errors = fidelity.latency_errors(run, fidelity.replayed(run, timing))
+    errors = fidelity.latency_errors(run, fidelity.replay_run(run, timing))
     assert {name: row["mean_error"] for name, row in errors.items() if abs(row["mean_error"]) > 0.01} == {}
     assert errors["e2e_s"]["median_error"] < 0.015
     assert errors["e2e_s"]["correlation"] > 0.998
@@ -234,7 +234,7 @@ def test_the_real_run_is_met_to_1_percent(data_dir: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def program() -> Any:
-    yield from program_of(program_module)
+    return program_of("fidelity")
 
 
 def test_the_program_writes_everything(crowded: Made, program: Any, tmp_path: pathlib.Path, capsys: Any) -> None:
@@ -246,9 +246,10 @@ def test_the_program_writes_everything(crowded: Made, program: Any, tmp_path: pa
     assert "mean +0.00 %" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "fidelity.json").read_text())
     assert abs(found["latencies"]["e2e_s"]["mean_error"]) < 1e-3
-    each = found["each_request"]
-    np.testing.assert_allclose(each["simulated"]["e2e_s"], crowded.reference.finish_s - crowded.arrival_s, rtol=1e-3)
-    assert each["simulated_preemptions"] == crowded.reference.preemptions.tolist()
+    requests = found["each_request"]
+    latency_s = crowded.reference.finish_s - crowded.arrival_s
+    np.testing.assert_allclose(requests["simulated"]["e2e_s"], latency_s, rtol=1e-3)
+    assert requests["simulated_preemptions"] == crowded.reference.preemptions.tolist()
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "nan" not in page.split("</style>")[1].replace("data:image", "").split("base64")[0]

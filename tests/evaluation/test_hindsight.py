@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from qos_jax import ExpertProfile, RequestTrace, Scenario, evaluate, make, make_router, replay
+from qos_jax import ExpertProfile, RequestTrace, evaluate, make, make_router, replay, scenarios
 from qos_jax.errors import InputError
 from qos_jax.evaluation.hindsight import plan
 from qos_jax.evaluation.metrics import latency_per_token_s, qos_of
@@ -113,8 +113,8 @@ def test_restarts_go_on_from_the_plan_and_repeat_with_their_seed() -> None:
 
 def test_the_plan_beats_every_router_and_stays_below_the_bound() -> None:
     env, params = make("paper-3", load=1.5)
-    routers = [make_router(router, env.spec.num_experts) for router in ROUTERS]
-    runs = evaluate(env, params, routers, [Scenario(1.5, 1.5 * float(params.saturation_per_s), seed=1)], 80)
+    routers = [make_router(router, env, params) for router in ROUTERS]
+    runs = evaluate(env, params, routers, scenarios(params, [1.5], [1]), 80)
     experts, trace = jax.tree.map(np.asarray, params.experts), runs[0].trace
     seen: list[float] = []
     best = plan(

@@ -1,4 +1,4 @@
-"""Calibration: scores by hand, what is predicted at a decision, and which violations a request has caused."""
+"""Calibration: scores computed by hand, predictions at decisions, and the violations that a request causes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qos_jax import EnvParams, InputError, RequestTrace, Router, Scenario
-from qos_jax.evaluation.evaluate import Run
+from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.impact_calibration import (
     Outcome,
     agreement,
@@ -23,7 +23,7 @@ from qos_jax.evaluation.impact_calibration import (
     outcome_of,
     predict,
     probability_scores,
-    reliability,
+    reliability_bins,
 )
 from qos_jax.evaluation.metrics import metrics_of
 from qos_jax.impact.estimate import Impact
@@ -44,19 +44,19 @@ class TestScores:
         assert agreement(np.array([1.0, 2.0]), np.array([5.0, 3.0]))["correlation"] == pytest.approx(-1.0)
 
     def test_probability_scores_by_hand(self) -> None:
-        """Bins .2 to .3 with two, .9 to 1 with two: off by .25 and by .05."""
+        """Two predictions in the bin 0.2 to 0.3 and two in 0.9 to 1, with errors of 0.25 and 0.05."""
         predicted, happened = np.array([0.2, 0.3 - 1e-9, 0.9, 1.0]), np.array([True, False, True, True])
         found = probability_scores(predicted, happened)
         brier = (0.64 + 0.09 + 0.01 + 0.0) / 4
         expected = {"number": 4, "predicted": 0.6, "realised": 0.75, "brier": brier, "base_brier": 0.1875, "ece": 0.15}
         assert found == pytest.approx(expected)
-        bins = reliability(predicted, happened)
+        bins = reliability_bins(predicted, happened)
         assert bins[0] == pytest.approx({"number": 2, "predicted": 0.25, "realised": 0.5})
         assert bins[1] == pytest.approx({"number": 2, "predicted": 0.95, "realised": 1.0})
         assert len(bins) == 2
 
-    def test_runs_are_pooled_and_only_what_counts_is_scored(self) -> None:
-        """Two runs of three requests; of the second, one was sent and dropped by a full expert."""
+    def test_runs_are_pooled_and_only_counted_requests_are_scored(self) -> None:
+        """Two runs of three requests; a full expert dropped one of the second run."""
         outcomes = [
             Outcome(bools(0, 1, 1), np.array([9.0, 1.0, 3.0]), bools(1, 1, 0), np.array([2]), np.array([1])),
             Outcome(bools(1, 1, 0), np.array([2.0, np.nan, 9.0]), bools(1, 0, 1), np.array([0]), np.array([0])),
@@ -80,8 +80,8 @@ def bools(*values: int) -> np.ndarray:
 
 
 @functools.cache
-def small_run(**fields: Any) -> tuple[Environment, EnvParams, Run]:
-    """A hundred requests with known lengths in the experts' way, every tenth refused."""
+def small_run(**fields: Any) -> tuple[Environment, EnvParams, RouterRun]:
+    """A hundred requests with known lengths in round-robin order; the router drops every tenth."""
     env, params = small_env(3, slots=16), small_params(3, max_running=6, max_waiting=6, kv_blocks=80)
     rng = np.random.default_rng(4)
     output_tokens = rng.integers(5, 60, (100, 3))
@@ -98,7 +98,7 @@ def small_run(**fields: Any) -> tuple[Environment, EnvParams, Run]:
     experts = jax.tree.map(np.asarray, params.experts)
     (replayed,) = replay_many(experts, [trace], [assignment])
     metrics = metrics_of(experts, trace, assignment, replayed)
-    return env, params, Run(NO_ROUTER, Scenario(1.0, 7.0, 0), trace, assignment, replayed, metrics)
+    return env, params, RouterRun(NO_ROUTER, Scenario(1.0, 7.0, 0), trace, assignment, replayed, metrics)
 
 
 def test_outcomes_are_those_of_the_log() -> None:
@@ -106,20 +106,20 @@ def test_outcomes_are_those_of_the_log() -> None:
     outcome = outcome_of(env, params, run, warmup=20, removals=5)
     assert np.array_equal(outcome.counted, (np.arange(100) >= 20) & (run.assignment >= 0))
     assert outcome.in_time.mean() == pytest.approx(1 - run.metrics["violation_rate"])
-    assert 0.2 < outcome.in_time.mean() < 0.8  # else this run says little
+    assert 0.2 < outcome.in_time.mean() < 0.8  # so that the run has both kinds of outcomes
     assert np.nanmean(outcome.latency_per_token_s) == pytest.approx(run.metrics["latency_per_token_s"])
     assert len(outcome.removed) == 5
     assert outcome.counted[outcome.removed].all()
 
 
-def test_a_router_that_refuses_all_cannot_be_judged() -> None:
+def test_a_router_that_drops_all_requests_is_refused() -> None:
     env, params, run = small_run()
-    with pytest.raises(InputError, match="router 'fixed' has sent no request behind the warm-up of 100"):
+    with pytest.raises(InputError, match="router 'fixed' has sent no request after the warm-up of 100"):
         outcome_of(env, params, run, warmup=100)
 
 
-def test_caused_violations_are_those_of_requests_that_were_there() -> None:
-    """A would keep its limit without B; C comes when both are done, D to another expert, and E to be refused."""
+def test_caused_violations_are_those_of_requests_present_at_arrival() -> None:
+    """A meets its limit without B only; C goes to another expert, D is dropped, E arrives when all are finished."""
     env, params, _ = small_run()
     experts = jax.tree.map(np.asarray, params.experts)
     trace = RequestTrace(
@@ -135,15 +135,15 @@ def test_caused_violations_are_those_of_requests_that_were_there() -> None:
     assert limit_s > alone.log.finish_s[0] / 40 + 1e-4
     trace = trace.replace(latency_limit_s=np.full(5, limit_s))
     metrics = metrics_of(experts, trace, assignment, together)
-    run = Run(NO_ROUTER, Scenario(1.0, 7.0, 0), trace, assignment, together, metrics)
+    run = RouterRun(NO_ROUTER, Scenario(1.0, 7.0, 0), trace, assignment, together, metrics)
     outcome = outcome_of(env, params, run)
     assert outcome.removed.tolist() == [0, 1, 2, 4]
     assert outcome.violations.tolist() == [0, 1, 0, 0]
     assert outcome.in_time[[0, 3, 4]].tolist() == [False, False, True]
 
 
-def test_predictions_with_known_lengths_come_true_for_those_that_nobody_follows() -> None:
-    """The last request on each expert, by the rollout form, to within the iteration that is under way."""
+def test_predictions_with_known_lengths_are_right_without_later_arrivals() -> None:
+    """For the last request on each expert, by the rollout form, up to the iteration in progress at its arrival."""
     env, params, run = small_run()
     widths_s = [1e-4, 2e-3]
     predicted = predict(env, params, [run, run], "rollout", widths_s, 0.0)
@@ -155,9 +155,9 @@ def test_predictions_with_known_lengths_come_true_for_those_that_nobody_follows(
         error_s = outcome.latency_per_token_s[last] - predicted.latency_per_token_s[0, last]
         assert np.all((error_s > -1e-5) & (error_s < iteration_s))
     sent = outcome.counted
-    told, real = predicted.latency_per_token_s[0, sent, 0], outcome.latency_per_token_s[sent]
-    assert np.corrcoef(told, real)[0, 1] > 0.7
-    assert np.all(told < real + 1e-4)  # those that follow only make it slower
+    expected, realised = predicted.latency_per_token_s[0, sent, 0], outcome.latency_per_token_s[sent]
+    assert np.corrcoef(expected, realised)[0, 1] > 0.7
+    assert np.all(expected < realised + 1e-4)  # later arrivals can only slow a request down
 
 
 def test_the_picture_shows_the_bins_of_the_two_widths() -> None:

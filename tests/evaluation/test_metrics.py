@@ -1,4 +1,4 @@
-"""Metrics against figures worked out by hand: of a log that is made up, and of a run that is known exactly."""
+"""Metrics against hand-computed figures, of a made-up log and of a run that is known exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from qos_jax import ExpertProfile, RequestLog, RequestTrace
+from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
 from qos_jax.evaluation.metrics import latency_per_token_s, metrics_of, qos_of
 from qos_jax.sim.replay import ReplayResult, replay_many
 from tests.helpers.workloads import profile
@@ -22,8 +22,8 @@ EXPERTS = profile(
     busy_w=[400.0, 300.0],
     kv_block_gb=[0.01, 0.02],
 )
-# Request 0 meets its limit exactly, 1 misses it by the network alone, 2 meets it exactly where there is no network; the
-# expert drops 3 and the router 4; the answer to 5 has one token.
+# Request 0 meets its limit exactly. Request 1 misses it because of the network delay. Request 2 meets it exactly, on an
+# expert without network delay. The expert drops 3 and the router drops 4. The answer to 5 has one token.
 ASSIGNMENT = np.array([0, 0, 1, 1, -1, 1])
 TRACE = RequestTrace(
     arrival_s=np.array([0.0, 1.0, 2.0, 3.0, 4.0, 4.0]),
@@ -50,8 +50,8 @@ EXPECTED = {
     "latency_per_token_p50_s": 0.28125,
     "latency_per_token_p95_s": 0.471875,
     "latency_per_token_p99_s": 0.494375,
-    "ttft_s": (0.5 + 1.0 + 0.25 + 0.5) / 4,  # the network is not in it
-    "tpot_s": (1 / 15 + 1 / 7 + 1.75 / 7) / 3,  # one token has no time to the next
+    "ttft_s": (0.5 + 1.0 + 0.25 + 0.5) / 4,  # without network delay
+    "tpot_s": (1 / 15 + 1 / 7 + 1.75 / 7) / 3,  # an answer of one token has no TPOT
     "violation_rate": 3 / 6,
     "drop_rate": 2 / 6,
     "preemptions": 3,
@@ -65,7 +65,7 @@ EXPECTED = {
 OF_THE_WHOLE_RUN = ("kv_utilisation", "qos_per_gb_s", "energy_j_per_token", "qos_per_kj", "busy_fraction")
 
 
-def test_a_log_worked_out_by_hand() -> None:
+def test_a_log_computed_by_hand() -> None:
     np.testing.assert_allclose(
         latency_per_token_s(EXPERTS, TRACE, ASSIGNMENT, REPLAYED), [0.125, 0.3125, 0.25, NAN, NAN, 0.5]
     )
@@ -73,7 +73,7 @@ def test_a_log_worked_out_by_hand() -> None:
     assert metrics_of(EXPERTS, TRACE, ASSIGNMENT, REPLAYED) == pytest.approx(EXPECTED)
 
 
-def test_a_limit_missed_by_the_least_earns_nothing() -> None:
+def test_a_limit_missed_by_one_ulp_has_no_qos() -> None:
     limit_s = np.nextafter(TRACE.latency_limit_s, 0.0)
     qos = qos_of(EXPERTS, TRACE.replace(latency_limit_s=limit_s), ASSIGNMENT, REPLAYED)
     np.testing.assert_array_equal(qos, [0.0, 0.0, 0.0, 0.0, 0.0, 0.9])
@@ -113,11 +113,25 @@ def test_where_all_requests_are_dropped_times_are_unknown(num_requests: int) -> 
     assert metrics["energy_j_per_request"] == pytest.approx(150.0 * run_s / num_requests, abs=1e-6)
 
 
-def test_a_run_known_exactly() -> None:
-    """Two requests, one after the other, on an expert whose iterations take 10 ms, beside one that does nothing.
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("latency_limit_s", np.array([0.125]), r"trace.latency_limit_s has shape \(1,\), must be \[J\] = \[6\]"),
+        ("score", np.ones((6, 1)), r"trace.score has shape \(6, 1\), must be \[J, N\] = \[6, 2\]"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_refused(field: str, values: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        metrics_of(EXPERTS, TRACE.replace(**{field: values}), ASSIGNMENT, REPLAYED)
+    with pytest.raises(InputError, match=r"assignment has shape \(1,\), must be \[J\] = \[6\]"):
+        metrics_of(EXPERTS, TRACE, ASSIGNMENT[:1], REPLAYED)
 
-    A request of 20 prompt tokens and 30 answer tokens takes 30 iterations; the blocks that it holds in them are 2 for
-    13 of them, 3 for 16 and 4 in the last.
+
+def test_a_run_known_exactly() -> None:
+    """Two requests, one after the other, on an expert whose iterations take 10 ms; the other expert is idle.
+
+    A request of 20 prompt tokens and 30 output tokens takes 30 iterations. It holds 2 blocks in 13 of them, 3 in 16 and
+    4 in the last one.
     """
     experts = ExpertProfile(
         step_base_s=np.array([0.01, 0.05]), prefill_base_s=0.0, prefill_per_token_s=0.0, per_sequence_s=0.0,
@@ -132,8 +146,8 @@ def test_a_run_known_exactly() -> None:
         latency_limit_s=np.full(2, 0.0101),
     )
     assignment = np.zeros(2, int)
-    (replayed,) = replay_many(experts, [trace], [assignment])
-    metrics = metrics_of(experts, trace, assignment, replayed)
+    (result,) = replay_many(experts, [trace], [assignment])
+    metrics = metrics_of(experts, trace, assignment, result)
     run_s, busy_s, blocks_s = 2.3, 0.6, 2 * 0.01 * (13 * 2 + 16 * 3 + 4)
     energy_j = 400 * busy_s + 100 * (run_s - busy_s) + 10 * run_s
     expected = {

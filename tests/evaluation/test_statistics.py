@@ -1,4 +1,4 @@
-"""Statistics of evaluations: scipy's on what it knows, cases worked out by hand, and intervals that cover the truth."""
+"""Statistics of evaluations against scipy, against hand-computed cases, and by the coverage of their intervals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 
 def scores(runs: int = 10, tasks: int = 4, seed: int = 0) -> np.ndarray:
-    """Tasks whose means lie far apart, so that it matters whether runs are drawn within them."""
+    """Tasks whose means lie far apart, so that it matters whether runs are resampled within them."""
     return np.random.default_rng(seed).normal(10.0 * np.arange(tasks), 1.0, (runs, tasks))
 
 
@@ -60,14 +60,14 @@ def test_one_run_gone_wild_does_not_move_the_interquartile_mean() -> None:
 
 def test_the_bootstrap_of_one_task_is_scipys() -> None:
     values = np.random.default_rng(1).exponential(1.0, 30)
-    ours = stratified_bootstrap(KEY, np.mean, values[:, None], resamples=20_000)
-    theirs = scipy.stats.bootstrap(
+    estimate = stratified_bootstrap(KEY, np.mean, values[:, None], resamples=20_000)
+    expected = scipy.stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=20_000, random_state=np.random.default_rng(2)
     ).confidence_interval
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), rel=0.02)
 
 
-def test_runs_are_drawn_within_their_task() -> None:
+def test_runs_are_resampled_within_their_task() -> None:
     table = np.tile([0.0, 1.0, 5.0], (6, 1))  # nothing varies within a task
     assert stratified_bootstrap(KEY, np.mean, table) == (2.0, 2.0, 2.0)
     estimate = stratified_bootstrap(KEY, np.mean, scores(20))
@@ -83,9 +83,9 @@ def test_the_key_decides() -> None:
 
 def test_the_probability_of_improvement_is_mann_and_whitneys() -> None:
     rng = np.random.default_rng(3)
-    ours, others = rng.integers(0, 6, (9, 3)).astype(float), rng.integers(0, 5, (5, 3)).astype(float)
-    expected = np.mean(scipy.stats.mannwhitneyu(ours, others).statistic / (9 * 5))
-    estimate = probability_of_improvement(KEY, ours, others)
+    better, baseline = rng.integers(0, 6, (9, 3)).astype(float), rng.integers(0, 5, (5, 3)).astype(float)
+    expected = np.mean(scipy.stats.mannwhitneyu(better, baseline).statistic / (9 * 5))
+    estimate = probability_of_improvement(KEY, better, baseline)
     assert estimate.value == pytest.approx(expected)
     assert 0.0 <= estimate.low < estimate.value < estimate.high <= 1.0
 
@@ -120,14 +120,14 @@ def test_what_the_pairs_share_cancels() -> None:
 
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
 def test_intervals_cover_the_truth_as_often_as_they_say(confidence: float) -> None:
-    """The percentile bootstrap of 20 runs covers slightly less than it says; 200 tables leave 3 % to chance."""
+    """The percentile bootstrap of 20 runs covers slightly less than nominal; with 200 tables the noise is 3 %."""
     truth, options = 15.0, {"confidence": confidence, "resamples": 150}
     covered = np.zeros(3)
     for seed in range(200):
-        key, ours, others = jax.random.key(seed), scores(20, seed=seed), scores(20, seed=1000 + seed)
-        difference = paired_difference(key, ours, others - truth, **options)
-        intervals = (stratified_bootstrap(key, np.mean, ours, **options), *difference)
-        covered += [each.low <= truth <= each.high for each in intervals]
+        key, table, baseline = jax.random.key(seed), scores(20, seed=seed), scores(20, seed=1000 + seed)
+        difference = paired_difference(key, table, baseline - truth, **options)
+        intervals = (stratified_bootstrap(key, np.mean, table, **options), *difference)
+        covered += [interval.low <= truth <= interval.high for interval in intervals]
     assert covered / 200 == pytest.approx([confidence] * 3, abs=0.06)
 
 

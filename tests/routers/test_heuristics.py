@@ -1,4 +1,4 @@
-"""The routers that follow a rule, on observations made by hand and at random, and how all routers are found by name."""
+"""Heuristic routers on constructed and random observations, and the names of routers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from qos_jax import InputError, Observation, Router, make_router, router_names
 from qos_jax.impact.estimate import impact
 from tests.helpers.observations import EQUAL, equal_experts, observation, observations, reordered, running, waiting
-from tests.helpers.small_env import small_experts
+from tests.helpers.small_env import small_env, small_experts
 
 NUM_EXPERTS = 4
 DROP = NUM_EXPERTS
-ROUTERS = {name: make_router(name, NUM_EXPERTS) for name in router_names(NUM_EXPERTS)}
-BY_LOT = {"random", "power_of_two"}
+ENV = small_env(NUM_EXPERTS)
+ROUTERS = {name: make_router(name, ENV) for name in router_names(ENV)}
+SAMPLING = {"random", "power_of_two"}
 BY_IMPACT = {"impact_greedy", "impact_greedy_equal_gpus", "impact_greedy_no_drop", "oracle_impact"}
 SINGLES = {f"expert_{i}" for i in range(NUM_EXPERTS)}
 IDLE: list[list[Any]] = [[]] * NUM_EXPERTS
@@ -37,14 +38,14 @@ def choice(name: str, obs: Observation) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def drawn(router: Router, keys: jax.Array, obs: Observation) -> jax.Array:
+def sampled(router: Router, keys: jax.Array, obs: Observation) -> jax.Array:
     return jax.vmap(lambda key: router.act(key, obs, router.init())[0])(keys)
 
 
 def counts(name: str, obs: Observation) -> np.ndarray:
-    """How often a router that draws lots takes each action, with 600 keys."""
+    """How often a router that samples takes each action, with 600 keys."""
     keys = jax.random.split(jax.random.key(1), 600)
-    return np.bincount(drawn(ROUTERS[name], keys, obs), minlength=NUM_EXPERTS + 1)
+    return np.bincount(sampled(ROUTERS[name], keys, obs), minlength=NUM_EXPERTS + 1)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +53,13 @@ def counts(name: str, obs: Observation) -> np.ndarray:
     [
         ("shortest_queue", ([R, R, R], [R, R, W], [R, W], [R, R, R]), 2),
         ("shortest_queue", ([W, W], [R], [R], []), 3),
-        ("vllm_dp", ([W], [R, R, R], [R, W], [W, W]), 1),  # 3 running weigh less than one that waits,
+        ("vllm_dp", ([W], [R, R, R], [R, W], [W, W]), 1),  # 3 running weigh less than 1 waiting,
         ("vllm_dp", ([R] * 5, [W], [R, W], [W, W]), 1),  # 5 more,
         ("vllm_dp", ([W], [R] * 4, [R, W], [W, W]), 0),  # 4 the same
         ("least_kv", ([R, R, R], [R, R], [R], [R, R]), 2),
-        ("least_kv", ([R, R], [R], [W] * 3, [R]), 2),  # one that waits holds none
+        ("least_kv", ([R, R], [R], [W] * 3, [R]), 2),  # waiting requests hold no memory
         ("shortest_tokens", ([R, R], [running(predicted_tokens=500.0)], [R, R, R], [R] * 4), 0),
-        # Prompt tokens that are still to be computed count as much as those to be emitted.
+        # Prompt tokens to compute count as much as tokens to generate.
         ("shortest_tokens", ([waiting(prompt_tokens=90, predicted_tokens=10.0)], [R, R, R], [R, R], [R] * 4), 2),
         ("shortest_tokens", ([waiting(prompt_tokens=70, predicted_tokens=10.0)], [R, R, R], [R, R], [R] * 4), 0),
         ("shortest_tokens", ([running(prompt_tokens=90, computed_tokens=50)], [R, R, R], [R, R], [R] * 4), 2),
@@ -67,7 +68,7 @@ def counts(name: str, obs: Observation) -> np.ndarray:
         ("latency_headroom", ([W] * 7, [R] * 4, [R, R, W], [R, R]), 3),
     ],
 )
-def test_a_router_takes_what_is_best_by_its_definition(name: str, fleet: Any, expected: int) -> None:
+def test_a_router_takes_the_best_expert_by_its_definition(name: str, fleet: Any, expected: int) -> None:
     assert choice(name, observation(*fleet)) == expected
 
 
@@ -111,40 +112,40 @@ class TestBertRouterFeasible:
         assert choice("bert_router_feasible", obs) == choice("latency_headroom", obs) == 2
 
 
-def test_a_single_expert_gets_everything_and_what_it_cannot_take_is_dropped() -> None:
+def test_a_single_expert_gets_all_requests_and_those_it_cannot_take_are_dropped() -> None:
     assert choice("expert_2", observation([], [], [W] * 8, [])) == 2
     assert choice("expert_2", observation(*IDLE, legal=[True, True, False, True, True])) == DROP
     assert choice("expert_2", observation(*IDLE, legal=[True, True, False, True, False])) == DROP
 
 
-def test_random_draws_all_legal_experts_alike() -> None:
+def test_random_takes_all_legal_experts_equally_often() -> None:
     taken = counts("random", observation(*IDLE, legal=[True, False, True, True, True]))
     assert taken[[1, DROP]].sum() == 0
     assert taken[[0, 2, 3]] == pytest.approx(200, abs=50)  # 4.3 standard deviations
 
 
 class TestPowerOfTwo:
-    def test_takes_the_shorter_of_two_that_are_drawn_alike(self) -> None:
+    def test_takes_the_shorter_of_two_uniformly_sampled_experts(self) -> None:
         taken = counts("power_of_two", observation([R, R], [W, R, R], [], [R]))
         assert taken[[1, DROP]].sum() == 0  # the longest queue loses against each of the others
         assert taken[[2, 3, 0]] == pytest.approx([300, 200, 100], abs=50)  # they win 3, 2 and 1 of the 6 pairs
 
-    def test_draws_among_the_legal(self) -> None:
+    def test_samples_among_the_legal_experts(self) -> None:
         taken = counts("power_of_two", observation([R] * 3, [], [R], [W, R], legal=[True, False, True, True, True]))
         assert taken[[0, 1, DROP]].sum() == 0
         assert taken[[2, 3]] == pytest.approx([400, 200], abs=50)
 
-    def test_takes_the_only_one(self) -> None:
+    def test_takes_the_only_legal_expert(self) -> None:
         taken = counts("power_of_two", observation([W] * 3, [R], [], [], legal=[True, False, False, False, True]))
         assert taken[0] == taken.sum()
-        alone = make_router("power_of_two", 1)
+        alone = make_router("power_of_two", small_env(1))
         assert alone.act(jax.random.key(0), observation([R]), alone.init())[0] == 0
 
 
 class TestRoundRobin:
     def turns(self, *masks: list[bool]) -> list[int]:
-        """What it takes under one mask of the experts after another."""
-        router = make_router("round_robin", len(masks[0]))
+        """The actions under a sequence of masks of the experts."""
+        router = make_router("round_robin", small_env(len(masks[0])))
         memory, taken = router.init(), []
         for mask in masks:
             obs = observation(*[[]] * len(mask), legal=[*mask, True])
@@ -155,12 +156,12 @@ class TestRoundRobin:
     def test_takes_the_experts_in_turn(self) -> None:
         assert self.turns(*[[True] * 3] * 7) == [0, 1, 2, 0, 1, 2, 0]
 
-    def test_passes_over_full_ones_and_goes_on_behind_the_one_it_took(self) -> None:
+    def test_skips_full_experts_and_continues_after_the_chosen_one(self) -> None:
         free, second_full = [True, True, True], [True, False, True]
         assert self.turns(free, second_full, free, free) == [0, 2, 0, 1]
         assert self.turns(*[second_full] * 5) == [0, 2, 0, 2, 0]
 
-    def test_a_drop_costs_nobody_a_turn(self) -> None:
+    def test_a_drop_does_not_advance_the_turn(self) -> None:
         free, full = [True] * 3, [False] * 3
         assert self.turns(free, free, full, full, free) == [0, 1, 3, 3, 2]
 
@@ -170,13 +171,13 @@ def test_the_first_legal_expert_wins_a_tie(first: int) -> None:
     legal = [expert >= first for expert in range(NUM_EXPERTS)] + [True]
     for fleet in (IDLE, [[R, W]] * NUM_EXPERTS):
         taken = all_choices(jax.random.key(0), observation(*fleet, legal=legal))
-        for name in ROUTERS.keys() - SINGLES - BY_LOT:
+        for name in ROUTERS.keys() - SINGLES - SAMPLING:
             assert taken[name] == first, name
 
 
 @settings(max_examples=60)
 @given(observations(NUM_EXPERTS), st.integers(0, 2**31 - 1))
-def test_nobody_acts_against_the_mask(obs: Observation, seed: int) -> None:
+def test_every_action_is_legal(obs: Observation, seed: int) -> None:
     legal = np.asarray(obs.action_mask)
     for name, action in all_choices(jax.random.key(seed), obs).items():
         assert action.dtype == jnp.int32
@@ -194,14 +195,14 @@ def test_nobody_acts_against_the_mask(obs: Observation, seed: int) -> None:
 
 @jax.jit
 def values(obs: Observation) -> dict[str, jax.Array]:
-    """What the routers compare [N], by their definitions once more."""
-    seen, experts = obs.requests, obs.experts
-    left = seen.prompt_tokens + seen.predicted_tokens - seen.computed_tokens
+    """The values [N] that the routers compare, computed independently."""
+    requests, experts = obs.requests, obs.experts
+    work = requests.prompt_tokens + requests.predicted_tokens - requests.computed_tokens
     estimated = impact(obs)
     net = estimated.qos + estimated.qos_change
     return {
         "shortest_queue": -(experts.running + experts.waiting).astype(float),
-        "shortest_tokens": -jnp.sum(left * (seen.running | seen.waiting), -1),
+        "shortest_tokens": -jnp.sum(work * (requests.running | requests.waiting), -1),
         "least_kv": -experts.kv_used_blocks / experts.profile.kv_blocks,
         "vllm_dp": -(4.0 * experts.waiting + experts.running),
         "latency_headroom": -estimated.latency_per_token_s,
@@ -216,7 +217,7 @@ def values(obs: Observation) -> dict[str, jax.Array]:
 @settings(max_examples=60)
 @given(observations(NUM_EXPERTS), st.permutations(range(NUM_EXPERTS)))
 def test_the_order_of_the_experts_does_not_matter(obs: Observation, order: list[int]) -> None:
-    """But for ties, which the first wins."""
+    """Except for ties, which the first expert wins."""
     key, legal = jax.random.key(0), np.asarray(obs.action_mask[:-1])
     before, after = all_choices(key, obs), all_choices(key, reordered(obs, order))
     place = [*order, DROP]
@@ -234,13 +235,13 @@ def test_jit_and_vmap_change_nothing() -> None:
         ([R] * 4, [], [W] * 3, [R, W]),
         ([R] * 2, [R] * 3, [R] * 4, [R] * 4 + [W] * 4),
     ]
-    seen = [
+    each = [
         observation(*fleet, profile=small_experts(4), predicted_score=scores)
         for fleet, scores in zip(fleets, np.random.default_rng(0).uniform(size=(3, 4)), strict=True)
     ]
-    keys = jax.random.split(jax.random.key(2), len(seen))
-    together = jax.jit(jax.vmap(all_choices))(keys, jax.tree.map(lambda *x: jnp.stack(x), *seen))
-    for i, obs in enumerate(seen):
+    keys = jax.random.split(jax.random.key(2), len(each))
+    together = jax.jit(jax.vmap(all_choices))(keys, jax.tree.map(lambda *x: jnp.stack(x), *each))
+    for i, obs in enumerate(each):
         alone = all_choices.__wrapped__(keys[i], obs)
         assert {name: int(x) for name, x in alone.items()} == {name: int(x[i]) for name, x in together.items()}
 
@@ -248,26 +249,34 @@ def test_jit_and_vmap_change_nothing() -> None:
 class TestNames:
     @pytest.mark.parametrize("num_experts", [1, 8, 9])
     def test_every_name_makes_the_router_of_that_name(self, num_experts: int) -> None:
-        names = router_names(num_experts)
+        env = small_env(num_experts)
+        names = router_names(env)
         assert len(set(names)) == len(names)
         for name in names:
-            assert make_router(name, num_experts).name == name
+            assert make_router(name, env).name == name
 
     def test_experts_alone_are_named_in_small_fleets_only(self) -> None:
-        assert [name for name in router_names(8) if name.startswith("expert_")] == [f"expert_{i}" for i in range(8)]
-        assert not [name for name in router_names(9) if name.startswith("expert_")]
-        assert make_router("expert_8", 9).name == "expert_8"  # but can be asked for
+        small, large = small_env(8), small_env(9)
+        assert [name for name in router_names(small) if name.startswith("expert_")] == [f"expert_{i}" for i in range(8)]
+        assert not [name for name in router_names(large) if name.startswith("expert_")]
+        assert make_router("expert_8", large).name == "expert_8"
 
-    def test_only_oracles_see_truths(self) -> None:
+    def test_only_oracles_observe_ground_truth(self) -> None:
         for router in ROUTERS.values():
             assert (router.information != "predictions") == (router.kind == "oracle"), router.name
 
     @pytest.mark.parametrize("name", ["best", "", "expert_4", "expert_-1", "expert_", "expert_one", "expert 1", "1"])
     def test_an_unknown_name_is_one_error_that_lists_the_known(self, name: str) -> None:
         with pytest.raises(InputError) as error:
-            make_router(name, 4)
+            make_router(name, ENV)
         message = str(error.value)
         assert repr(name) in message
         assert "expert_0 to expert_3" in message
-        assert all(known in message for known in router_names(9))
+        assert all(known in message for known in router_names(small_env(9)))
         assert "\n" not in message
+
+    def test_the_call_of_the_previous_release_still_works(self) -> None:
+        with pytest.warns(DeprecationWarning, match="give env and params"):
+            assert make_router("shortest_queue", 3).name == "shortest_queue"  # type: ignore[arg-type]
+        with pytest.warns(DeprecationWarning, match="give env and params"):
+            assert router_names(3) == router_names(small_env(3))  # type: ignore[arg-type]

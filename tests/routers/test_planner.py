@@ -1,4 +1,4 @@
-"""Imagined worlds against true ones, and the planner that tries its actions in them."""
+"""Worlds sampled from an observation, compared to the true ones, and the planner that simulates actions in them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 
-from qos_jax import InputError, Observation, Scenario, evaluate, make, make_router, router_names
-from qos_jax.impact.imagined_world import sample_belief, sample_request, tokens_left
+from qos_jax import InputError, Observation, evaluate, make, make_router, router_names, scenarios
+from qos_jax.impact.imagined_world import expected_remaining_tokens, sample_belief, sample_request
 from qos_jax.routers.impact_greedy import impact_greedy
 from qos_jax.routers.planner import rollout_planner
 from qos_jax.sim import engine
@@ -26,67 +26,69 @@ EXPERTS = tuple((llm, "A40") for llm in ("alpaca-native", "chatglm-6b", "mpt-7b-
 ENV, PARAMS = make(
     "paper-3", experts=EXPERTS, rate_per_s=RATE_PER_S, prediction="perfect", max_running=6, max_waiting=2
 )
-SHORT = rollout_planner(PARAMS.workload, horizon=3, futures=3)  # what is tested does not take long plans
+SHORT = rollout_planner(PARAMS.workload, horizon=3, futures=3)  # the tests do not need long plans
 short_act = jax.jit(SHORT.act)
 
 
 @pytest.fixture(scope="module")
 def played() -> tuple[EnvState, Observation, Any]:
-    """What the short planner meets in 120 decisions: states, observations and its memory, leaves [120, ...]."""
-    step, met = jax.jit(ENV.step), []
+    """States, observations and memory, leaves [120, ...], of 120 decisions of the short planner."""
+    step, history = jax.jit(ENV.step), []
     obs, state = jax.jit(ENV.reset)(jax.random.key(3), PARAMS)
     memory = SHORT.init()
     for key in jax.random.split(jax.random.key(3), 120):
-        met.append((state, obs, memory))
+        history.append((state, obs, memory))
         action, memory = short_act(key, obs, memory)
         obs, state, *_ = step(key, state, action, PARAMS)
-    return jax.tree.map(lambda *x: jnp.stack(x), *met)
+    return jax.tree.map(lambda *x: jnp.stack(x), *history)
 
 
-class TestImagine:
-    def test_with_known_lengths_it_ends_like_the_true_world(self, played: tuple[EnvState, Observation, Any]) -> None:
-        """Nobody arrives any more, and each expert may start an iteration at once."""
-        states, seen, _ = played
+class TestSampleBelief:
+    def test_with_known_lengths_it_finishes_like_the_true_world(
+        self, played: tuple[EnvState, Observation, Any]
+    ) -> None:
+        """Without further arrivals, and with experts that may start an iteration at once."""
+        states, observed, _ = played
 
         @jax.jit
         @jax.vmap
         def ends(state: EnvState, obs: Observation) -> tuple[Slots, Slots, jax.Array]:
             experts = state.world.experts
             now = experts.replace(clock_s=jnp.zeros_like(experts.clock_s))
-            true, guessed = (
+            true, belief = (
                 engine.drain(ENV.spec.engine, PARAMS.experts, each).slots
                 for each in (now, sample_belief(obs, 0.0).experts)
             )
-            return true, guessed, experts.slots.live
+            return true, belief, experts.slots.live
 
-        true, guessed, there = jax.tree.map(np.asarray, ends(states, seen))
-        assert there.sum() > 500
-        assert (there.sum(-1) > 6).any()  # some wait
-        assert np.array_equal(guessed.output_tokens > 0, there)
-        assert np.array_equal(guessed.output_tokens[there], true.output_tokens[there])
-        np.testing.assert_allclose(guessed.finish_s[there], true.finish_s[there], rtol=2e-5)
+        true, belief, present = jax.tree.map(np.asarray, ends(states, observed))
+        assert present.sum() > 500
+        assert (present.sum(-1) > 6).any()  # some requests wait
+        assert np.array_equal(belief.output_tokens > 0, present)
+        assert np.array_equal(belief.output_tokens[present], true.output_tokens[present])
+        np.testing.assert_allclose(belief.finish_s[present], true.finish_s[present], rtol=2e-5)
 
     def test_without_a_key_lengths_are_the_expected_ones(self) -> None:
         obs = observation([running(generated_tokens=30, predicted_tokens=50.0), waiting(predicted_tokens=20.0)])
         slots = sample_belief(obs, 0.5).experts.slots
-        expected = 30 + float(tokens_left(obs.requests, 0.5)[0, 0])
+        expected = 30 + float(expected_remaining_tokens(obs.requests, 0.5)[0, 0])
         assert slots.output_tokens[0].tolist() == [round(expected), 20] + [0] * (SLOTS - 2)
         assert slots.payload.score[0, :2].tolist() == [0.5, 0.5]
         assert not slots.live[0, 2:].any()
 
-    def test_drawn_lengths_follow_the_law_given_that_they_go_on(self) -> None:
-        """Lognormals with the prediction as mean, cut off at what was emitted."""
-        emitted, predicted, length_cv = (1, 60, 200), (80.0, 80.0, 201.0), 1.1
+    def test_sampled_lengths_follow_the_law_given_the_generated_tokens(self) -> None:
+        """Lognormals with the prediction as mean, truncated at the generated tokens."""
+        generated, predicted, length_cv = (1, 60, 200), (80.0, 80.0, 201.0), 1.1
         obs = observation(
-            [running(generated_tokens=e, predicted_tokens=p) for e, p in zip(emitted, predicted, strict=True)],
+            [running(generated_tokens=e, predicted_tokens=p) for e, p in zip(generated, predicted, strict=True)],
             profile=equal_experts(1, kv_blocks=100_000),
         )
         keys = jax.random.split(jax.random.key(0), 4000)
-        drawn = jax.jit(jax.vmap(lambda key: sample_belief(obs, length_cv, key).experts.slots.output_tokens[0, :3]))(
+        sampled = jax.jit(jax.vmap(lambda key: sample_belief(obs, length_cv, key).experts.slots.output_tokens[0, :3]))(
             keys
         )
         log_sd = math.sqrt(math.log1p(length_cv**2))
-        for tokens, e, p in zip(np.asarray(drawn).T, emitted, predicted, strict=True):
+        for tokens, e, p in zip(np.asarray(sampled).T, generated, predicted, strict=True):
             assert tokens.min() > e
             law = scipy.stats.lognorm(log_sd, scale=p * math.exp(-(log_sd**2) / 2))
             quantiles = 1 - law.sf(tokens - 0.5 + np.random.default_rng(0).uniform(size=len(tokens))) / law.sf(e + 0.5)
@@ -94,8 +96,8 @@ class TestImagine:
         arrived = jax.vmap(lambda key: sample_request(obs, length_cv, key).output_tokens[0])(keys)
         assert np.mean(arrived) == pytest.approx(40.0, rel=0.08)  # the prediction
 
-    def test_what_has_been_taken_fits(self) -> None:
-        """However long a request is predicted to be, the expert would not have it if its memory could not hold it."""
+    def test_admitted_requests_fit_into_memory(self) -> None:
+        """An expert admits only requests that fit into its memory, so sampled lengths never exceed it."""
         obs = observation([running(generated_tokens=9, predicted_tokens=1e6)], profile=equal_experts(1, kv_blocks=10))
         for key in (None, jax.random.key(0)):
             slots = sample_belief(obs, 1.1, key).experts.slots
@@ -110,9 +112,9 @@ class TestPlanner:
         action = int(short_act(jax.random.key(0), obs, SHORT.init())[0])
         assert mask[action] if mask.any() else action == NUM_EXPERTS
 
-    def test_it_sees_no_truth(self, played: tuple[EnvState, Observation, Any]) -> None:
-        """Other scores, and other numbers of tokens still to come, than there are."""
-        states, seen, memories = played
+    def test_it_does_not_observe_ground_truth(self, played: tuple[EnvState, Observation, Any]) -> None:
+        """Its actions do not change with the true scores and the true remaining tokens."""
+        states, observed, memories = played
 
         @jax.vmap
         def other(state: EnvState) -> EnvState:
@@ -126,54 +128,53 @@ class TestPlanner:
             return state.replace(world=world, request=request)
 
         observe = jax.jit(jax.vmap(lambda state: ENV.observe(state, PARAMS)))
-        seen_of_others, chosen = observe(other(states)), []
+        observed_of_others, chosen = observe(other(states)), []
         for i in range(20, 120, 3):
-            both = [jax.tree.map(lambda x, i=i: x[i], (obs, memories)) for obs in (seen, seen_of_others)]
+            both = [jax.tree.map(lambda x, i=i: x[i], (obs, memories)) for obs in (observed, observed_of_others)]
             action, other_action = (int(short_act(jax.random.key(i), *each)[0]) for each in both)
             assert other_action == action
             chosen.append(action)
         assert len(set(chosen)) > 2
 
-    def test_it_learns_the_rate_from_ages(self, played: tuple[EnvState, Observation, Any]) -> None:
+    def test_it_estimates_the_rate_from_ages(self, played: tuple[EnvState, Observation, Any]) -> None:
         gaps = played[2]
         assert not gaps.weight[0]
         assert float(gaps.weight[-1] / gaps.sum_s[-1]) == pytest.approx(RATE_PER_S, rel=0.3)
 
-    def test_a_fleet_on_the_brink_is_not_given_more(self) -> None:
-        """Each request there just keeps its limit, and a long prompt would stall them all."""
-        brink = [running(predicted_score=0.9, latency_limit_s=0.033)] * 4
+    def test_it_drops_a_request_that_would_delay_all_others_beyond_their_limit(self) -> None:
+        """Each request just meets its limit, and a long prompt would stall all of them."""
+        at_limit = [running(predicted_score=0.9, latency_limit_s=0.033)] * 4
         arrived: dict[str, Any] = {"predicted_score": 0.6, "prompt_tokens": 2000, "predicted_tokens": 150.0}
         arrived["profile"] = equal_experts(NUM_EXPERTS, kv_blocks=400)
 
         def action(obs: Observation) -> int:
             return int(short_act(jax.random.key(0), obs, SHORT.init())[0])
 
-        assert action(observation(*[brink] * 4, **arrived)) == NUM_EXPERTS
-        assert action(observation(*[brink] * 4, legal=[True] * 4 + [False], **arrived)) < NUM_EXPERTS
-        assert action(observation(brink, brink, [], brink, **arrived)) == 2
+        assert action(observation(*[at_limit] * 4, **arrived)) == NUM_EXPERTS
+        assert action(observation(*[at_limit] * 4, legal=[True] * 4 + [False], **arrived)) < NUM_EXPERTS
+        assert action(observation(at_limit, at_limit, [], at_limit, **arrived)) == 2
 
-    def test_the_same_key_decides_the_same(self, played: tuple[EnvState, Observation, Any]) -> None:
+    def test_the_same_key_gives_the_same_action(self, played: tuple[EnvState, Observation, Any]) -> None:
         obs, memory = jax.tree.map(lambda x: x[-1], played[1:])
         one, other = (short_act(jax.random.key(5), obs, memory)[0] for _ in range(2))
         assert one == other
 
 
 class TestName:
-    def test_it_is_made_by_name_and_never_among_all(self) -> None:
-        assert make_router("rollout", NUM_EXPERTS, PARAMS.workload).name == "rollout"
-        assert "rollout" not in router_names(NUM_EXPERTS)
+    def test_it_is_made_by_name_and_not_among_all(self) -> None:
+        assert make_router("rollout", ENV, PARAMS).name == "rollout"
+        assert "rollout" not in router_names(ENV)
 
     def test_it_needs_the_law_of_requests(self) -> None:
         with pytest.raises(InputError, match="router 'rollout' plans ahead, but workload is None"):
-            make_router("rollout", NUM_EXPERTS)
+            make_router("rollout", ENV)
 
 
 @pytest.mark.slow
 def test_planning_costs_no_qos() -> None:
-    """Near saturation, against the router that it imagines to follow; it gained .010 +- .014 on these requests."""
+    """Near saturation, compared to impact-greedy; the gain on these requests is 0.010 +- 0.014."""
     env, params = make("paper-3", load=0.9)
     routers = [impact_greedy(), rollout_planner(params.workload)]
-    scenarios = [Scenario(0.9, 0.9 * float(params.saturation_per_s), seed) for seed in range(1000, 1008)]
-    runs = evaluate(env, params, routers, scenarios, 300, warmup=100)
+    runs = evaluate(env, params, routers, scenarios(params, [0.9], range(1000, 1008)), 300, warmup=100)
     greedy, planned = np.array([run.metrics["qos"] for run in runs]).reshape(2, -1)
     assert np.mean(planned - greedy) > -0.005

@@ -1,4 +1,6 @@
-"""Arrivals against their laws: gaps, mean rate, dispersion, and the integral of the rate between arrivals."""
+"""Arrivals compared to their laws: gaps, mean rate, dispersion, and the integral of the rate between arrivals."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,22 @@ def test_gaps_are_independent_and_follow_their_law(cv):
     quantiles = stats.gamma(cv**-2, scale=cv**2 / 5.0).cdf(draw(process)[0])
     assert stats.kstest(quantiles.ravel(), "uniform").pvalue > LEAST_P
     assert abs(lag_correlation(quantiles)) < 4 / np.sqrt(quantiles.size)
+
+
+def test_renewal_gaps_follow_a_law_given_by_its_quantiles():
+    shape = 0.8
+    process = arrivals.renewal(5.0, 7.0 * arrivals.quantile_grid() ** (1 / shape))  # Weibull, in any unit
+    mean_s = math.gamma(1 + 1 / shape)
+    gaps_s, _ = draw(process)
+    quantiles = stats.weibull_min(shape, scale=1 / (5.0 * mean_s)).cdf(gaps_s)
+    assert stats.kstest(quantiles.ravel(), "uniform").pvalue > LEAST_P
+    assert jax.tree.structure(process) == jax.tree.structure(arrivals.poisson(1.0))  # so that both mix in one vmap
+
+
+@pytest.mark.parametrize("gaps", [np.ones(3), -arrivals.quantile_grid(), np.zeros(257), arrivals.quantile_grid()[::-1]])
+def test_bad_quantiles_are_refused(gaps):
+    with pytest.raises(InputError, match=r"gaps must be \[257\] finite numbers >= 0 that do not decrease"):
+        arrivals.renewal(1.0, gaps)
 
 
 @pytest.mark.parametrize("cv", [*arrivals.CV_RANGE, 5.0])
@@ -113,13 +131,13 @@ def test_sinusoidal_rate_integrates_to_the_poisson_gaps(period_s, amplitude, x64
     assert stats.kstest(integral.ravel(), "expon").pvalue > LEAST_P
 
 
-def test_phase_keeps_time_where_a_gap_is_less_than_float32_resolves():
+def test_the_phase_keeps_time_with_gaps_below_the_resolution_of_float32():
     period_s = 86_400.0
     gaps_s, states = draw(arrivals.sinusoidal(1000.0, 0.5, period_s, random_start=False), LONG)
     assert not states.phase[:, 0].any()
     phase_s, passed_s = states.phase[:, -1] / 2.0**32 * period_s, gaps_s.sum(1)
-    np.testing.assert_allclose(phase_s, passed_s, rtol=3e-4)  # each gap is rounded to 2^-32 of a day, 20 us,
-    assert phase_s.mean() == pytest.approx(passed_s.mean(), rel=5e-5)  # but not to one side
+    np.testing.assert_allclose(phase_s, passed_s, rtol=3e-4)  # each gap is rounded to 2^-32 of a day, 20 us
+    assert phase_s.mean() == pytest.approx(passed_s.mean(), rel=5e-5)  # without bias
 
 
 def test_sinusoidal_load_rises_first_when_it_starts_at_time_zero():
@@ -145,14 +163,14 @@ def test_kinds_mix_in_one_vmap():
     mixed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kinds)
     gaps_s, _ = jax.vmap(play, (0, None, None))(mixed, *keys_of(WIDE))
     alone = np.array([draw(kind)[0] for kind in kinds])
-    np.testing.assert_allclose(gaps_s, alone, rtol=1e-3)  # rounded otherwise where XLA fuses otherwise
+    np.testing.assert_allclose(gaps_s, alone, rtol=1e-3)  # XLA fuses, and so rounds, differently
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mean_rate_is_kept(kind):
     gaps_s, states = draw(KINDS[kind](3.0), LONG)
     assert 1 / gaps_s.mean() == pytest.approx(3.0, rel=0.01)
-    if kind == "both":  # the phase counts the sojourns that passed within a gap, too
+    if kind == "both":  # the phase also counts sojourns that pass within a gap
         drift_s = (states.phase[:, -1] - states.phase[:, 0]).astype(np.float64) / 2.0**32 * 10.0 - gaps_s.sum(1)
         np.testing.assert_allclose(drift_s / 10.0, np.rint(drift_s / 10.0), atol=1e-4)
 
@@ -184,7 +202,7 @@ def test_recorded_gaps_play_in_order_and_loop():
     np.testing.assert_allclose(played, np.tile(gaps_s * 3, (2, 1))[:, :10], rtol=1e-6)
 
 
-def test_recorded_gaps_start_anywhere_and_take_another_rate():
+def test_recorded_gaps_start_at_random_and_take_another_rate():
     gaps_s = np.array([1.0, 2.0, 4.0, 8.0])
     played, _ = draw(arrivals.recorded(gaps_s, rate_per_s=10.0), (400, 4))
     np.testing.assert_allclose(played.mean(1), 0.1, rtol=1e-6)
@@ -205,7 +223,7 @@ def test_recorded_gaps_start_anywhere_and_take_another_rate():
         ("sinusoidal:0.5:600", lambda: arrivals.sinusoidal(7.0, 0.5, 600.0)),
     ],
 )
-def test_flags_name_processes(text, process):
+def test_texts_name_processes(text, process):
     jax.tree.map(np.testing.assert_array_equal, arrivals.parse_arrivals(text, 7.0), process())
 
 
@@ -216,8 +234,8 @@ def test_flags_name_processes(text, process):
         ("", "legal is poisson"),
         ("gamma", "legal is"),
         ("poisson:3", "legal is"),
-        ("mmpp:4:30:30:1", "legal is"),
-        ("gamma:three", "must be numbers"),
+        ("mmpp:4:30:30:1", r"legal is .*mmpp\[:BURST\[:BURST_S\[:CALM_S\]\]\], sinusoidal\[:AMPLITUDE\[:PERIOD_S\]\]"),
+        ("gamma:three", "must be numbers; legal is poisson, gamma:CV"),
         ("gamma:50", r"cv must lie in \[0.1, 10\], got 50"),
         ("gamma:nan", "cv must lie in"),
         ("mmpp:0.5", "burst must lie in"),
@@ -227,7 +245,7 @@ def test_flags_name_processes(text, process):
         ("sinusoidal:0.5:-1", "period_s must lie in"),
     ],
 )
-def test_bad_flags_say_what_is_legal(text, message):
+def test_errors_say_what_is_legal(text, message):
     with pytest.raises(InputError, match=message):
         arrivals.parse_arrivals(text, 1.0)
 

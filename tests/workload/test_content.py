@@ -50,7 +50,7 @@ def test_scores_have_the_published_means_and_the_measured_spread(sample):
 
 
 def test_the_best_of_all_answers_is_not_far_from_the_published_oracle(sample):
-    # The published means spread wider than AlpacaEval's; equal spreads on all prompts would be off by .024.
+    # The published means spread wider than AlpacaEval's; equal spreads on all prompts would miss it by 0.024.
     assert sample[2].max(1).mean() == pytest.approx(constants.ORACLE_SCORE, abs=0.018)
 
 

@@ -16,8 +16,8 @@ DRAWS = 100_000
 def draw(content, model, keys):
     def one(key):
         content_key, prediction_key = jax.random.split(key)
-        answers = content.sample(content_key)
-        return answers.score, answers.output_tokens, *model.predict(prediction_key, content, answers)
+        sampled = content.sample(content_key)
+        return sampled.score, sampled.output_tokens, *model.predict(prediction_key, content, sampled)
 
     return jax.vmap(one)(keys)
 
@@ -28,7 +28,7 @@ def predictions(content, text):
 
 
 def r2_and_slope(truth, prediction):
-    """Of the regression of each column of the truth on its prediction."""
+    """R^2 and slope of the regression of each column of true values on its prediction."""
     covariance = ((truth - truth.mean(0)) * (prediction - prediction.mean(0))).mean(0)
     return covariance**2 / truth.var(0) / prediction.var(0), covariance / prediction.var(0)
 
@@ -57,12 +57,12 @@ def test_predictions_are_calibrated_and_explain_what_was_asked(request, kind, te
     score, output_tokens, predicted_score, predicted_tokens = predictions(content, text)
     r2, slope = r2_and_slope(score, predicted_score)
     assert r2 == pytest.approx(score_r2, abs=0.012)
-    assert slope == pytest.approx(1.0, abs=0.08)  # .95 for buckets of scores, whose tails are heavy
+    assert slope == pytest.approx(1.0, abs=0.08)  # 0.95 for buckets of scores, which have heavy tails
     assert predicted_score.mean(0) == pytest.approx(score.mean(0), abs=0.003)
     assert (predicted_score.min(), predicted_score.max()) == pytest.approx((0.5, 0.5), abs=0.5)
 
     r2, slope = r2_and_slope(np.log(output_tokens), np.log(predicted_tokens))
-    # Every sixth answer of chatglm-6b is cut off at the cap, and what is cut off cannot be predicted.
+    # Every sixth answer of chatglm-6b is cut off at the cap, and the length beyond it cannot be predicted.
     assert r2 == pytest.approx(log_length_r2, abs=0.06)
     assert slope == pytest.approx(1.0, abs=0.18)
     _, slope = r2_and_slope(output_tokens, predicted_tokens)
@@ -96,12 +96,12 @@ def test_what_sets_the_experts_apart_is_predicted_to_the_share_that_was_asked(co
     keys = jax.random.split(jax.random.key(3), DRAWS)
     score, _, predicted_score, _ = (np.asarray(x, float) for x in draw(content, model, keys))
     assert r2_and_slope(score, predicted_score)[0] == pytest.approx(0.2, abs=0.02)
-    known = 0.0 if within == 0 else np.corrcoef(deviation(score), deviation(predicted_score))[0, 1]
-    assert known**2 == pytest.approx(within, abs=0.02)
+    correlation = 0.0 if within == 0 else np.corrcoef(deviation(score), deviation(predicted_score))[0, 1]
+    assert correlation**2 == pytest.approx(within, abs=0.02)
 
 
 def ridge_predictions(embeddings, truth, penalty):
-    """Of each prompt, by ridge regression on four fifths of the others."""
+    """Predictions for each prompt by 5-fold ridge regression."""
     fold = np.random.default_rng(0).permutation(np.arange(len(truth)) % 5)
     predicted = np.zeros_like(truth)
     for k in range(5):
@@ -113,16 +113,16 @@ def ridge_predictions(embeddings, truth, penalty):
 
 
 def rank_correlation(truth, prediction):
-    """Over the experts, mean over the prompts."""
+    """Spearman's correlation over the experts, mean over the prompts."""
     pairs = zip(truth, prediction, strict=True)
     return np.nanmean([scipy.stats.spearmanr(*pair).statistic for pair in pairs])
 
 
 def confusion(truth, prediction):
-    """Share [5, 5] of the truths in each fifth of an expert's that are predicted to be in each fifth."""
+    """Share [5, 5] of the true values in each fifth of an expert's values that are predicted in each fifth."""
 
     def fifths(columns):
-        # Predictions may be buckets: those in one are told apart by lot.
+        # Predictions may be buckets; noise breaks the ties within one.
         mixed = columns + 1e-6 * np.random.default_rng(0).normal(size=columns.shape)
         return np.argsort(np.argsort(mixed, 0), 0) * 5 // len(mixed)
 
@@ -140,8 +140,9 @@ def test_realistic_predictions_are_as_good_as_measured_ones(data_dir, column, pe
     measured = table.score if column == "score" else np.log(table.output_tokens)
     real = ridge_predictions(embeddings, measured, penalty)
     keys = jax.random.split(jax.random.key(7), 4000)
-    score, tokens, *told = (np.asarray(x, float) for x in draw(table.content(), parse_prediction("realistic"), keys))
-    truth, simulated = (score, told[0]) if column == "score" else (np.log(tokens), np.log(told[1]))
+    sample = draw(table.content(), parse_prediction("realistic"), keys)
+    score, tokens, predicted_score, predicted_tokens = (np.asarray(x, float) for x in sample)
+    truth, simulated = (score, predicted_score) if column == "score" else (np.log(tokens), np.log(predicted_tokens))
     unexplained = ((measured - real) ** 2).sum(0) / ((measured - measured.mean(0)) ** 2).sum(0)
     assert r2_and_slope(truth, simulated)[0].mean() == pytest.approx(1 - unexplained.mean(), abs=0.025)
     assert rank_correlation(truth, simulated) == pytest.approx(rank_correlation(measured, real), abs=rank_tolerance)

@@ -122,7 +122,7 @@ def test_scores_are_clipped_only_on_request(tmp_path):
     score = make_table().score.copy()
     score[3, 1], score[4, 0] = -0.2, 1.0001
     path = write_npz(tmp_path / "table.npz", quality=score)
-    with pytest.raises(InputError, match=r"table.npz: score -0.2 of large for prompt 3 \(2 such in all\)"):
+    with pytest.raises(InputError, match=r"table.npz: score -0.2 of large for prompt 3 \(2 illegal"):
         read_npz(path, "quality")
     assert read_npz(path, "quality", clip_scores=True).score[[3, 4], [1, 0]] == pytest.approx([0.0, 1.0])
 
@@ -132,10 +132,10 @@ def test_scores_are_clipped_only_on_request(tmp_path):
     [
         ({"out_tokens": None}, "no column out_tokens; it has experts, prompt_tokens, quality"),
         ({"quality": None}, "no column quality"),
-        ({"quality": np.full((50, 2), np.nan)}, r"score nan of small for prompt 0 \(100 such"),
+        ({"quality": np.full((50, 2), np.nan)}, r"score nan of small for prompt 0 \(100 illegal"),
         ({"experts": np.array(["one", "two", "three"])}, "3 experts and 50 prompts, but output tokens have the shape"),
-        ({"experts": np.array(["same", "same"])}, "not all different"),
-        ({"prompt_tokens": np.zeros(50, np.int32)}, "a length of 0 tokens"),
+        ({"experts": np.array(["same", "same"])}, "experts are same, same, must be different"),
+        ({"prompt_tokens": np.zeros(50, np.int32)}, "a length is 0 tokens"),
         ({"prompt_tokens": np.ones(49, np.int32)}, "2 experts and 49 prompts"),
         ({"experts": np.array(EXPERTS, dtype=object)}, "not a readable .npz file"),
     ],
@@ -148,7 +148,7 @@ def test_a_bad_npz_is_refused(tmp_path, changes, message):
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     for name in ("missing.npz", "text.npz"):
-        with pytest.raises(InputError, match=f"{name}: not a readable .npz file"):
+        with pytest.raises(InputError, match=f"{name}: is not a readable .npz file"):
             read_npz(tmp_path / name, "quality")
     with pytest.raises(InputError, match="not a readable text file"):
         read_mix_instruct(tmp_path / "missing.jsonl")
@@ -172,11 +172,11 @@ def test_mix_instruct_is_read(tmp_path):
     ("line", "message"),
     [
         ('{"id": ', "line 2: is not JSON"),
-        ({"id": "x", "instruction": "a"}, "line 2: KeyError 'input'; a line needs instruction, input and candidates"),
+        ({"id": "x", "instruction": "a"}, "line 2: KeyError 'input'; a line must have instruction, input and cand"),
         (mix_instruct_line(1, candidates=[]), "line 2: 0 candidates of 0 models"),
         (
             mix_instruct_line(1, candidates=mix_instruct_line(1)["candidates"][:1]),
-            "line 2: answers of alpaca-native; as",
+            "line 2: the models are alpaca-native, must be those of the first",
         ),
         (mix_instruct_line(1, candidates=mix_instruct_line(1)["candidates"] * 2), "line 2: 4 candidates of 2 models"),
         (mix_instruct_line(1, bertscore=float("nan")), "score nan of alpaca-native for prompt 1"),
@@ -193,7 +193,7 @@ def test_scores_that_are_no_shares_are_refused(tmp_path):
         read_mix_instruct(path, "bartscore")
     with pytest.raises(InputError, match="with a number bleurt"):
         read_mix_instruct(path, "bleurt")
-    with pytest.raises(InputError, match="no prompts in it"):
+    with pytest.raises(InputError, match="has no prompts"):
         read_mix_instruct(write_lines(tmp_path / "empty.jsonl", []))
 
 

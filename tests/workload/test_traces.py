@@ -1,4 +1,4 @@
-"""Readers of public traces, what is done with a trace, and its playback."""
+"""Readers of public traces; scaling, cutting and looping of a trace; its playback as an arrival process."""
 
 import datetime
 import json
@@ -58,7 +58,7 @@ def test_burstgpt_failures_are_left_out_and_counted(written):
 
 
 def test_mooncake_times_are_spread_over_their_step_in_the_order_of_the_file(written):
-    stamps = np.repeat([0, 3000, 5999, 9001], 500)  # the published files are rounded to 1 ms either way
+    stamps = np.repeat([0, 3000, 5999, 9001], 500)  # the published times are rounded to 1 ms
     records = [{"timestamp": int(t), "input_length": j, "output_length": 1} for j, t in enumerate(stamps)]
     path = written("\n".join(map(json.dumps, records)))
     trace = read_trace(path)
@@ -255,7 +255,7 @@ def test_mooncake_conversations_become_nearly_poisson_once_spread(data_dir):
     assert trace.gap_cv == pytest.approx(1.0, abs=0.05)
 
 
-def test_every_format_is_told_from_its_first_line(written):
+def test_every_format_is_recognised_from_its_first_line(written):
     for format, columns in COLUMNS.items():
         row = ["2023-11-16 18:15" if format == "azure" else "0", "3", "4"]
         record = json.dumps(dict(zip(columns, row, strict=True)))

@@ -1,4 +1,4 @@
-"""What the critics learn from: one kind of target a file, chosen by ``AgentConfig.targets``."""
+"""Targets of the critics, one kind per file; ``AgentConfig.targets`` names the kind."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ _TARGETS: dict[str, Targets] = {
 
 
 def register_targets(name: str, targets: Targets) -> None:
-    """Makes a kind of target known under a name that ``AgentConfig.targets`` may have from then on.
+    """Registers a kind of target under a name for ``AgentConfig.targets``.
 
     Raises:
-      InputError: the name is taken by another one.
+      InputError: the name is registered for another kind.
     """
     if _TARGETS.get(name, targets) is not targets:
-        raise InputError(f"targets {name!r} are registered already: choose another name")
+        raise InputError(f"targets {name!r} are already registered: choose another name")
     _TARGETS[name] = targets
 
 
 def targets_named(name: str) -> Targets:
-    """Returns the targets of this name.
+    """Returns the targets registered under a name.
 
     Raises:
-      InputError: there are none.
+      InputError: the name is unknown.
     """
     if not isinstance(name, str) or name not in _TARGETS:
-        raise InputError(f"targets is {name!r}, must be one of {', '.join(_TARGETS)}")
+        raise InputError(
+            f"targets {name!r} are not known: register them first (qos_jax.register_targets), "
+            f"or choose from {', '.join(_TARGETS)}"
+        )
     return _TARGETS[name]

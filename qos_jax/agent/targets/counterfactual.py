@@ -35,18 +35,18 @@ class Counterfactual:
     """Regression on measured marginal values; see ``Targets``."""
 
     def check(self, config: Any) -> None:
-        """All sizes go together."""
+        """Accepts all sizes."""
 
     def rows_per_chunk(self, config: Any) -> int:
-        """One decision of each environment."""
+        """Returns one decision per environment."""
         return config.num_envs
 
     def requests_per_chunk(self, config: Any, num_experts: int) -> int:
-        """The chunk counts requests per expert: how long requests stay is a number of arrivals per expert."""
+        """Returns ``chunk`` requests per expert: the time that requests stay is a number of arrivals per expert."""
         return config.chunk * num_experts
 
     def empty_row(self, inputs: Inputs) -> CounterfactualTarget:
-        """An invalid decision."""
+        """Returns an invalid decision."""
         return CounterfactualTarget(inputs, jnp.bool_(False), jnp.zeros(inputs.legal.shape))
 
     def init(self, agent: Agent, states: Any, inputs: Inputs) -> Probe:
@@ -75,14 +75,14 @@ class Counterfactual:
             value = jnp.maximum(marginal_values(agent.env, world, soft_qos, env, finished), -hyper.max_externality)
             target = CounterfactualTarget(finished.decision, finished.valid, value)
             obs = agent.env.observe(env, world)
-            seen = replay_buffer.to_half_precision(agent.features(obs))
-            probes = start_probe(agent.env, world, soft_qos, env, probes, oldest, seen, policy(key_act, obs))
+            decision = replay_buffer.to_half_precision(agent.features(obs))
+            probes = start_probe(agent.env, world, soft_qos, env, probes, oldest, decision, policy(key_act, obs))
             env, probes, sums = simulate(
                 agent.env, world, policy, soft_qos, requests, key_simulate, env, probes, oldest
             )
             return env, probes, target, sums
 
-        # Sliced here, where it is one slice; in the mapped function it would be a gather.
+        # One slice; in the mapped function it would be a gather.
         finished = jax.tree.map(lambda each: lax.dynamic_index_in_dim(each, oldest, 1, keepdims=False), probes)
         keys = jax.random.split(key_envs, config.num_envs)
         own_params = params if axis_of_environments(params) == 0 else None
@@ -93,14 +93,14 @@ class Counterfactual:
     def batch(
         self, config: Any, ring: CounterfactualTarget, key: Array, oldest: Array, filled: Array
     ) -> CounterfactualTarget:
-        """Draws rows; any row may be drawn."""
+        """Samples from all rows."""
         rows = replay_buffer.rows_at(ring, jax.random.randint(key, (config.batch_size,), 0, filled))
         return rows.replace(inputs=replay_buffer.to_single_precision(rows.inputs))
 
     def critic_loss(
         self, network: nn.Module, hyper: Hyperparameters, state: LearnerState, batch: CounterfactualTarget
     ) -> tuple[Inputs, CriticLoss]:
-        """Mean squared error over the legal actions of valid rows."""
+        """Returns the mean squared error over the legal actions of valid rows."""
 
         def loss(heads: Heads) -> Array:
             counts = (batch.inputs.legal & batch.valid[:, None])[:, None, :]

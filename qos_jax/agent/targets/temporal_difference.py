@@ -1,4 +1,4 @@
-"""Temporal-difference targets: discrete SAC as published, with the cures that discrete action spaces need.
+"""Temporal-difference targets: discrete SAC as published, with the corrections that discrete actions need.
 
 A row of the replay buffer is one step of one environment. Rows are ordered by request, then by environment, so the row
 ``num_envs`` further on holds the inputs after the step.
@@ -29,11 +29,11 @@ class Transition(struct.PyTreeNode):
     action: Array  # [] int32
     reward: Array  # []
     terminated: Array  # [] bool
-    truncated: Array  # [] bool; True: the following row belongs to another episode, so this one does not count
+    truncated: Array  # [] bool; True: the following row belongs to another episode, so this row does not count
 
 
 class Step(NamedTuple):
-    """Transitions of a batch and the inputs after each."""
+    """A batch of transitions, leaves [B, ...]."""
 
     transition: Transition
     next_inputs: Inputs
@@ -43,29 +43,29 @@ class TemporalDifference:
     """One-step bootstrap from the running average of the critics; see ``Targets``."""
 
     def check(self, config: Any) -> None:
-        """Refuses chunks in which no step has a successor."""
+        """Raises ``InputError`` for chunks of one step, in which no step has a successor."""
         if config.chunk < 2:
             raise InputError(f"chunk is {config.chunk}, must be at least 2 for a step to have another after it")
 
     def rows_per_chunk(self, config: Any) -> int:
-        """Every step of every environment."""
+        """Returns one row per step and environment."""
         return config.num_envs * config.chunk
 
     def requests_per_chunk(self, config: Any, num_experts: int) -> int:
-        """The chunk itself."""
+        """Returns ``chunk``."""
         return config.chunk
 
     def empty_row(self, inputs: Inputs) -> Transition:
-        """A step of zeros."""
+        """Returns a step of zeros."""
         return Transition(inputs, jnp.int32(0), jnp.float32(0), jnp.bool_(False), jnp.bool_(False))
 
     def init(self, agent: Agent, states: Any, inputs: Inputs) -> None:
-        """Keeps nothing beside the environments."""
+        """Returns None: nothing is kept beside the environments."""
 
     def collect(
         self, agent: Agent, state: Any, params: EnvParams, hyper: Hyperparameters, key: Array, chunk: Array
     ) -> tuple[Any, Transition, dict[str, Array]]:
-        """Steps through one chunk."""
+        """Steps every environment ``chunk`` times."""
         reward_of = jax.vmap(agent.reward, in_axes=(None, None, axis_of_environments(params), 0, 0, 0, 0))
 
         def step(envs: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], tuple[Transition, Array]]:
@@ -83,7 +83,7 @@ class TemporalDifference:
         return state.replace(envs=envs), rows, {"qos": jnp.mean(qos)}
 
     def batch(self, config: Any, ring: Transition, key: Array, oldest: Array, filled: Array) -> Step:
-        """Draws steps; the newest one of each environment has no successor yet."""
+        """Samples from all steps except the newest of each environment, which has no successor yet."""
         ahead = jax.random.randint(key, (config.batch_size,), 0, filled - config.num_envs)
         index = (oldest + ahead) % config.capacity
         rows = replay_buffer.rows_at(ring, index)
@@ -94,12 +94,12 @@ class TemporalDifference:
     def critic_loss(
         self, network: nn.Module, hyper: Hyperparameters, state: LearnerState, batch: Step
     ) -> tuple[Inputs, CriticLoss]:
-        """Mean squared error of the action taken, over steps that are not truncated."""
+        """Returns the mean squared error of the action taken, over steps that are not truncated."""
         target = bootstrapped_value(network, hyper, state, batch)
         step = batch.transition
 
         def loss(heads: Heads) -> Array:
-            # A mask, as the gradient of an index is a scatter, which on GPUs adds in any order.
+            # A mask, as the gradient of indexing is a scatter, which adds in any order on GPUs.
             taken = jnp.arange(heads.q.shape[-1]) == step.action[:, None]
             q = jnp.sum(jnp.where(taken[:, None], heads.q, 0.0), -1)
             counts = (~step.truncated).astype(q.dtype)[:, None]
@@ -109,7 +109,7 @@ class TemporalDifference:
 
 
 def bootstrapped_value(network: nn.Module, hyper: Hyperparameters, state: LearnerState, batch: Step) -> Array:
-    """Returns the critics' target [B] of each transition: reward plus the discounted soft value of what follows."""
+    """Returns the critics' target [B] of each transition: the reward plus the discounted soft value after it."""
     legal = batch.next_inputs.legal
     log_policy = policy_logits(heads_of(network, state.params, batch.next_inputs), legal, state.log_alpha)
     q = combined_q(hyper, heads_of(network, state.average, batch.next_inputs).q)
