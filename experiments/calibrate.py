@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from qos_jax.errors import InputError
-from qos_jax.evaluation.evaluate import Scenario, evaluate
+from qos_jax.evaluation.evaluate import evaluate, scenarios
 from qos_jax.evaluation.impact_calibration import calibration_of, outcome_of, predict
 from qos_jax.impact.estimate import WIDTH_S, ImpactForm
 from qos_jax.impact.imagined_world import LENGTH_CV
@@ -89,10 +89,9 @@ def _calibrations(
 ) -> dict[tuple[ImpactForm, str], list[Row]]:
     """Returns the calibration at each width by form and router, and that of the routers pooled as router "all"."""
     env, params = make(values.preset, load=values.load, prediction=prediction)
-    routers = [make_router(name, env.spec.num_experts, params.workload) for name in dict.fromkeys(values.routers)]
-    scenarios = [Scenario(values.load, values.load * float(params.saturation_per_s), seed) for seed in seeds]
+    routers = [make_router(name, env, params) for name in dict.fromkeys(values.routers)]
     warmup = _warmup(values)
-    runs = evaluate(env, params, routers, scenarios, values.requests, warmup=warmup)
+    runs = evaluate(env, params, routers, scenarios(params, [values.load], seeds), values.requests, warmup=warmup)
     outcomes = [outcome_of(env, params, run, warmup=warmup, removals=values.removals) for run in runs]
     length_cv = _PERFECT_LENGTH_CV if prediction == "perfect" else LENGTH_CV
     groups = {router.name: [r for r, run in enumerate(runs) if run.router is router] for router in routers}

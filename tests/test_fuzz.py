@@ -313,7 +313,6 @@ def test_tensors_of_odd_types_are_read_or_refused(kind: str, dtype: str, files: 
         ("predictor config.json", "head.hidden", [8] * 20_000),
         ("encoder config.json", "num_hidden_layers", 20_000),
         ("run", "spec.num_experts", 10**7),
-        ("run", "training.agent.network.hidden", [8] * 20_000),
         ("checksums", "weights", []),
         ("checksums", "weights", "sums"),
         ("checksums", "weights", None),

@@ -1,4 +1,4 @@
-"""No key of the random generator is used twice, over a whole training run and an evaluation."""
+"""No random key is used twice in a whole training run or an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.experimental.key_reuse import _core as key_reuse
 
 from qos_jax import make, make_router
 from qos_jax.agent import AGENTS, make_learner
-from qos_jax.evaluation.evaluate import rollout
+from qos_jax.evaluation.evaluate import route_requests
 from qos_jax.sim.capacity import sample_requests
 
 CHUNKS = 3
@@ -24,7 +24,7 @@ ENV, PARAMS = make("paper-3", load=0.9, arrivals="mmpp:3:10")
 
 @pytest.fixture(autouse=True)
 def _transposed_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets JAX's checker follow keys through a transposition, which it takes for their end; a mapped scan has one."""
+    """Makes JAX's checker forward keys through transpositions, which a mapped scan has and the checker consumes."""
     through = key_reuse.KeyReuseSignature(key_reuse.Forward(0, 0))
     monkeypatch.setitem(key_reuse.key_reuse_signatures, lax.transpose_p, through)
 
@@ -35,12 +35,12 @@ def check(run: Callable[[Array], Any]) -> None:
 
 @pytest.mark.parametrize("agent", ["mvr", "sac"])
 def test_training_uses_each_key_once(agent: str) -> None:
-    sizes = {"num_envs": 2, "chunk": 3, "probes": 2, "batch_size": 8, "capacity": 12, "prefill": 3, "updates": 2}
+    sizes = {"num_envs": 2, "chunk": 3, "probes": 2, "batch_size": 8, "capacity": 12, "warm_up": 3, "updates": 2}
     learner = make_learner(ENV, dataclasses.replace(AGENTS[agent], **sizes))
     hyper = jax.tree.map(jnp.float32, learner.config.hyper)
 
     def train(key: Array) -> Any:
-        state = learner.prefill(learner.init(key, PARAMS, hyper), PARAMS, hyper)
+        state = learner.warm_up(learner.init(key, PARAMS, hyper), PARAMS, hyper)
         return lax.scan(
             lambda state, chunk: learner.train_chunk(state, PARAMS, hyper, chunk, chunk / CHUNKS),
             state,
@@ -51,12 +51,12 @@ def test_training_uses_each_key_once(agent: str) -> None:
 
 
 def test_evaluation_uses_each_key_once() -> None:
-    routers = tuple(make_router(name, ENV.spec.num_experts, PARAMS.workload) for name in ("random", "rollout"))
+    routers = tuple(make_router(name, ENV, PARAMS) for name in ("random", "rollout"))
 
     def evaluate(key: Array) -> Any:
         key_requests, key_routers = jax.random.split(key)
         gaps_s, requests = sample_requests(PARAMS.workload, key_requests, 5)
-        return [rollout(ENV.spec, routers, 0, PARAMS, gaps_s, requests, key_routers)]
+        return [route_requests(ENV.spec, routers, 0, PARAMS, gaps_s, requests, key_routers)]
 
     check(evaluate)
 

@@ -86,7 +86,7 @@ def _decision_rows(preset: str) -> Iterator[dict[str, Any]]:
     weights = learner.network.init(jax.random.key(0), learner.features(observations[0]))
     yield {"case": f"decide mvr on {preset}"} | _decision(learner.router(weights), observations)
     for name, every in (("impact_greedy", 1), ("rollout", _DECISIONS // _PLANNER_DECISIONS)):
-        router = make_router(name, env.spec.num_experts, params.workload)
+        router = make_router(name, env, params)
         yield {"case": f"decide {name} on {preset}"} | _decision(router, observations[::every])
 
 
@@ -119,7 +119,7 @@ def _encoder_row(preset: str) -> dict[str, Any]:
 
 def _observations(env: Environment, params: EnvParams, count: int) -> list[Observation]:
     """Returns observations along an episode routed by the shortest queue, from the 200th request on."""
-    router = make_router("shortest_queue", env.spec.num_experts)
+    router = make_router("shortest_queue", env, params)
 
     def step(carry: Any, key: Array) -> tuple[Any, Observation]:
         obs, state = carry

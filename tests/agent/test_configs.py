@@ -1,4 +1,4 @@
-"""Configurations: they survive JSON, and each field that is wrong is named."""
+"""Configurations of agents survive JSON, and errors name the wrong field."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_an_unknown_agent_is_refused() -> None:
         ("num_envs", True, "agent.num_envs is True"),
         ("batch_size", -1, "batch_size is -1"),
         ("capacity", 100, "capacity is 100, must be a multiple of the 128 rows"),
-        ("targets", "luck", "targets is 'luck'"),
+        ("targets", "luck", "targets 'luck' are not known"),
         ("network", None, "agent.network is None"),
-        ("network.encoder", "gcn", "encoder is 'gcn'"),
+        ("network.encoder", "gcn", "encoder 'gcn' is not known"),
         ("network.encoder", "flat", "readout is 'pointer'"),
         ("network.readout", "arrived", "residual is True"),
         ("network.readout", "sum", "readout is 'sum'"),
@@ -81,7 +81,7 @@ def test_a_missing_field_is_named(path: str) -> None:
         from_dict(values)
 
 
-def test_whole_numbers_may_stand_for_real_ones() -> None:
+def test_integers_are_accepted_as_real_numbers() -> None:
     values = edited(to_dict(AgentConfig()), "hyper.weights.potential", 1)
     assert from_dict(values).hyper.weights.potential == 1.0
 

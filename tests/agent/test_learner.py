@@ -1,4 +1,4 @@
-"""The learner: phases compile once, environments may differ, and every named agent trains."""
+"""The learner: its functions compile once, environments may differ, and every named agent trains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers import decision_processes
 from tests.helpers.decision_processes import ACTIONS, STATES, hyperparameters, process, quick_jit, stacked
 from tests.helpers.small_env import small_env, small_params
 
-NUM_EXPERTS, NUM_ENVS, PREFILL, CHUNK, TWINS, CHUNKS = 2, 2, 4, 3, 2, 5
+NUM_EXPERTS, NUM_ENVS, WARM_UP, CHUNK, PROBES, CHUNKS = 2, 2, 4, 3, 2, 5
 RATES = (4.0, 12.0)
 ENV = small_env(NUM_EXPERTS, slots=7)
 
@@ -30,7 +30,7 @@ def tiny(name: str) -> Learner:
     config = AGENTS[name]
     han = HANConfig(features=8, heads=2, layers=config.network.han.layers)
     network = dataclasses.replace(config.network, hidden=(8,), han=han, slots=config.network.slots and 4)
-    sizes = {"num_envs": NUM_ENVS, "chunk": CHUNK, "probes": TWINS, "updates": 2, "batch_size": 8, "warm_up": PREFILL}
+    sizes = {"num_envs": NUM_ENVS, "chunk": CHUNK, "probes": PROBES, "updates": 2, "batch_size": 8, "warm_up": WARM_UP}
     return make_learner(ENV, dataclasses.replace(config, network=network, capacity=2 * NUM_ENVS * CHUNK, **sizes))
 
 
@@ -40,7 +40,7 @@ def arrays(hyper: Hyperparameters) -> Hyperparameters:
 
 @functools.partial(quick_jit, static_argnums=0)
 def run(learner: Learner, key: Array, params: Any, hyper: Hyperparameters) -> tuple[TrainState, Any, Any]:
-    """Trains for some chunks; also returns the states before, and the metrics of each chunk."""
+    """Trains for some chunks; returns the states before and after them, and the metrics of each chunk."""
     before = learner.warm_up(learner.init(key, params, hyper), params, hyper)
 
     def chunk(state: TrainState, i: Array) -> tuple[TrainState, Any]:
@@ -52,7 +52,7 @@ def run(learner: Learner, key: Array, params: Any, hyper: Hyperparameters) -> tu
 
 @functools.cache
 def trained(name: str, **numbers: float) -> tuple[TrainState, TrainState, dict[str, Array]]:
-    """The named agent, small, before and after a few chunks in two environments of different loads."""
+    """Trains a small version of a named agent in two environments of different loads; see ``run``."""
     params = stacked([small_params(NUM_EXPERTS, rate_per_s=rate) for rate in RATES])
     hyper = arrays(AGENTS[name].hyper.replace(**({"reset_prob": 0.0} | numbers)))
     return run(tiny(name), jax.random.key(0), params, hyper)
@@ -74,30 +74,30 @@ def test_every_agent_trains(name: str) -> None:
     chex.assert_trees_all_equal(tiny(name).weights(after), after.learner.average)
 
 
-def test_decisions_are_lessons_once_they_are_followed_to_the_end() -> None:
-    """With two sets of probes the first two chunks have no lesson to give; the ring has room for one chunk more."""
+def test_targets_are_stored_when_their_probes_finish() -> None:
+    """With two probes at a time, the first two chunks finish none; the buffer has room for one more chunk."""
     _, after, _ = trained("mvr")
-    whole = np.asarray(after.replay.valid).reshape(-1, NUM_ENVS)
-    np.testing.assert_array_equal(whole[:, 0], [False, False, True, True, True, False])
-    np.testing.assert_array_equal(whole[:, 0], whole[:, 1])
-    lessons = jax.tree.map(lambda x: np.asarray(x).reshape(-1, NUM_ENVS, *x.shape[1:])[2:5], after.replay)
-    assert np.isfinite(lessons.value).all()
-    assert lessons.inputs.legal[..., -1].all()  # what was seen is kept
-    np.testing.assert_array_equal(lessons.value[..., -1], 0.0)
-    assert np.all(np.any(lessons.value != 0, -1))
-    np.testing.assert_array_equal(after.envs[1].time, PREFILL + CHUNKS * tiny("mvr").requests_per_chunk)
+    valid = np.asarray(after.replay.valid).reshape(-1, NUM_ENVS)
+    np.testing.assert_array_equal(valid[:, 0], [False, False, True, True, True, False])
+    np.testing.assert_array_equal(valid[:, 0], valid[:, 1])
+    targets = jax.tree.map(lambda x: np.asarray(x).reshape(-1, NUM_ENVS, *x.shape[1:])[2:5], after.replay)
+    assert np.isfinite(targets.value).all()
+    assert targets.inputs.legal[..., -1].all()  # the inputs are those of the decision
+    np.testing.assert_array_equal(targets.value[..., -1], 0.0)
+    assert np.all(np.any(targets.value != 0, -1))
+    np.testing.assert_array_equal(after.envs[1].time, WARM_UP + CHUNKS * tiny("mvr").requests_per_chunk)
 
 
-def test_a_restarted_environment_has_no_lesson() -> None:
-    """It goes on from where prefilling ended, so that what was start_probe cannot be followed."""
+def test_a_reset_environment_has_no_valid_targets() -> None:
+    """A reset to the state after the warm-up interrupts its probes."""
     before, after, _ = trained("mvr", reset_prob=1.0)
     assert not np.any(after.replay.valid)
-    np.testing.assert_array_equal(after.envs[1].time, PREFILL + tiny("mvr").requests_per_chunk)
+    np.testing.assert_array_equal(after.envs[1].time, WARM_UP + tiny("mvr").requests_per_chunk)
     chex.assert_trees_all_equal(before.learner.params, after.learner.params)
 
 
-def test_no_lesson_says_that_a_placement_costs_more_than_it_may() -> None:
-    free, bounded = (trained("mvr", max_externality=most)[1].replay for most in (10.0, 0.02))
+def test_targets_are_clipped_at_the_maximal_externality() -> None:
+    free, bounded = (trained("mvr", max_externality=bound)[1].replay for bound in (10.0, 0.02))
     assert np.min(free.value) < -0.02
     np.testing.assert_array_equal(bounded.value[: 3 * NUM_ENVS], np.maximum(free.value[: 3 * NUM_ENVS], -0.02))
 
@@ -114,7 +114,7 @@ def test_the_router_takes_a_legal_action(name: str) -> None:
     assert router.kind == "learned" and router.name == name
 
 
-def test_the_router_draws_lots_where_metrics_are_late_and_only_there() -> None:
+def test_the_router_samples_only_where_metrics_are_stale() -> None:
     learner, (_, after, _) = tiny("mvr"), trained("mvr")
     router = learner.router(learner.weights(after))
     obs, _ = ENV.reset(jax.random.key(0), small_params(NUM_EXPERTS))
@@ -130,7 +130,7 @@ def test_the_router_draws_lots_where_metrics_are_late_and_only_there() -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_one_trace_serves_all_chunks_and_hyperparameters(name: str) -> None:
-    """A state that comes out of a chunk is one that goes in, and counts, rates and costs are traced."""
+    """A chunk returns a state like its argument; chunk numbers, rates and costs are traced."""
     chex.clear_trace_counter()
     learner = tiny(name)
     counted = jax.jit(chex.assert_max_traces(learner.train_chunk, 1))
@@ -145,7 +145,7 @@ def test_one_trace_serves_all_chunks_and_hyperparameters(name: str) -> None:
 
 
 class TestOnTables:
-    """What is quick to compile: shared and own parameters, and a ring of two chunks, which is full at once."""
+    """Shared and separate parameters, and a buffer of two chunks, on processes that compile quickly."""
 
     envs, steps = 4, 3
     learner = decision_processes.learner(
@@ -157,23 +157,23 @@ class TestOnTables:
     def state_after(self, chunks: int, params: Any) -> TrainState:
         return self.train(jax.random.key(0), params, hyperparameters(alpha=1.0), jnp.int32(chunks))
 
-    def test_shared_parameters_are_those_of_each(self) -> None:
-        shared, each = self.state_after(2, self.ring), self.state_after(2, stacked([self.ring] * self.envs))
-        chex.assert_trees_all_close(each.learner, shared.learner, rtol=1e-5, atol=1e-6)
-        chex.assert_trees_all_equal(each.replay.action, shared.replay.action)
+    def test_shared_parameters_equal_copies_of_them(self) -> None:
+        shared, copied = self.state_after(2, self.ring), self.state_after(2, stacked([self.ring] * self.envs))
+        chex.assert_trees_all_close(copied.learner, shared.learner, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_equal(copied.replay.action, shared.replay.action)
 
-    def test_each_environment_goes_by_its_own(self) -> None:
-        """In environment i every reward is i and only actions up to i are legal."""
+    def test_each_environment_has_its_own_parameters(self) -> None:
+        """In environment i every reward is i, and only actions up to i are legal."""
         worlds = [process([1, 2, 3, 0], i, legal=np.arange(ACTIONS) <= i) for i in range(self.envs)]
         replay = self.state_after(2, stacked(worlds)).replay
         rows = jax.tree.map(lambda x: np.asarray(x).reshape(-1, self.envs, *x.shape[1:]), replay)
         np.testing.assert_array_equal(rows.reward, np.tile(np.arange(4.0), (2 * self.steps, 1)))
         assert np.all(rows.action <= np.arange(4)) and np.all(rows.action.max(0)[1:] > 0)
         at = np.argmax(rows.inputs.columns, -1)
-        np.testing.assert_array_equal(at[1:], (at[:-1] + 1) % STATES)  # the next row of an environment is its next step
+        np.testing.assert_array_equal(at[1:], (at[:-1] + 1) % STATES)  # an environment's next row is its next step
 
-    def test_the_newest_row_is_not_followed_by_the_oldest(self) -> None:
-        """If it were, a sixth of the steps would lead elsewhere."""
+    def test_the_oldest_row_is_not_the_successor_of_the_newest(self) -> None:
+        """If it were, a sixth of the transitions would be wrong."""
         q = decision_processes.solved(False, self.ring, self.state_after(500, stacked([self.ring] * self.envs))).q
         np.testing.assert_allclose(
             q, decision_processes.soft_optimum(self.ring, decision_processes.GAMMA, 1.0, 0.0)[0], atol=0.05

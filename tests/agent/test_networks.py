@@ -1,4 +1,4 @@
-"""Networks: symmetry and size of the fleet, where they start from, and what they make of having no choice."""
+"""Networks: symmetry, size of the fleet, initial values, and observations in which only the drop is legal."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flax import linen as nn
 from qos_jax import Observation
 from qos_jax.agent import sac
 from qos_jax.agent.networks import Heads, Inputs, NetworkConfig, greedy, network_of
+from qos_jax.agent.targets import targets_named
 from qos_jax.agent.targets.counterfactual import CounterfactualTarget
 from qos_jax.encoder.han import HANConfig
 from qos_jax.impact.estimate import impact
@@ -59,9 +60,10 @@ def heads_of(config: NetworkConfig, params: Any, obs: Observation) -> Heads:
 
 
 def features(config: NetworkConfig, obs: Observation) -> Inputs:
-    what_is_seen = {"hidden": (), "han": HANConfig(), "actor": False, "residual": False}
+    """The features; networks that read the same features share one compiled program."""
+    irrelevant = {"hidden": (), "han": HANConfig(), "actor": False, "residual": False}
     encoder = "flat" if config.encoder == "flat" else "han"
-    return _features(dataclasses.replace(config, encoder=encoder, **what_is_seen), obs)
+    return _features(dataclasses.replace(config, encoder=encoder, **irrelevant), obs)
 
 
 @quick_jit
@@ -100,13 +102,13 @@ def _shapes(config: NetworkConfig, num_experts: int) -> Any:
 @pytest.mark.parametrize("name", POINTERS)
 def test_the_order_of_the_experts_does_not_matter(name: str) -> None:
     config, obs, order = POINTERS[name], fleet(3), [2, 0, 1]
-    plain, turned = (heads_of(config, trained(config), seen) for seen in (obs, reordered(obs, order)))
+    plain, turned = (heads_of(config, trained(config), each) for each in (obs, reordered(obs, order)))
     chex.assert_trees_all_close(turned, jax.tree.map(lambda x: x[..., [*order, 3]], plain), rtol=1e-4, atol=1e-4)
-    assert np.all(np.std(plain.q[:, :-1], -1) > 1e-3)  # experts are told apart
+    assert np.all(np.std(plain.q[:, :-1], -1) > 1e-3)  # experts differ
 
 
 @pytest.mark.parametrize("name", POINTERS)
-def test_parameters_do_not_know_the_size_of_the_fleet(name: str) -> None:
+def test_parameters_do_not_depend_on_the_size_of_the_fleet(name: str) -> None:
     for num_experts in (8, 64):
         chex.assert_trees_all_equal_shapes(_shapes(POINTERS[name], num_experts), _shapes(POINTERS[name], 3))
 
@@ -128,9 +130,9 @@ def test_other_networks_have_one_output_for_each_action_of_their_fleet(config: N
         heads_of(config, trained(config), fleet(4))
 
 
-def test_who_reads_the_arrived_node_alone_cannot_tell_which_expert_is_busy() -> None:
+def test_a_network_that_reads_the_arrived_node_alone_does_not_observe_which_expert_is_busy() -> None:
     obs = fleet(3)
-    plain, turned = (heads_of(ARRIVED, trained(ARRIVED), seen) for seen in (obs, reordered(obs, [2, 0, 1])))
+    plain, turned = (heads_of(ARRIVED, trained(ARRIVED), each) for each in (obs, reordered(obs, [2, 0, 1])))
     chex.assert_trees_all_close(turned, plain, rtol=1e-4, atol=1e-4)
     assert not np.allclose(heads_of(ARRIVED, trained(ARRIVED), fleet(3, seed=1)).q, plain.q, atol=1e-4)
 
@@ -154,17 +156,17 @@ def test_critics_start_from_the_impact_estimate(name: str) -> None:
 
 
 @pytest.mark.parametrize("config", [POINTERS["han"], FLAT], ids=["pointer", "flat"])
-def test_a_burst_faster_than_the_most_looks_like_the_most(config: NetworkConfig) -> None:
-    cut = dataclasses.replace(config, rate_clip_per_s=4.5)
-    slow, most, burst = (fleet(3, recent_rate_per_s=rate) for rate in (13.0, 13.5, 200.0))  # three experts
-    chex.assert_trees_all_equal(features(cut, slow), features(config, slow))
-    chex.assert_trees_all_equal(features(cut, burst), features(config, most))
+def test_rates_above_the_clip_look_like_the_clip(config: NetworkConfig) -> None:
+    clipped = dataclasses.replace(config, rate_clip_per_s=4.5)
+    slow, at_clip, burst = (fleet(3, recent_rate_per_s=rate) for rate in (13.0, 13.5, 200.0))  # three experts
+    chex.assert_trees_all_equal(features(clipped, slow), features(config, slow))
+    chex.assert_trees_all_equal(features(clipped, burst), features(config, at_clip))
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_equal(features(config, burst), features(config, most))
+        chex.assert_trees_all_equal(features(config, burst), features(config, at_clip))
 
 
-def test_a_disastrous_placement_starts_as_one_of_many() -> None:
-    """Eight requests that are just in time: the estimate of what a long prompt would cost them is bounded."""
+def test_the_initial_value_of_a_placement_is_bounded_below() -> None:
+    """A long prompt would delay eight requests beyond their limit: the prior clips the estimated cost."""
     in_time = running(age_s=0.4, generated_tokens=20, predicted_tokens=40, predicted_score=1.0, latency_limit_s=0.06)
     experts = small_experts(3, max_running=40, kv_blocks=4000, per_sequence_s=1e-4)
     obs = observation([in_time] * 8, [], [], profile=experts, prompt_tokens=60_000)
@@ -182,7 +184,13 @@ def test_outputs_and_gradients_are_finite_where_only_the_drop_is_legal(config: N
     hyper = hyperparameters(alpha_rate=1e-2)
     state = sac.init(trained(config), hyper)
     batch = CounterfactualTarget(inputs, jnp.ones(2, bool), jnp.full((2, 4), -100.0))
-    after, losses = quick_jit(sac.update, static_argnums=0)(network, hyper, state, batch, jnp.float32(0.0))
+
+    @quick_jit
+    def update(state: sac.LearnerState, batch: CounterfactualTarget) -> Any:
+        inputs, critic_loss = targets_named("counterfactual").critic_loss(network, hyper, state, batch)
+        return sac.update(network, hyper, state, inputs, critic_loss, jnp.float32(0.0))
+
+    after, losses = update(state, batch)
     chex.assert_tree_all_finite((after, losses))
     heads = _apply(network, after.params, inputs)
     chex.assert_tree_all_finite(heads)

@@ -1,6 +1,6 @@
-"""Measured values against brute force: each alternative replayed from scratch, in float64, with what was decided later.
+"""The values of probes against brute force: a float64 replay of each alternative with the same later decisions.
 
-The requests are a fixed table and the policy looks at their prompts only, so what is decided later is known.
+The requests are a fixed table and the policy depends on their prompts only, so the later decisions are known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax import Array, lax
 from qos_jax import Observation, Request, RequestTrace
 from qos_jax.agent.probes import Probe, SoftQos, empty_probes, marginal_values, simulate, start_probe
 from qos_jax.agent.rewards import RewardWeights
-from qos_jax.evaluation.metrics import chosen, latency_per_token_s
+from qos_jax.evaluation.metrics import latency_per_token_s, select_assigned
 from qos_jax.sim import engine
 from qos_jax.sim.env import EnvParams, EnvState
 from qos_jax.sim.replay import ReplayResult, replay_many
@@ -28,9 +28,9 @@ from tests.helpers.decision_processes import quick_jit, stacked
 from tests.helpers.small_env import small_env, small_params
 
 NUM_EXPERTS, DROP = 3, 3
-SETS, STRETCH = 3, 6  # sets of probes under way, and requests between two of their decisions
-HORIZON = SETS * STRETCH
-DECISIONS = STRETCH * np.arange(7)  # those that are measured, in each world
+PROBES, STRETCH = 3, 6  # probes at a time, and requests between the starts of two probes
+HORIZON = PROBES * STRETCH
+DECISIONS = STRETCH * np.arange(7)  # the numbers of the decisions that probes measure in each world
 NUM_REQUESTS = DECISIONS[-1] + HORIZON
 WIDTH_S = 2e-3
 PLAIN = RewardWeights()
@@ -48,7 +48,7 @@ ENV = small_env(NUM_EXPERTS, history=4)
 
 @struct.dataclass
 class TableWorkload:
-    """Requests one by one from a table; keys do not matter."""
+    """Requests one by one from a table; keys are ignored."""
 
     gap_s: Array  # [J]
     requests: Request  # leaves [J, ...]
@@ -81,7 +81,7 @@ def world(seed: int, rate_per_s: float, **fields: Any) -> EnvParams:
     )
 
 
-# Quiet; busy and seen late; full queues; memory for a few requests, and not for the longest of them.
+# A quiet world; a busy one with stale metrics; full queues; KV memory for a few requests, but not for the longest.
 WORLDS = [
     world(0, 2.0),
     world(1, 7.0, staleness_s=0.3),
@@ -91,23 +91,23 @@ WORLDS = [
 
 
 def policy(key: Array, obs: Observation) -> Array:
-    """Any expert, and now and then the drop; by the prompt alone."""
+    """Chooses an expert or sometimes the drop, by the length of the prompt alone."""
     return jnp.array([0, 1, 2, 0, DROP, 1, 2, 0, 1, DROP])[obs.arrived.prompt_tokens % 10]
 
 
 @quick_jit
 @functools.partial(jax.vmap, in_axes=(0, None))
-def measured_in(params: EnvParams, judge: SoftQos) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Follows the policy with probes, row by stretch, and by ``env.step``, row by request."""
+def measured_in(params: EnvParams, soft_qos: SoftQos) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs the policy with probes, a row per stretch, and with ``env.step``, a row per request."""
 
     def stretch(carry: tuple[EnvState, Probe], x: tuple[Array, Array]) -> tuple[Any, dict[str, Any]]:
         (state, probes), (i, key) = carry, x
-        which, obs = i % SETS, ENV.observe(state, params)
-        ended = jax.tree.map(lambda x: x[which], probes)
-        row = {"state": state, "ended": ended, "value": marginal_values(ENV, params, judge, state, ended)}
-        probes = start_probe(ENV, params, judge, state, probes, which, obs, policy(key, obs))
-        state, probes, followed = simulate(ENV, params, policy, judge, STRETCH, key, state, probes, which)
-        return (state, probes), row | {"followed": followed}
+        which, obs = i % PROBES, ENV.observe(state, params)
+        finished = jax.tree.map(lambda x: x[which], probes)
+        row = {"state": state, "finished": finished, "value": marginal_values(ENV, params, soft_qos, state, finished)}
+        probes = start_probe(ENV, params, soft_qos, state, probes, which, obs, policy(key, obs))
+        state, probes, sums = simulate(ENV, params, policy, soft_qos, STRETCH, key, state, probes, which)
+        return (state, probes), row | {"sums": sums}
 
     def step(carry: tuple[Observation, EnvState], key: Array) -> tuple[Any, dict[str, Any]]:
         obs, state = carry
@@ -119,27 +119,27 @@ def measured_in(params: EnvParams, judge: SoftQos) -> tuple[dict[str, Any], dict
     obs, state = ENV.reset(jax.random.key(0), params)
     stretches = 1 + NUM_REQUESTS // STRETCH
     xs = jnp.arange(stretches), jax.random.split(jax.random.key(1), stretches)
-    _, measurements = lax.scan(stretch, (state, empty_probes(state, obs, SETS)), xs)
+    _, measurements = lax.scan(stretch, (state, empty_probes(state, obs, PROBES)), xs)
     steps = jax.random.split(jax.random.key(2), NUM_REQUESTS + 1)
     return measurements, lax.scan(step, (obs, state), steps)[1]
 
 
 @functools.cache
-def found(costs: str = "plain", width_s: float = WIDTH_S) -> tuple[dict[str, Any], dict[str, Any]]:
-    judge = jax.tree.map(jnp.float32, SoftQos(COSTS[costs], width_s))
-    return jax.tree.map(np.asarray, measured_in(stacked(WORLDS), judge))
+def measurements(costs: str = "plain", width_s: float = WIDTH_S) -> tuple[dict[str, Any], dict[str, Any]]:
+    soft_qos = jax.tree.map(jnp.float32, SoftQos(COSTS[costs], width_s))
+    return jax.tree.map(np.asarray, measured_in(stacked(WORLDS), soft_qos))
 
 
 def values(costs: str = "plain", width_s: float = WIDTH_S) -> np.ndarray:
-    """Measured values [worlds, decisions, N + 1]."""
-    return found(costs, width_s)[0]["value"][:, SETS:]
+    """Returns the values by probes [worlds, decisions, N + 1]."""
+    return measurements(costs, width_s)[0]["value"][:, PROBES:]
 
 
 @functools.cache
 def replays(of_world: int) -> list[list[tuple[RequestTrace, np.ndarray, ReplayResult]]]:
-    """For each decision, the requests up to its horizon with it on each of the experts, and without it."""
+    """Returns for each decision replays up to its horizon: with its request on each of the experts, and without it."""
     workload = jax.tree.map(np.asarray, WORLDS[of_world].workload)
-    actions = found()[1]["action"][of_world]
+    actions = measurements()[1]["action"][of_world]
     arrival_s = np.cumsum(workload.gap_s.astype(np.float64))
     runs = []
     for at in DECISIONS:
@@ -155,31 +155,31 @@ def replays(of_world: int) -> list[list[tuple[RequestTrace, np.ndarray, ReplayRe
     return [runs[i : i + NUM_EXPERTS + 1] for i in range(0, len(runs), NUM_EXPERTS + 1)]
 
 
-def worth(of_world: int, run: tuple[Any, Any, Any], weights: RewardWeights, width_s: float) -> float:
-    """What a run earned: answers judged by the logistic, less all costs."""
+def return_of(of_world: int, run: tuple[Any, Any, Any], weights: RewardWeights, width_s: float) -> float:
+    """Returns the soft QoS of all answers of a run minus all costs."""
     experts, (trace, assignment, replayed) = jax.tree.map(np.asarray, WORLDS[of_world].experts), run
     margin_s = trace.latency_limit_s - latency_per_token_s(experts, trace, assignment, replayed)
     in_time = scipy.special.expit(margin_s / width_s)
-    answers = chosen(trace.score, assignment) * in_time - weights.violation * (1.0 - in_time)
+    answers = select_assigned(trace.score, assignment) * in_time - weights.violation * (1.0 - in_time)
     memory_gb_s = np.sum(replayed.kv_block_s * experts.kv_block_gb)
     energy_kj = np.sum(replayed.busy_s * (experts.busy_w - experts.idle_w)) / 1e3
-    earned = np.sum(np.where(replayed.log.dropped, -weights.drop, answers))
-    return earned - weights.kv_memory * memory_gb_s - weights.energy * energy_kj
+    plain = np.sum(np.where(replayed.log.dropped, -weights.drop, answers))
+    return plain - weights.kv_memory * memory_gb_s - weights.energy * energy_kj
 
 
 def brute_force(costs: str, width_s: float = WIDTH_S) -> np.ndarray:
-    """Values [worlds, decisions, N + 1], relative to a world in which the request had not come."""
+    """Returns values [worlds, decisions, N + 1] relative to a world without the request."""
     weights = COSTS[costs]
 
     def value(of_world: int, runs: list[Any]) -> np.ndarray:
-        each = np.array([worth(of_world, run, weights, width_s) for run in runs])
+        each = np.array([return_of(of_world, run, weights, width_s) for run in runs])
         return each - each[DROP] - weights.drop
 
     return np.array([[value(i, runs) for runs in replays(i)] for i in range(len(WORLDS))])
 
 
 def refused() -> np.ndarray:
-    """[worlds, decisions, N]: the placement is refused."""
+    """Returns [worlds, decisions, N] bool: the expert refuses the request."""
     return np.array(
         [
             [[run[2].log.dropped[at] for run in runs[:DROP]] for at, runs in zip(DECISIONS, replays(i), strict=True)]
@@ -189,70 +189,70 @@ def refused() -> np.ndarray:
 
 
 @pytest.mark.parametrize("costs", COSTS)
-def test_values_are_those_of_brute_force(costs: str) -> None:
+def test_values_equal_those_of_brute_force(costs: str) -> None:
     np.testing.assert_allclose(values(costs), brute_force(costs), atol=3e-3)
 
 
-def test_a_narrow_logistic_judges_as_the_limit_does() -> None:
+def test_a_logistic_of_no_width_is_the_step_at_the_limit() -> None:
     np.testing.assert_allclose(values(width_s=1e-8), brute_force("plain", 1e-9), atol=1e-4)
 
 
-def test_the_test_worlds_press_on_every_rule() -> None:
-    """Placements that help, hurt others and are refused, and later requests that are refused because of one."""
+def test_the_worlds_exercise_every_rule() -> None:
+    """They have placements that help, that hurt others and that are refused, and later requests refused due to one."""
     measured = values()
     assert measured.max() > 0.5 and measured.min() < -0.5
     assert np.any(refused()) and not np.all(refused())
     drops = np.array([[[run[2].log.dropped.sum() for run in runs] for runs in replays(i)] for i in range(len(WORLDS))])
     later = drops[..., :DROP] - drops[..., DROP:] - refused() + 1
     assert later.min() >= 0 and later.max() > 0
-    assert set(found()[0]["ended"].action[:, SETS:].ravel()) == {0, 1, 2, DROP}
+    assert set(measurements()[0]["finished"].action[:, PROBES:].ravel()) == {0, 1, 2, DROP}
 
 
-def test_a_drop_is_worth_what_it_costs() -> None:
+def test_the_value_of_a_drop_is_minus_its_cost() -> None:
     assert not np.any(values()[..., DROP])
     np.testing.assert_allclose(values("drop")[..., DROP], -0.4)
 
 
-def test_a_refused_placement_is_a_drop() -> None:
+def test_a_refused_placement_has_the_value_of_a_drop() -> None:
     np.testing.assert_allclose(values()[..., :DROP][refused()], 0.0, atol=1e-6)
     np.testing.assert_allclose(values("drop")[..., :DROP][refused()], -0.4, atol=1e-6)
 
 
 @pytest.mark.parametrize("resource", ["kv_memory", "energy"])
-def test_resources_make_every_placement_dearer_in_a_quiet_world(resource: str) -> None:
+def test_costs_of_resources_lower_every_value_in_a_quiet_world(resource: str) -> None:
     assert np.all(values(resource)[0, :, :DROP] < values()[0, :, :DROP])
 
 
-def test_the_world_that_goes_on_is_that_of_the_environment() -> None:
-    measurements, steps = found()
-    ours, theirs = measurements["state"], jax.tree.map(lambda x: x[:, ::STRETCH], steps["state"])
+def test_the_actual_world_is_that_of_the_environment() -> None:
+    probed, steps = measurements()
+    state, expected = probed["state"], jax.tree.map(lambda x: x[:, ::STRETCH], steps["state"])
     for name in ("request", "workload", "time"):
-        chex.assert_trees_all_equal(getattr(ours, name), getattr(theirs, name))
-    for part in (lambda memory: memory.arrivals, lambda memory: memory.snapshots.age_s):
-        chex.assert_trees_all_close(part(ours.world.telemetry), part(theirs.world.telemetry), rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(tidy(ours), tidy(theirs), rtol=1e-4, atol=1e-4)
-    followed = jax.tree.map(lambda x: x[:, :-1], measurements["followed"])
+        chex.assert_trees_all_equal(getattr(state, name), getattr(expected, name))
+    for part in (lambda telemetry: telemetry.arrivals, lambda telemetry: telemetry.snapshots.age_s):
+        chex.assert_trees_all_close(part(state.world.telemetry), part(expected.world.telemetry), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(compacted(state), compacted(expected), rtol=1e-4, atol=1e-4)
+    sums = jax.tree.map(lambda x: x[:, :-1], probed["sums"])
     by_stretch = (len(WORLDS), -1, STRETCH)
-    np.testing.assert_allclose(followed.qos, steps["reward"][:, :-1].reshape(by_stretch).sum(-1), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(followed.dropped, steps["dropped"][:, :-1].reshape(by_stretch).sum(-1))
+    np.testing.assert_allclose(sums.qos, steps["reward"][:, :-1].reshape(by_stretch).sum(-1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(sums.dropped, steps["dropped"][:, :-1].reshape(by_stretch).sum(-1))
 
 
-def tidy(state: EnvState) -> tuple[Any, Any]:
-    """The requests on the experts without the gaps between them, which depend on when room was made, and the clocks."""
+def compacted(state: EnvState) -> tuple[Any, Any]:
+    """Returns the requests without the gaps between slots, which depend on the last compaction, and the clocks."""
     experts = engine.compact(ENV.spec.engine, jax.tree.map(jnp.asarray, state.world.experts))
     started = experts.slots.generated > 0
     first_token_s = jnp.where(started, experts.slots.first_token_s, 0.0)
     return experts.slots.replace(first_token_s=first_token_s, finish_s=0.0), experts.clock_s
 
 
-def test_a_set_keeps_what_was_seen_and_done_at_its_decision() -> None:
-    measurements, steps = found()
-    ended = measurements["ended"]
-    np.testing.assert_array_equal(ended.valid, [np.arange(1 + NUM_REQUESTS // STRETCH) >= SETS] * len(WORLDS))
-    np.testing.assert_array_equal(ended.action[:, SETS:], steps["action"][:, DECISIONS])
+def test_a_probe_keeps_the_observation_and_action_of_its_decision() -> None:
+    probed, steps = measurements()
+    finished = probed["finished"]
+    np.testing.assert_array_equal(finished.valid, [np.arange(1 + NUM_REQUESTS // STRETCH) >= PROBES] * len(WORLDS))
+    np.testing.assert_array_equal(finished.action[:, PROBES:], steps["action"][:, DECISIONS])
 
-    def seen(obs: Observation) -> Any:
+    def parts(obs: Observation) -> Any:
         return obs.arrived, obs.experts, obs.action_mask, jnp.sum(obs.requests.running, -1)
 
-    kept = jax.tree.map(lambda x: x[:, SETS:], ended.decision)
-    chex.assert_trees_all_equal(seen(kept), seen(jax.tree.map(lambda x: x[:, DECISIONS], steps["obs"])))
+    kept = jax.tree.map(lambda x: x[:, PROBES:], finished.decision)
+    chex.assert_trees_all_equal(parts(kept), parts(jax.tree.map(lambda x: x[:, DECISIONS], steps["obs"])))

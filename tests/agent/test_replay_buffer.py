@@ -1,4 +1,4 @@
-"""The ring of rows: where rows go, that old ones are replaced, and what half precision keeps."""
+"""The replay buffer: order of its rows, replacement of the oldest, and half precision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row() -> CounterfactualTarget:
 
 
 def rows(number: int) -> CounterfactualTarget:
-    """Two rows that say ``number`` and ``number + 0.5``."""
+    """Two rows with the values ``number`` and ``number + 0.5``."""
     value = jnp.array([number, number + 0.5], jnp.float32)[:, None] * jnp.ones(2)
     inputs = View(jnp.full((ROWS, 3), number, jnp.float16), jnp.full((ROWS, 2), number % 2 == 1))
     return CounterfactualTarget(inputs, jnp.ones(ROWS, bool), value)
@@ -35,7 +35,7 @@ def filled(count: int) -> CounterfactualTarget:
     return ring
 
 
-def test_rows_lie_in_order_and_the_rest_is_empty() -> None:
+def test_rows_are_in_order_and_the_rest_is_empty() -> None:
     ring = filled(2)
     np.testing.assert_array_equal(ring.value[:, 0], [1, 1.5, 2, 2.5, 0, 0])
     np.testing.assert_array_equal(ring.inputs.columns[:, 2], [1, 1, 2, 2, 0, 0])
@@ -43,34 +43,30 @@ def test_rows_lie_in_order_and_the_rest_is_empty() -> None:
     chex.assert_trees_all_equal_dtypes(ring, replay_buffer.empty(row(), 1))
 
 
-def test_a_full_ring_forgets_the_oldest() -> None:
+def test_a_full_buffer_replaces_the_oldest_rows() -> None:
     np.testing.assert_array_equal(filled(4).value[:, 1], [4, 4.5, 2, 2.5, 3, 3.5])
 
 
-def test_rows_are_drawn_together_and_may_repeat() -> None:
-    drawn = replay_buffer.rows_at(filled(3), jnp.array([5, 0, 5]))
-    np.testing.assert_array_equal(drawn.value[:, 0], [3.5, 1, 3.5])
-    np.testing.assert_array_equal(drawn.inputs.columns[:, 0], [3, 1, 3])
+def test_rows_at_returns_whole_rows_and_may_repeat_them() -> None:
+    sampled = replay_buffer.rows_at(filled(3), jnp.array([5, 0, 5]))
+    np.testing.assert_array_equal(sampled.value[:, 0], [3.5, 1, 3.5])
+    np.testing.assert_array_equal(sampled.inputs.columns[:, 0], [3, 1, 3])
 
 
-def test_only_single_precision_is_halved_and_restored() -> None:
+def test_only_single_precision_is_converted_to_half_and_back() -> None:
     features: dict[str, Any] = {
         "float": jnp.array([1.0, 1.0 / 3.0, 5.0]),
         "int": jnp.array([70_000, -1]),
         "bool": jnp.array([True, False]),
     }
-    to_half_precision = replay_buffer.to_half_precision(features)
-    assert {name: x.dtype.name for name, x in to_half_precision.items()} == {
-        "float": "float16",
-        "int": "int32",
-        "bool": "bool",
-    }
-    to_single_precision = replay_buffer.to_single_precision(to_half_precision)
-    chex.assert_trees_all_equal_dtypes(to_single_precision, features)
-    np.testing.assert_allclose(to_single_precision["float"], features["float"], rtol=1e-3)
-    assert to_single_precision["float"][1] != features["float"][1]
+    half = replay_buffer.to_half_precision(features)
+    assert {name: x.dtype.name for name, x in half.items()} == {"float": "float16", "int": "int32", "bool": "bool"}
+    single = replay_buffer.to_single_precision(half)
+    chex.assert_trees_all_equal_dtypes(single, features)
+    np.testing.assert_allclose(single["float"], features["float"], rtol=1e-3)
+    assert single["float"][1] != features["float"][1]
     for name in ("int", "bool"):
-        np.testing.assert_array_equal(to_single_precision[name], features[name])
+        np.testing.assert_array_equal(single[name], features[name])
 
 
 def test_the_size_is_known_before_anything_is_allocated() -> None:

@@ -1,4 +1,4 @@
-"""Rewards: each cost by hand, and the potential, which telescopes over an episode."""
+"""Rewards: each cost computed by hand, and the potential, which telescopes over an episode."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def two_experts(**fields: Any) -> Any:
     return small_experts(2, kv_block_gb=BLOCK_GB, **(WATTS | fields))
 
 
-class TestEarned:
+class TestExpertReturns:
     """Expert 0 finished two requests, one late, and runs a third; expert 1 finished one."""
 
     profile = two_experts(network_s=np.array([0.0, 0.1]))
@@ -51,13 +51,13 @@ class TestEarned:
         return state.replace(slots=slots, busy_s=jnp.array(BUSY_S), kv_block_s=jnp.array(KV_BLOCK_S))
 
     @pytest.mark.parametrize("width_s", [1e-3, 5e-3])
-    def test_answers_are_judged_by_a_logistic(self, width_s: float) -> None:
+    def test_answers_get_the_soft_qos(self, width_s: float) -> None:
         in_time = 1.0 / (1.0 + np.exp(-self.margin_s / width_s))
         answers = self.score * in_time - 0.5 * (1.0 - in_time)
         found = expert_returns(self.profile, self.state(), RewardWeights(violation=0.5), width_s)
         np.testing.assert_allclose(found, [answers[:2].sum(), answers[2]], rtol=1e-3)
 
-    def test_a_logistic_without_width_is_the_limit(self) -> None:
+    def test_a_logistic_of_no_width_is_the_step_at_the_limit(self) -> None:
         found = expert_returns(self.profile, self.state(), RewardWeights(violation=0.5), 1e-9)
         np.testing.assert_allclose(found, [0.8 - 0.5, 0.9], rtol=1e-5)
 
@@ -76,10 +76,10 @@ class TestEarned:
         )
 
 
-GAMMA, QOS, SENT_TO = 0.9, 2.5, 1
+GAMMA, QOS, EXPERT = 0.9, 2.5, 1
 BEFORE = observation([running()], [running(predicted_score=0.7, age_s=1.1, latency_limit_s=0.045)] * 2)
 AFTER = observation([running(predicted_score=0.9, age_s=0.1)], [])
-ANSWERS = Completions(
+COMPLETIONS = Completions(
     finished=jnp.int32(4),
     qos=jnp.float32(QOS),
     score=jnp.float32(3.5),
@@ -90,14 +90,14 @@ ANSWERS = Completions(
     passes=jnp.int32(7),
 )
 
-rewarded = quick_jit(shaped_reward)
+compiled_reward = quick_jit(shaped_reward)
 
 
-def paid(weights: RewardWeights, action: int = SENT_TO, dropped: bool = False) -> float:
+def reward_of(weights: RewardWeights, action: int = EXPERT, dropped: bool = False) -> float:
     params = small_params(2, kv_block_gb=BLOCK_GB, **WATTS)
-    info = {"completions": ANSWERS, "dropped": jnp.bool_(dropped), "final_observation": AFTER}
+    info = {"completions": COMPLETIONS, "dropped": jnp.bool_(dropped), "final_observation": AFTER}
     weights = jax.tree.map(jnp.float32, weights)
-    return float(rewarded(weights, jnp.float32(GAMMA), params, BEFORE, jnp.int32(action), ANSWERS.qos, info))
+    return float(compiled_reward(weights, jnp.float32(GAMMA), params, BEFORE, jnp.int32(action), COMPLETIONS.qos, info))
 
 
 @pytest.mark.parametrize(
@@ -111,26 +111,26 @@ def paid(weights: RewardWeights, action: int = SENT_TO, dropped: bool = False) -
         (RewardWeights(energy=0.3), False, QOS - 0.3 * (2.0 * 0.2 + 1.0 * 0.4)),
     ],
 )
-def test_the_costs_of_a_step_by_hand(weights: RewardWeights, dropped: bool, expected: float) -> None:
-    assert paid(weights, dropped=dropped) == pytest.approx(expected, rel=1e-5)
+def test_the_costs_of_a_step_are_those_computed_by_hand(weights: RewardWeights, dropped: bool, expected: float) -> None:
+    assert reward_of(weights, dropped=dropped) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_placement_pays_what_it_is_predicted_to_cost_others() -> None:
-    """The paper's penalty: nothing for a drop."""
+def test_the_predicted_loss_of_other_requests_is_a_cost() -> None:
+    """The paper's penalty; a drop has none."""
     loss = np.asarray(impact(BEFORE).qos_change)
-    assert loss[SENT_TO] < -1e-3 and loss[0] != pytest.approx(loss[SENT_TO])
-    for action, expected in ((0, loss[0]), (SENT_TO, loss[SENT_TO]), (2, 0.0)):
-        assert paid(RewardWeights(predicted_loss=2.0), action) == pytest.approx(QOS + 2.0 * expected, rel=1e-4)
+    assert loss[EXPERT] < -1e-3 and loss[0] != pytest.approx(loss[EXPERT])
+    for action, expected in ((0, loss[0]), (EXPERT, loss[EXPERT]), (2, 0.0)):
+        assert reward_of(RewardWeights(predicted_loss=2.0), action) == pytest.approx(QOS + 2.0 * expected, rel=1e-4)
 
 
-def test_the_potential_is_what_is_in_flight() -> None:
-    gained = GAMMA * float(in_flight_qos(AFTER)) - float(in_flight_qos(BEFORE))
-    assert abs(gained) > 1e-2
-    assert paid(RewardWeights(potential=1.0)) == pytest.approx(QOS + gained, rel=1e-4)
+def test_the_potential_is_the_qos_in_flight() -> None:
+    change = GAMMA * float(in_flight_qos(AFTER)) - float(in_flight_qos(BEFORE))
+    assert abs(change) > 1e-2
+    assert reward_of(RewardWeights(potential=1.0)) == pytest.approx(QOS + change, rel=1e-4)
 
 
 def test_the_potential_telescopes_over_each_episode() -> None:
-    """Undiscounted, an episode is paid its plain rewards and what is in flight at its end; it began with nothing."""
+    """Undiscounted, an episode earns its plain rewards plus the QoS in flight at its end, as none is at its start."""
     env, episode, episodes = small_env(), 12, 2
     params = small_params(rate_per_s=8.0, latency_limit_s=0.08, max_steps_in_episode=episode)
     weights = RewardWeights(potential=1.0)

@@ -1,6 +1,6 @@
-"""Soft actor-critic: probes that each isolate one fault of value learning, a process with a known optimum, and parts.
+"""Soft actor-critic: small processes that each isolate one fault of value learning, a known optimum, and parts.
 
-The probes are learned side by side by one compiled program, once with an actor and once without.
+One compiled program learns the processes side by side, once with an actor and once without.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def solved(request: pytest.FixtureRequest) -> dict[str, Solved]:
     return decision_processes.solve(request.param, problems(), CHUNKS)
 
 
-class TestProbes:
+class TestSmallProcesses:
     def test_a_constant_reward_is_valued(self, solved: dict[str, Solved]) -> None:
         np.testing.assert_allclose(solved["constant"].q[0], 1.0, atol=0.02)
 
@@ -102,7 +102,8 @@ class TestProbes:
     def test_a_truncated_episode_has_a_future_and_a_terminated_one_has_none(self, solved: dict[str, Solved]) -> None:
         np.testing.assert_allclose(solved["truncated"].q, 1.0 / (1.0 - GAMMA), atol=0.1)
         ringed, _ = decision_processes.soft_optimum(problems()["truncated far"][0], GAMMA, 1.0, 0.0)
-        np.testing.assert_allclose(solved["truncated far"].q, ringed, atol=0.05)  # nor is the next episode the future
+        # The future of a truncated episode is not the next episode either.
+        np.testing.assert_allclose(solved["truncated far"].q, ringed, atol=0.05)
         steps_left = STATES - np.arange(STATES)
         expected = (1.0 - GAMMA**steps_left) / (1.0 - GAMMA)
         np.testing.assert_allclose(solved["terminated"].q, np.tile(expected[:, None], ACTIONS), atol=0.05)
@@ -114,7 +115,7 @@ def test_the_soft_optimum_is_found(solved: dict[str, Solved]) -> None:
     hard_q, _ = decision_processes.soft_optimum(params, SOFT["gamma"], 1e-3, 0.0)
     legal = np.asarray(params.legal)
     tolerance = 0.12
-    assert np.all((q - hard_q)[legal] > 3 * tolerance)  # so the entropy's share is tested
+    assert np.all((q - hard_q)[legal] > 3 * tolerance)  # the tolerance is below the contribution of the entropy
     np.testing.assert_allclose(found.q[legal], q[legal], atol=tolerance)
     np.testing.assert_allclose(found.policy, policy, atol=0.04)
 
@@ -130,7 +131,7 @@ def test_illegal_actions_are_never_taken(solved: dict[str, Solved]) -> None:
     assert np.all(solved["any"].q < TEMPTING / 10)
 
 
-def test_the_entropy_meets_its_share_of_what_is_legal(solved: dict[str, Solved]) -> None:
+def test_the_entropy_meets_its_share_of_the_legal_maximum(solved: dict[str, Solved]) -> None:
     for name, legal in (("three legal", 3), ("two legal", 2)):
         policy = solved[name].policy[0, :legal]
         assert -np.sum(policy * np.log(policy)) == pytest.approx(TARGET_ENTROPY * np.log(legal), abs=0.03), name
@@ -148,7 +149,7 @@ def test_one_seed_repeats_and_another_differs() -> None:
 
 
 def test_seeds_side_by_side_learn_what_each_learns_alone() -> None:
-    """The last of the problems; after few updates, as rounding may turn a draw over and then all is different."""
+    """Tests the last problem after few updates: later, rounding changes a sampled action and so everything after it."""
     chunks, (params, hyper) = 6, list(problems().values())[-1]
     key = jax.random.split(jax.random.key(0), len(problems()))[-1]
     *_, together = decision_processes.solve(False, problems(), chunks).values()
@@ -161,7 +162,7 @@ def test_seeds_side_by_side_learn_what_each_learns_alone() -> None:
 
 
 class Table(nn.Module):
-    """Values and logits that are parameters, the same for all inputs."""
+    """A network whose values and logits are parameters, the same for all inputs."""
 
     actor: bool = False
 
@@ -177,7 +178,7 @@ class Table(nn.Module):
 def updated(
     network: nn.Module, hyper: Hyperparameters, state: LearnerState, batch: Any, progress: Any
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """One gradient step on a batch of either kind."""
+    """Takes one gradient step on a batch of either kind of target."""
     targets = targets_named("counterfactual" if isinstance(batch, CounterfactualTarget) else "temporal_difference")
     return sac.update(network, hyper, state, *targets.critic_loss(network, hyper, state, batch), progress)
 
@@ -199,19 +200,19 @@ HUGE = 1e6
 
 
 @pytest.mark.parametrize("logits", [None, [0.0, 1.0, HUGE]])
-def test_an_illegal_action_has_no_probability_however_good_it_looks(logits: Any) -> None:
+def test_an_illegal_action_has_no_probability_whatever_its_value(logits: Any) -> None:
     heads = Heads(None if logits is None else jnp.array(logits), jnp.array([[0.0, 1.0, HUGE]] * 2))
     log_policy = sac.policy_logits(heads, jnp.array(TWO), jnp.float32(0.0))
     np.testing.assert_allclose(jnp.exp(log_policy), [1 / (1 + np.e), np.e / (1 + np.e), 0.0], rtol=1e-5)
-    drawn = jax.random.categorical(jax.random.key(0), log_policy, shape=(20_000,))
-    assert np.mean(np.asarray(drawn) == 1) == pytest.approx(np.e / (1 + np.e), abs=0.02)
-    assert not np.any(drawn == 2)
+    sampled = jax.random.categorical(jax.random.key(0), log_policy, shape=(20_000,))
+    assert np.mean(np.asarray(sampled) == 1) == pytest.approx(np.e / (1 + np.e), abs=0.02)
+    assert not np.any(sampled == 2)
 
 
 @pytest.mark.parametrize("critic_entropy", [0.0, 1.0])
 @pytest.mark.parametrize("min_q_weight", [0.0, 1.0, 0.25])
-def test_the_target_by_hand(min_q_weight: float, critic_entropy: float) -> None:
-    """The policy is that of the weights, the values are those of their running average."""
+def test_the_target_is_that_computed_by_hand(min_q_weight: float, critic_entropy: float) -> None:
+    """The policy uses the weights, and the values use their running average."""
     hyper = hyperparameters(min_q_weight=min_q_weight, critic_entropy=critic_entropy, alpha=0.5)
     average = np.array([[1.0, 5.0, HUGE], [2.0, 3.0, -HUGE]])
     state = sac.init(table_of([[0.0, 1.0, HUGE], [0.0, 2.0, HUGE]]), hyper).replace(average=table_of(average))
@@ -228,14 +229,14 @@ def test_the_target_by_hand(min_q_weight: float, critic_entropy: float) -> None:
     np.testing.assert_allclose(target, [3.0 + GAMMA * value, 3.0], rtol=1e-5)
 
 
-def lessons(*legal: list[bool], value: Any) -> CounterfactualTarget:
+def targets_for(*legal: list[bool], value: Any) -> CounterfactualTarget:
     value = jnp.broadcast_to(jnp.array(value, jnp.float32), (len(legal), ACTIONS))
     return CounterfactualTarget(views(*legal), jnp.ones(len(legal), bool), value)
 
 
 @pytest.mark.parametrize("actor", [False, True])
-def test_a_lesson_teaches_all_legal_actions_at_once(actor: bool) -> None:
-    """What is said of illegal actions does not matter, not even if it is no number; nor does what is not whole."""
+def test_a_target_teaches_all_legal_actions_at_once(actor: bool) -> None:
+    """Values of illegal actions and of invalid rows are ignored, even if they are NaN."""
     hyper, network = hyperparameters(alpha=0.3), TinyNetwork(actor)
     inputs = View(jnp.eye(STATES)[jnp.array([0, 1, 0])], jnp.array([ALL, TWO, ALL]))
     value = np.array([[0.5, -0.2, 0.1], [-1.0, -0.8, np.nan], [np.nan, 9.0, 9.0]], np.float32)
@@ -257,20 +258,20 @@ def test_a_lesson_teaches_all_legal_actions_at_once(actor: bool) -> None:
 
 @pytest.mark.parametrize("legal", [ONE, NONE], ids=["one", "none"])
 @pytest.mark.parametrize("actor", [False, True])
-def test_updates_are_finite_where_there_is_no_choice(actor: bool, legal: list[bool]) -> None:
-    """With nothing to choose the entropy is 0, which is also its target: alpha stays."""
+def test_updates_are_finite_without_a_choice(actor: bool, legal: list[bool]) -> None:
+    """Without a choice the entropy and its target are 0, so alpha stays."""
     hyper = hyperparameters(alpha_rate=0.1, critic_entropy=1.0)
     state = sac.init(table_of([[0.3, HUGE, 1.0]] * 2, [0.0, HUGE, 1.0] if actor else None), hyper)
     transition = Transition(views(legal), jnp.array([2]), jnp.ones(1), jnp.zeros(1, bool), jnp.zeros(1, bool))
-    for batch in (lessons(legal, value=[0.0, 1.0, 2.0]), Step(transition, views(legal))):
+    for batch in (targets_for(legal, value=[0.0, 1.0, 2.0]), Step(transition, views(legal))):
         after, losses = update(Table(actor), hyper, state, batch, jnp.float32(0.0))
         chex.assert_tree_all_finite((after, losses))
         assert float(after.log_alpha) == pytest.approx(float(state.log_alpha), abs=1e-6)
 
 
 def test_alpha_follows_the_entropy_within_its_range() -> None:
-    """Two actions of equal odds have all the entropy there is; with a target of 0.3 of it, alpha must fall."""
-    batch = lessons(TWO, value=0.0)
+    """Two actions of equal odds have the maximal entropy; a target of 0.3 of it lowers alpha."""
+    batch = targets_for(TWO, value=0.0)
     for share, moves in ((0.3, -1), (1.0, 0), (2.0, 1)):
         hyper = hyperparameters(alpha_rate=0.1, target_entropy=share)
         state = sac.init(table_of(np.zeros((2, ACTIONS))), hyper)
@@ -288,13 +289,14 @@ def test_the_learning_rate_falls_over_the_second_half() -> None:
     state = sac.init(table_of(np.zeros((2, ACTIONS))), hyper)
 
     def moved(progress: float) -> float:
-        after, _ = update(Table(), hyper, state, lessons(ALL, value=1.0), jnp.float32(progress))
+        after, _ = update(Table(), hyper, state, targets_for(ALL, value=1.0), jnp.float32(progress))
         change = after.params["params"]["q"]
         np.testing.assert_allclose(after.average["params"]["q"], 0.1 * change, rtol=1e-4)
         return float(change[0, 0])
 
     steps = [moved(progress) for progress in (0.0, 0.5, 0.75, 1.0)]
-    np.testing.assert_allclose(steps, [1e-2, 1e-2, 5.5e-3, 1e-3], rtol=1e-3)  # Adam's first step is the rate itself
+    # The first step of Adam is the learning rate.
+    np.testing.assert_allclose(steps, [1e-2, 1e-2, 5.5e-3, 1e-3], rtol=1e-3)
 
 
 def test_a_truncated_row_teaches_nothing() -> None:

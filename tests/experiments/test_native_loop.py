@@ -1,4 +1,4 @@
-"""The compiled loop of the benchmarks obeys the same rules as the reference."""
+"""The compiled scalar loop of the benchmarks agrees with the plain-Python reference."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def write(path, columns, rows):
 
 
 def llmservingsim_tables(folder, timing, noise=lambda: 1.0):
-    """Tables of a model with this timing: half the floor in the matrix kernels, the rest where the cost form has it."""
+    """Tables of a model with this timing: half of step_base_s in the matrix kernels, the rest as in the cost model."""
     step, base, token, sequence, kv_token = (1e6 * timing[name] for name in profile_fitting.TIMING_UNITS)
     dense = [(name, t, step / 2 / LAYERS / len(GEMMS) * noise()) for name in GEMMS for t in PROMPTS]
 
@@ -71,11 +71,11 @@ def llmservingsim_tables(folder, timing, noise=lambda: 1.0):
 
 
 def vidur_tables(folder, timing):
-    """The same in the other format; there is no head, so the share per request sits in the decode attention."""
+    """The same in Vidur's format; there is no head, so the time per request is part of the decode attention."""
     step, base, token, sequence, kv_token = (1e3 * timing[name] for name in profile_fitting.TIMING_UNITS)
     gemms = [f"time_stats.{name}.median" for name in VIDUR_GEMMS]
     dense = [(t, 1, *[step / LAYERS / len(gemms)] * len(gemms)) for t in PROMPTS]
-    dense += [(t, 2, *[9.0] * len(gemms)) for t in PROMPTS]  # two GPUs: not ours
+    dense += [(t, 2, *[9.0] * len(gemms)) for t in PROMPTS]  # two GPUs: ignored
     prefill = [(1, p, 0, (max(step, base + token * p) - step + sequence) / LAYERS, 0.0) for p in PROMPTS]
     decode = [(n, 0, kv, 0.0, (sequence * n + kv_token * n * kv) / LAYERS) for n in DECODES for kv in KV]
     return (
@@ -95,7 +95,7 @@ def fitted(files, num_layers=LAYERS, max_kv_tokens=None):
 
 @st.composite
 def timings(draw):
-    """Timing whose floor ends within the measured prompts, so that all five coefficients show."""
+    """Timing whose lower bound ends within the measured prompts, so that the tables determine all five coefficients."""
     step_s, token_s = draw(st.floats(4e-3, 5e-2)), draw(st.floats(1e-5, 3e-4))
     knee_tokens = draw(st.floats(0.0, 1000.0))
     hypothesis.assume(token_s * knee_tokens < step_s)
@@ -161,8 +161,8 @@ def test_an_iteration_counts_every_kernel_as_often_as_the_model_runs_it(tmp_path
     )
     iterations = profile_fitting.assemble(profile_fitting.read_tables(*files), num_layers=3, max_kv_tokens=100)
     rows = zip(iterations.kind, iterations.prompt_tokens, iterations.requests, iterations.kv_tokens, strict=True)
-    # The table has no prefill of a whole prompt, so that comes from the dense kernels alone. Left out: 160 KV tokens
-    # (more than 100) and 9 requests (the head is measured up to 5).
+    # The table has no attention of a whole prompt, so prefills come from the dense kernels alone. Two batches are left
+    # out: the one with 160 KV tokens (more than 100) and the one with 9 requests (the head is measured up to 5).
     assert list(rows) == [
         ("prefill", 1, 1, 0),
         ("prefill", 3, 1, 0),
@@ -182,7 +182,7 @@ def test_failed_cells_are_interpolated(data_dir, name):
     tables = profile_fitting.read_tables(*(str(data_dir / "profiles" / file) for file in FILES[name]))
     failed = [note for note in tables.notes if "failed" in note]
     assert [note.split(":")[0] for note in failed] == (["attn_post_proj", "attn_pre_proj"] if name == "a30" else [])
-    if name == "a30":  # the table says 2 us at 2048 tokens, where the operation moves 5 times more than at 384
+    if name == "a30":  # the table has 2 us at 2048 tokens, where the operation moves 5 times as much as at 384
         tokens, seconds = tables.dense["attn_pre_proj"]
         assert np.interp(2048, tokens, seconds) > 5e-4
 
@@ -213,8 +213,8 @@ def test_kernel_tables_predict_the_real_run(data_dir):
         rows = sorted((json.loads(line) for line in file), key=lambda row: row["arrival_time"])
     run = {key: np.array([row[key] for row in rows]) for key in rows[0] if key != "request_id"}
     arrival_s = run["arrival_time"] - run["arrival_time"][0]
-    # queued_ts is a second clock, read when the engine takes a request, between two iterations. The simulator waits for
-    # that boundary itself, so its arrivals are arrival_time, and the smallest difference is that of the clocks.
+    # queued_ts is from a second clock, read when the engine takes a request between two iterations. The simulator has
+    # the same wait, so its arrivals are arrival_time, and the smallest difference is the offset of the clocks.
     clock_s = np.min(run["queued_ts"] - arrival_s)
     tokens = run["output_toks"]
     trace = RequestTrace(arrival_s, run["input_toks"], tokens[:, None])
@@ -239,8 +239,8 @@ def test_kernel_tables_predict_the_real_run(data_dir):
 def changed(rows, column, value=None):
     """The rows of a csv with one column renamed, or its first cell set to a value."""
     rows = [list(row) for row in rows]
-    at = rows[0].index(column)
-    rows[0 if value is None else 1][at] = "other" if value is None else value
+    position = rows[0].index(column)
+    rows[0 if value is None else 1][position] = "other" if value is None else value
     return rows
 
 

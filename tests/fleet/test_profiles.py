@@ -74,5 +74,5 @@ def test_bad_pairs_are_refused(pairs, message):
 
 @pytest.mark.parametrize("limits", [{"max_running": 0}, {"max_waiting": -1}])
 def test_limits_below_one_are_refused(limits):
-    with pytest.raises(InputError, match=f"{next(iter(limits))} is .*; it must be 1 or more"):
+    with pytest.raises(InputError, match=f"{next(iter(limits))} is .*, must be at least 1"):
         expert_profile([("alpaca-native", "A40")], **limits)

@@ -1,6 +1,6 @@
 """Decision processes so small that their values are known, for tests of the learner.
 
-Each is a table, and tables are traced: one compiled program learns all of them side by side.
+A process is a table of traced numbers, so one compiled program learns all of them side by side.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CONFIG = AgentConfig(
     targets="temporal_difference", num_envs=8, chunk=8, updates=8, batch_size=64, capacity=8 * 8 * 512, warm_up=8
 )
 
-# What tests compile runs for a moment, so it is compiled fast and not well.
+# Test programs run for milliseconds, so they are compiled without optimisation.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Process(struct.PyTreeNode):
-    """The table of one decision process; in states that are never reached it may hold anything."""
+    """The table of one decision process; entries of states that are never reached are arbitrary."""
 
     transition: Array  # [S, A, S] probability
     reward: Array  # [S, A]
@@ -46,7 +46,7 @@ class Process(struct.PyTreeNode):
 
 
 class View(struct.PyTreeNode):
-    """What is seen, and at once what the network reads."""
+    """The observation, which is also the input of the network."""
 
     columns: Array  # [S] one at the state
     legal: Array  # [A] bool
@@ -58,7 +58,7 @@ class Position(struct.PyTreeNode):
 
 
 class TableEnvironment:
-    """A process by the contract of ``qos_jax.sim.env.Environment``."""
+    """A process with the interface of ``qos_jax.sim.env.Environment``."""
 
     def reset(self, key: Array, params: Process) -> tuple[View, Position]:
         position = Position(jnp.int32(0), _draw(key, params.start))
@@ -100,7 +100,7 @@ class TinyNetwork(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """What the learner made of one process."""
+    """What the learner has learned of one process."""
 
     q: np.ndarray  # [S, A], mean of both critics
     policy: np.ndarray  # [S, A]
@@ -108,19 +108,19 @@ class Solved:
 
 
 def learner(*, actor: bool, **config: Any) -> Learner:
-    """A learner of processes that is paid their plain reward."""
+    """A learner of processes with their unshaped reward."""
     config = dataclasses.replace(CONFIG, **config)
     return Learner(TableEnvironment(), config, lambda view: view, TinyNetwork(actor), _plain_reward)
 
 
 def hyperparameters(**fields: Any) -> Hyperparameters:
-    """Quick ones, as float32 arrays."""
+    """Hyperparameters for fast learning, as float32 arrays."""
     quick = {"learning_rate": 3e-3, "final_learning_rate": 1e-4, "gamma": GAMMA, "polyak": 0.95, "alpha": 0.2}
     return jax.tree.map(jnp.float32, Hyperparameters(**(quick | fields)))
 
 
 def train(learner: Learner, key: Array, params: Process, hyper: Hyperparameters, chunks: Array) -> TrainState:
-    """Trains for so many chunks."""
+    """Trains for a number of chunks."""
 
     def chunk(i: Array, state: TrainState) -> TrainState:
         return learner.train_chunk(state, params, hyper, i, i / chunks)[0]
@@ -138,7 +138,7 @@ def trainer(actor: bool) -> Any:
 def solve(
     actor: bool, problems: dict[str, tuple[Process, Hyperparameters]], chunks: int, seed: int = 0
 ) -> dict[str, Solved]:
-    """Lets one learner for each problem learn it."""
+    """Trains one learner on each problem."""
     params, hypers = (stacked(each) for each in zip(*problems.values(), strict=True))
     keys = jax.random.split(jax.random.key(seed), len(problems))
     states = trainer(actor)(keys, params, hypers, jnp.int32(chunks))
@@ -147,7 +147,7 @@ def solve(
 
 
 def solved(actor: bool, process: Process, state: TrainState) -> Solved:
-    """Reads what was learned in each state."""
+    """Returns the values and the policy learned in each state."""
     heads = TinyNetwork(actor).apply(state.learner.params, View(jnp.eye(STATES), process.legal))
     policy = jnp.exp(policy_logits(heads, process.legal, state.learner.log_alpha))
     return Solved(np.asarray(heads.q.mean(-2)), np.asarray(policy), state)
@@ -173,7 +173,7 @@ def process(
       reward: [], [S, 1] or [S, A].
       terminates: the same of bool.
       legal: the same of bool.
-      start: one state, or some of equal probability.
+      start: one state, or several with equal probability.
       max_steps_in_episode: the time limit.
     """
     next_state = np.asarray(next_state)
@@ -194,7 +194,7 @@ def process(
 
 
 def soft_optimum(params: Process, gamma: float, alpha: float, critic_entropy: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the values [S, A] and the policy [S, A] that discrete SAC ends in, by value iteration in float64."""
+    """Returns the values [S, A] and policy [S, A] to which discrete SAC converges, by value iteration in float64."""
     transition, reward = (np.asarray(x, np.float64) for x in (params.transition, params.reward))
     legal, goes_on = np.asarray(params.legal), ~np.asarray(params.terminates)
     q = np.zeros((STATES, ACTIONS))

@@ -1,4 +1,4 @@
-"""A world whose experts answer at once: it has no engine, so that programs on it compile fast."""
+"""A world whose experts answer immediately: it has no engine, so programs on it compile fast."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def instant_env(num_experts: int = 3) -> InstantEnvironment:
 
 
 def small_learner(num_experts: int = 3, **fields: Any) -> Learner:
-    """A learner of a few weights that sees the flat view."""
+    """A learner with a few weights on the flat view."""
     fields = {
         "network": NetworkConfig("flat", "arrived", actor=True, with_impact=False, residual=False, hidden=(8,)),
         "num_envs": 4,

@@ -1,4 +1,4 @@
-"""BERT and DistilBERT once more: in float64, token by token, on tensors as the checkpoint names them."""
+"""A reference implementation of BERT and DistilBERT: float64, token by token, on the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _erf = np.vectorize(math.erf, otypes=[float])
 
 
 def numpy_embedding(tensors: Tensors, config: Mapping[str, Any], ids: Sequence[int]) -> np.ndarray:
-    """Returns the mean of the states, scaled to unit length, [D]."""
+    """Returns the embedding [D]: the mean of the states, scaled to unit length."""
     mean = numpy_states(tensors, config, ids).mean(0)
     return mean / math.sqrt(mean @ mean)
 
 
 def numpy_states(tensors: Tensors, config: Mapping[str, Any], ids: Sequence[int]) -> np.ndarray:
-    """Returns the states [T, D] of a text that is not padded."""
+    """Returns the states [T, D] of a text without padding."""
     eps = config.get("layer_norm_eps", 1e-12)
     words, positions = (tensors[f"embeddings.{kind}_embeddings.weight"].astype(float) for kind in ("word", "position"))
     states = words[list(ids)] + positions[: len(ids)]

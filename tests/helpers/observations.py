@@ -1,4 +1,4 @@
-"""Observations made by hand, and at random, for tests of routers."""
+"""Hand-written and random observations, for tests of routers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EQUAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One request on an expert, as the router sees it."""
+    """One request on an expert, as a router observes it."""
 
     is_running: bool
     prompt_tokens: int = 32
@@ -39,22 +39,22 @@ class Seen:
     predicted_tokens: float = 50.0
 
 
-_JUNK = Seen(False, 700, 90, 70, 1e3, 1e-3, 0.9, 900.0)  # in slots without a request, where no router may look
+_JUNK = Seen(False, 700, 90, 70, 1e3, 1e-3, 0.9, 900.0)  # in slots without a request, which no router may read
 
 
 def running(*, prompt_tokens: int = 32, generated_tokens: int = 10, **fields: Any) -> Seen:
-    """One that decodes, unless it is given ``computed_tokens``."""
+    """A running request, which decodes unless ``computed_tokens`` is given."""
     computed_tokens = prompt_tokens + generated_tokens - 1
     return Seen(True, prompt_tokens, generated_tokens, **({"computed_tokens": computed_tokens} | fields))
 
 
 def waiting(**fields: Any) -> Seen:
-    """One that has not start_probe, unless it is given ``generated_tokens``."""
+    """A waiting request, which has not started unless ``generated_tokens`` is given."""
     return Seen(False, **fields)
 
 
 def equal_experts(num_experts: int, **fields: Any) -> ExpertProfile:
-    """Experts that all tie while they are idle."""
+    """Experts with equal profiles."""
     return small_experts(num_experts, **{name: np.asarray(value) for name, value in (EQUAL | fields).items()})
 
 
@@ -65,36 +65,36 @@ def observation(
     slots: int = SLOTS,
     **arrived: Any,
 ) -> Observation:
-    """What is seen of a fleet with these requests on its experts.
+    """The observation of a fleet with these requests on its experts.
 
     Args:
       *fleet: the requests on each of the N experts, in order of arrival.
-      profile: of the experts, which are equal by default.
-      legal: [N + 1], all by default.
+      profile: of the experts; equal experts by default.
+      legal: [N + 1] legal actions; all by default.
       slots: S.
-      **arrived: fields of the arrived request; per expert, or one value for all.
+      **arrived: fields of the arrived request, one value per expert or one for all.
     """
     num_experts = len(fleet)
     arrived = {"prompt_tokens": 32, "latency_limit_s": 0.05, "predicted_score": 0.5, "predicted_tokens": 40.0} | arrived
     for name in ("predicted_score", "predicted_tokens"):
         arrived[name] = jnp.broadcast_to(jnp.asarray(arrived[name], jnp.float32), num_experts)
     arrived["recent_rate_per_s"] = np.full(len(RATE_WINDOWS_S), arrived.get("recent_rate_per_s", 6.0))
-    filled = [[*there, *[_JUNK] * (slots - len(there))] for there in fleet]
-    there = np.arange(slots) < np.array([len(there) for there in fleet])[:, None]
+    filled = [[*requests, *[_JUNK] * (slots - len(requests))] for requests in fleet]
+    present = np.arange(slots) < np.array([len(requests) for requests in fleet])[:, None]
     columns = {
         field.name: np.array([[getattr(request, field.name) for request in row] for row in filled])
         for field in dataclasses.fields(Seen)
     }
-    is_running = columns.pop("is_running") & there
-    requests = RequestView(running=is_running, waiting=~is_running & there, **columns)
+    is_running = columns.pop("is_running") & present
+    view = RequestView(running=is_running, waiting=~is_running & present, **columns)
     experts = ExpertView(
         profile=equal_experts(num_experts) if profile is None else profile,
         running=is_running.sum(1),
-        waiting=requests.waiting.sum(1),
+        waiting=view.waiting.sum(1),
         kv_used_blocks=np.where(is_running, -(-columns["computed_tokens"] // 16), 0).sum(1),
     )
     mask = np.ones(num_experts + 1, bool) if legal is None else np.asarray(legal, bool)
-    return jax.tree.map(_narrow, Observation(ArrivedView(**arrived), experts, requests, mask))
+    return jax.tree.map(_narrow, Observation(ArrivedView(**arrived), experts, view, mask))
 
 
 def reordered(obs: Observation, order: Sequence[int]) -> Observation:
@@ -112,7 +112,7 @@ def reordered(obs: Observation, order: Sequence[int]) -> Observation:
 
 @st.composite
 def fleets(draw: st.DrawFn, num_experts: int = 4, **fields: Any) -> list[list[Seen]]:
-    """Up to 4 running and then up to 4 waiting requests on each expert; ``fields`` fix fields of all of them."""
+    """Up to 4 running and then up to 4 waiting requests on each expert; ``fields`` are fixed for all of them."""
     return [
         draw(st.lists(runners(**fields), max_size=4)) + draw(st.lists(waiters(**fields), max_size=4))
         for _ in range(num_experts)
@@ -161,6 +161,6 @@ def _floats(low: float, high: float) -> st.SearchStrategy[float]:
 
 
 def _narrow(x: Any) -> jax.Array:
-    """As the simulator has it: float32, int32 and bool."""
+    """The array in the simulator's types: float32, int32 and bool."""
     x = np.asarray(x)
     return jnp.asarray(x, {"f": jnp.float32, "i": jnp.int32, "b": jnp.bool_}[x.dtype.kind])

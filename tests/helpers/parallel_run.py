@@ -1,4 +1,4 @@
-"""Trains on the instant environment with some layouts in a process of eight devices; says by how much they differ."""
+"""Trains on the instant environment with several layouts in a process of eight devices, and prints the differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tables of which is known how much the prompt says of the answers."""
+"""Small tables with a known predictable share of scores and lengths."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def made_up_table(num_prompts: int = 60, r2: float = 0.5, seed: int = 0, with_le
     embeddings = rng.normal(size=(num_prompts, _SIZE)).astype(np.float32)
 
     def standard(offset: int) -> np.ndarray:
-        known = embeddings[:, offset : offset + num_experts]
-        return r2**0.5 * known + (1.0 - r2) ** 0.5 * rng.normal(size=known.shape)
+        predictable = embeddings[:, offset : offset + num_experts]
+        return r2**0.5 * predictable + (1.0 - r2) ** 0.5 * rng.normal(size=predictable.shape)
 
     score = np.clip(np.array([0.4, 0.5, 0.6]) + 0.1 * standard(0), 0.0, 1.0)
     output_tokens = np.maximum(1, np.exp(np.array([4.0, 5.0, 5.5]) + LENGTH_SD * standard(num_experts))).astype(int)
@@ -35,7 +35,7 @@ def made_up_table(num_prompts: int = 60, r2: float = 0.5, seed: int = 0, with_le
 
 
 def write_npz(path: pathlib.Path, table: PredictionTable, **changes: np.ndarray | None) -> pathlib.Path:
-    """Writes the columns of a table, but for those that become None."""
+    """Writes the columns of a table; a change to None leaves a column out."""
     columns = {
         "experts": np.array(table.experts),
         "quality": table.score,
@@ -48,7 +48,7 @@ def write_npz(path: pathlib.Path, table: PredictionTable, **changes: np.ndarray 
 
 
 def write_prompts(path: pathlib.Path, texts: list[str] | tuple[str, ...], ids: bool = True) -> pathlib.Path:
-    """Writes the texts as JSON lines, last prompt first if they have ids."""
+    """Writes the texts as JSON lines, in reverse order if they have ids."""
     records = [({"prompt_id": 100 + i} if ids else {}) | {"instruction": text} for i, text in enumerate(texts)]
     lines = [json.dumps(record) for record in (reversed(records) if ids else records)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -56,7 +56,7 @@ def write_prompts(path: pathlib.Path, texts: list[str] | tuple[str, ...], ids: b
 
 
 def write_mix_instruct(path: pathlib.Path, table: PredictionTable) -> pathlib.Path:
-    """Writes a table in mix-instruct's format, with answers of as many words as it says tokens."""
+    """Writes a table in mix-instruct's format; an answer has as many words as the table has tokens for it."""
     lines = []
     for row in range(len(table)):
         candidates = [

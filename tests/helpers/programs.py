@@ -1,4 +1,4 @@
-"""Programs run in the process of the tests."""
+"""Runs programs in the process of the tests."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start_training(folder: str | os.PathLike[str], variables: dict[str, str], *arguments: str) -> subprocess.Popen:
-    """Starts the training program in a process of its own."""
+    """Starts the training program in another process."""
     command = [sys.executable, "-m", "qos_jax.programs", "train", *arguments, f"--out={folder}"]
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def assert_refused(program: Program, capsys: pytest.CaptureFixture[str], message: str, *arguments: str) -> None:
-    """Runs a program on bad input, which ends with one line that holds the message, and nothing else printed."""
+    """Runs a program on bad input, which must print one line with the message and nothing else."""
     assert program(*arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
@@ -35,7 +35,7 @@ def assert_refused(program: Program, capsys: pytest.CaptureFixture[str], message
 
 
 def program_of(name: str) -> Program:
-    """Returns what runs ``qos-jax NAME``, without a cache of compiled programs on disk."""
+    """Returns a function that runs ``qos-jax NAME``, without a cache of compiled programs on disk."""
     import importlib
 
     program = main.PROGRAMS[name]

@@ -1,4 +1,4 @@
-"""For tests that compile the same programs again and again: without optimisation, and once each."""
+"""Fast compilation for tests that compile the same programs repeatedly: without optimisation, and with a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPTIONS = {"jax_disable_most_optimizations": True, "jax_persistent_cache_min_com
 
 @contextlib.contextmanager
 def quick_compilation(cache: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Keeps compiled programs in a folder; gives the environment variables by which other processes share it."""
+    """Caches compiled programs in a folder; yields the environment variables with which other processes share it."""
     options = OPTIONS | {"jax_compilation_cache_dir": str(cache)}
     before = {name: jax.config.values[name] for name in options}
     _configure(options)
@@ -27,4 +27,4 @@ def quick_compilation(cache: pathlib.Path) -> Iterator[dict[str, str]]:
 def _configure(options: dict) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it is opened once, and then keeps its folder
+    compilation_cache.reset_cache()  # an open cache keeps its folder

@@ -1,7 +1,7 @@
-"""The simulator's rules once more: plain Python, one iteration at a time, written from the rules and not from the code.
+"""A reference implementation of the simulator's rules: plain Python, one iteration at a time, independent of the code.
 
-Every implementation must agree with this one, so it is kept naive: no closed forms, no arrays of slots, float64 times.
-Where the rules leave a choice it follows vLLM's V1 scheduler: memory is allocated by chunk (a request scheduled for
+Every implementation must agree with this one, so it is simple: no closed forms, no arrays of slots, float64 times.
+Where the rules leave a choice, it follows vLLM's V1 scheduler: memory is allocated by chunk (a request scheduled for
 ``take`` tokens then holds ``ceil((computed + take) / block_size)`` blocks), but a request is admitted only while the
 blocks of everything it must compute are free (``scheduler_reserve_full_isl``).
 """
@@ -36,7 +36,7 @@ class Job:
 
     @property
     def known(self) -> int:
-        """Tokens that exist so far: all of them must be computed before the next one is emitted."""
+        """Tokens of the prompt and emitted tokens: all must be computed before the next one is emitted."""
         return self.prompt_tokens + self.generated
 
 
@@ -97,7 +97,7 @@ class ReferenceExpert:
         self.waiting.append(job)
 
     def iterate(self) -> None:
-        """Runs one iteration: schedules, lets the time pass, emits tokens."""
+        """Runs one iteration: schedules requests, advances the clock, emits tokens."""
         scheduled = self.schedule()
         prefill_tokens = decoded_kv_tokens = 0
         for job, take in scheduled:
@@ -150,7 +150,7 @@ class ReferenceExpert:
         return scheduled
 
     def preempt_last(self) -> None:
-        """Takes the last admitted request off the GPU; it keeps its tokens but must compute them all again."""
+        """Preempts the last admitted request; it keeps its tokens but must recompute all of them."""
         job = self.running.pop()
         self.hold(job, 0)
         job.computed = 0
@@ -179,7 +179,7 @@ class ReferenceExpert:
         )
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold so many tokens."""
+        """Number of blocks that hold ``tokens``."""
         return -(-tokens // self.block_size)
 
 
@@ -195,7 +195,7 @@ class ReferenceRun:
 
     @property
     def log(self) -> RequestLog:
-        """The part of it that every implementation returns."""
+        """The log that every implementation returns."""
         return RequestLog(
             finish_s=self.finish_s,
             first_token_s=self.first_token_s,
@@ -212,7 +212,7 @@ def replay_reference(
     token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
 ) -> ReferenceRun:
-    """Serves every request on the expert that ``assignment`` [J] names; -1 drops it at the router."""
+    """Serves every request on its expert in ``assignment`` [J]; -1 is a drop by the router."""
     fleet = [ReferenceExpert(experts, n, token_budget, block_size) for n in range(len(np.asarray(experts.kv_blocks)))]
     jobs: list[Job] = []
     for j, n in enumerate(np.asarray(assignment).tolist()):

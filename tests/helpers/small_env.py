@@ -1,4 +1,4 @@
-"""A small world for tests of the environment: two or three experts, and requests drawn from a few independent laws."""
+"""A small world for tests of the environment: a few experts, and requests from simple independent distributions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SmallWorkload:
     rate_per_s: Array
     latency_limit_s: Array
     quality: Array  # [N] the largest score of each expert
-    order: Array  # [N] int32: expert n is number order[n] of those that are drawn
+    order: Array  # [N] int32: expert n has the answer number order[n] of the sampled ones
 
     def init(self, key: Array) -> Array:
         return jnp.int32(0)
@@ -44,7 +44,7 @@ class SmallWorkload:
 
 
 def small_experts(num_experts: int = 3, **fields: Any) -> ExpertProfile:
-    """Experts each somewhat slower than the one before."""
+    """Experts of which each is slower than the one before."""
     slower = 1.0 + 0.3 * np.arange(num_experts)
     fields = {
         "step_base_s": 0.02 * slower,
@@ -71,7 +71,7 @@ def small_params(
 ) -> EnvParams:
     workload = SmallWorkload(rate_per_s, latency_limit_s, np.linspace(0.4, 0.9, num_experts), np.arange(num_experts))
     params = EnvParams(small_experts(num_experts, **fields), workload, max_steps_in_episode, staleness_s)
-    return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), params)  # no weak types, which are traced anew
+    return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), params)  # without weak types
 
 
 def small_env(num_experts: int = 3, *, slots: int = 16, check: bool = False, **spec: Any) -> Environment:

@@ -1,4 +1,4 @@
-"""A few small runs for tests of figures and reports: fixed assignments, replayed by the engine."""
+"""A few small runs for tests of figures and reports: replays of fixed assignments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {"round_robin": "heuristic", "only_gamma": "expert", "refuse_all": "heur
 
 @functools.cache
 def runs() -> tuple[RouterRun, ...]:
-    """Every router at every load and seed; the expert of ``only_gamma`` drops some, ``refuse_all`` drops them all."""
+    """Every router at every load and seed; ``only_gamma`` overloads its expert, ``refuse_all`` drops all requests."""
     scenarios = [Scenario(load, 6.0 * load, seed) for load in LOADS for seed in SEEDS]
     traces = [_trace(scenario) for scenario in scenarios]
     names = [name for name in KINDS for _ in scenarios]
@@ -62,5 +62,5 @@ def _assignment(name: str, trace: RequestTrace) -> np.ndarray:
 
 
 def _router(name: str) -> Router:
-    """A router by name and kind only: its decisions are made already."""
+    """A router with a name and a kind only, as the assignments are fixed."""
     return Router(name=name, kind=KINDS[name], init=lambda: (), act=lambda key, obs, memory: (0, memory))

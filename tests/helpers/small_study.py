@@ -1,4 +1,4 @@
-"""``qos-jax reproduce`` with one small study only, of two routers and a learned one."""
+"""``qos-jax reproduce`` with one small study of two heuristics and a learned router."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLAGS = (
 
 
 def put_in_place() -> None:
-    """Puts the study in the place of all others."""
+    """Replaces all studies by the small one."""
     studies.TRAINED["tiny"] = Trained(agent="baseline_rl", randomise="load", flags=FLAGS)
     worlds = (World("Poisson", trained=("tiny",)), World("bursts", trained=("tiny",), fields={"arrivals": "gamma:3"}))
     small = Study("Small", "Who?", worlds, loads=(0.9,), routers=("shortest_queue", "round_robin"))

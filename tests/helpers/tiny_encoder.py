@@ -1,4 +1,4 @@
-"""Small checkpoints of random weights, as Hugging Face lays them out, so that tests need no download."""
+"""Small checkpoints with random weights in Hugging Face's format, so that tests need no download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXT = (
     "find fox give green how i in is it learn list long make my new of old on one plan poem red river run short "
     "sing slow story sum tell the to tree two what why with write you"
 )
-WORDS = tuple(_TEXT.split())  # a text of these has no unknown token
+WORDS = tuple(_TEXT.split())  # a text of these words has no unknown token
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s", "##ing", "##er", ".", ",", "?", "é", "e")
 
 
@@ -24,10 +24,10 @@ def write_tiny_encoder(folder: pathlib.Path, layout: str = "bert", seed: int = 0
     """Writes the checkpoint of an encoder, with both tokenizer.json and vocab.txt.
 
     Args:
-      folder: is made.
+      folder: to create.
       layout: "bert" or "distilbert".
       seed: of the weights.
-      prefix: before the name of every tensor, such as "bert.".
+      prefix: of the name of every tensor, such as "bert.".
 
     Returns:
       The folder.
@@ -43,7 +43,7 @@ def write_tiny_encoder(folder: pathlib.Path, layout: str = "bert", seed: int = 0
 
 
 def tiny_tensors(layout: str, seed: int) -> dict[str, np.ndarray]:
-    """Returns random tensors under the names of the layout, those that an encoder does not need among them."""
+    """Returns random tensors by their names in the layout, including some that an encoder does not need."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
 

@@ -1,7 +1,7 @@
-"""Random worlds that press on every rule of the simulator, for tests that compare two implementations.
+"""Random worlds that stress every rule of the simulator, for tests that compare two implementations.
 
-``KINDS`` maps a name to its generator, ``small_worlds`` is the hypothesis strategy. A world's experts do not see each
-other, so several worlds make one larger world (``side_by_side``), and a whole batch runs as one program of one shape.
+``KINDS`` maps a name to its generator, ``small_worlds`` is the hypothesis strategy. Experts do not interact, so several
+worlds can be joined into a larger one (``side_by_side``), and a whole batch runs as one program of one shape.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Limit = int | np.ndarray
 
 @dataclasses.dataclass
 class World:
-    """Experts, requests, and who serves whom; ``assignment`` [J] is -1 where the router drops."""
+    """Experts, requests, and the expert of each request; an ``assignment`` [J] of -1 is a drop by the router."""
 
     experts: ExpertProfile
     trace: RequestTrace
@@ -37,7 +37,7 @@ class World:
 
 
 def profile(**fields: Any) -> ExpertProfile:
-    """A profile of as many experts as the longest field; what is left out costs nothing and limits nothing."""
+    """A profile of as many experts as the longest field; missing costs are 0, missing limits are very large."""
     free = dict.fromkeys(
         ("step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s"), 0.0
     )
@@ -47,7 +47,7 @@ def profile(**fields: Any) -> ExpertProfile:
 
 
 def side_by_side(worlds: Sequence[World]) -> World:
-    """One world of all the experts and all the requests, in order of arrival."""
+    """One world with all experts and all requests, in order of arrival."""
     (token_budget,) = {world.token_budget for world in worlds}
     sizes = [np.shape(world.experts.kv_blocks)[0] for world in worlds]
     starts = np.cumsum(sizes) - sizes
@@ -79,7 +79,7 @@ def side_by_side(worlds: Sequence[World]) -> World:
 def _experts(
     rng: np.random.Generator, *, kv_blocks: Limit, max_running: Limit = 32, max_waiting: Limit = UNLIMITED
 ) -> ExpertProfile:
-    """Experts of random speed, so that either term may be the larger one while prompts are computed."""
+    """Experts of random speed, so that either term of the prefill time may be the larger one."""
     return profile(
         step_base_s=rng.uniform(0.005, 0.05, NUM_EXPERTS),
         prefill_base_s=rng.uniform(0.0, 0.04, NUM_EXPERTS),
@@ -102,7 +102,7 @@ def _tokens(rng: np.random.Generator, low: int, high: int, *shape: int) -> np.nd
 
 
 def _anyone(rng: np.random.Generator, requests: int = NUM_REQUESTS) -> np.ndarray:
-    """Any expert, the first one most often; the router drops one in twenty."""
+    """Random experts, the first one most often; the router drops one request in twenty."""
     return rng.choice([DROPPED_BY_ROUTER, 0, 1, 2], requests, p=[0.05, 0.4, 0.3, 0.25])
 
 
@@ -120,18 +120,18 @@ def _world(
 
 
 def calm(rng: np.random.Generator) -> World:
-    """Enough of everything."""
+    """Enough memory and places for all requests."""
     return _world(rng, _experts(rng, kv_blocks=2000), _poisson(rng, 0.05), (1, 300), (1, 200))
 
 
 def preemption_storm(rng: np.random.Generator) -> World:
-    """Memory for a few requests, many admitted: they push each other out again and again."""
+    """Memory for a few requests and places for many, so they preempt each other repeatedly."""
     experts = _experts(rng, kv_blocks=rng.integers(14, 40, NUM_EXPERTS), max_running=16)
     return _world(rng, experts, _poisson(rng, 0.05), (1, 60), (20, 150))
 
 
 def full_queue(rng: np.random.Generator) -> World:
-    """Short queues under a heavy load, down to none at all."""
+    """Short queues, or none, under a heavy load."""
     experts = _experts(
         rng,
         kv_blocks=rng.integers(10, 60, NUM_EXPERTS),
@@ -148,25 +148,25 @@ def long_prompts(rng: np.random.Generator) -> World:
 
 
 def small_budget(rng: np.random.Generator) -> World:
-    """So few tokens in an iteration that decoding takes them all, and prompts wait or trickle."""
+    """A token budget so small that decoding uses all of it, and prompts wait or progress by a few tokens."""
     experts = _experts(rng, kv_blocks=rng.integers(14, 30, NUM_EXPERTS))
     return _world(rng, experts, _poisson(rng, 0.05), (1, 60), (20, 150), token_budget=8)
 
 
 def simultaneous(rng: np.random.Generator) -> World:
-    """Bursts of requests at the very same time, on whole seconds."""
+    """Bursts of requests at exactly the same time, on whole seconds."""
     experts = _experts(rng, kv_blocks=rng.integers(12, 30, NUM_EXPERTS), max_running=8, max_waiting=6)
     return _world(rng, experts, np.sort(rng.integers(0, 6, NUM_REQUESTS)).astype(float), (1, 100), (1, 100))
 
 
 def one_token(rng: np.random.Generator) -> World:
-    """Answers of one or two tokens, which are complete with the prompt or just after."""
+    """Answers of one or two tokens, which finish with the prefill or one iteration later."""
     experts = _experts(rng, kv_blocks=rng.integers(10, 60, NUM_EXPERTS), max_running=8, max_waiting=20)
     return _world(rng, experts, _poisson(rng, 0.005), (1, 150), (1, 2))
 
 
 def idle_hours(rng: np.random.Generator) -> World:
-    """Bursts with hours of nothing between them."""
+    """Bursts with idle hours between them."""
     experts = _experts(rng, kv_blocks=rng.integers(14, 40, NUM_EXPERTS), max_running=8)
     gaps_s = np.where(
         rng.random(NUM_REQUESTS) < 0.1, rng.uniform(3600, 20_000, NUM_REQUESTS), rng.exponential(0.02, NUM_REQUESTS)
@@ -175,13 +175,13 @@ def idle_hours(rng: np.random.Generator) -> World:
 
 
 def never_fitting(rng: np.random.Generator) -> World:
-    """Memory that some requests can never have, and others only alone."""
+    """Memory too small for some requests, and sufficient for others only alone."""
     experts = _experts(rng, kv_blocks=rng.integers(4, 16, NUM_EXPERTS))
     return _world(rng, experts, _poisson(rng, 0.1), (1, 200), (1, 120))
 
 
 def unequal(rng: np.random.Generator) -> World:
-    """Experts that have nothing in common."""
+    """Experts that differ in every limit and by factors in speed."""
     experts = _experts(
         rng,
         kv_blocks=np.array([5000, 60, 25]),
@@ -210,7 +210,7 @@ def on_the_boundary(rng: np.random.Generator) -> World:
 
 
 def crowd(rng: np.random.Generator) -> World:
-    """Three hundred requests on one expert at once, which then run short of memory."""
+    """Three hundred requests on one expert at once, which exhaust its memory."""
     experts = profile(
         step_base_s=0.017,
         prefill_base_s=0.009,

@@ -1,4 +1,4 @@
-"""The impact estimate against exact simulation, what must hold on any observation, and the router that follows it."""
+"""The impact estimate against exact simulation, its properties on any observation, and the router that uses it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qos_jax import Observation, Request, RequestTrace, Scenario, evaluate, make, make_router, replay
-from qos_jax.evaluation.evaluate import Run
+from qos_jax import (
+    Environment,
+    InputError,
+    Observation,
+    Request,
+    RequestTrace,
+    evaluate,
+    make,
+    make_router,
+    replay,
+    scenarios,
+)
+from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.metrics import latency_per_token_s
-from qos_jax.impact.estimate import Impact, impact
+from qos_jax.impact.estimate import Impact, impact, in_flight_qos
 from qos_jax.routers.impact_greedy import impact_greedy
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec
@@ -37,7 +48,7 @@ from tests.helpers.observations import (
 from tests.helpers.small_env import small_experts
 
 NUM_EXPERTS = 4
-CERTAIN = {"width_s": 1e-5, "length_cv": 0.01}  # nearly: of limits and of lengths
+CERTAIN = {"width_s": 1e-5, "length_cv": 0.01}  # nearly hard limits, nearly exact lengths
 PRESET, LOAD, WARMUP = "paper-3", 0.9, 60
 
 estimate_of = jax.jit(impact, static_argnames=("width_s", "length_cv", "form"))
@@ -45,12 +56,12 @@ estimate_of = jax.jit(impact, static_argnames=("width_s", "length_cv", "form"))
 
 @jax.jit
 def greedy(obs: Observation, price: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The action at this price, and what each placement adds [N]."""
+    """The action at this price, and the net impact of each placement [N]."""
     return impact_greedy(price=price).act(jax.random.key(0), obs, ())[0], impact(obs).net
 
 
 class TestAgainstTheSimulator:
-    """Lengths are known: request A goes to each of the experts at once, and request B follows."""
+    """Lengths are known. Request A is sent to every expert at time 0, and request B later."""
 
     num_experts = 12
     output_a = np.array([160, 190, 220, 150, 180, 210] * 2)
@@ -68,7 +79,7 @@ class TestAgainstTheSimulator:
     one_by_one = slice(6, 12)
 
     def simulated(self, *requests: tuple[float, Any, np.ndarray]) -> np.ndarray:
-        """Latencies per token [R, N] of requests (arrival, prompt, outputs), each of which goes to every expert."""
+        """Latencies per token [R, N] of requests (arrival, prompt, outputs), each sent to every expert."""
         arrival_s, prompt_tokens, output_tokens = zip(*requests, strict=True)
         trace = RequestTrace(
             arrival_s=np.repeat(arrival_s, self.num_experts),
@@ -80,13 +91,13 @@ class TestAgainstTheSimulator:
         return np.asarray(latency_s) / np.array(output_tokens)
 
     def seen(self, sent_b_s: float) -> Observation:
-        """What the router sees when B arrives."""
+        """The observation when B arrives."""
         spec = WorldSpec(self.num_experts, EngineSpec(SLOTS))
         half = jnp.full(self.num_experts, 0.5)
         payload = SlotPayload(half, half, half, jnp.asarray(self.output_a, jnp.float32))
-        world, everywhere = empty_world(spec, self.profile), jnp.ones(self.num_experts, bool)
+        world, all_experts = empty_world(spec, self.profile), jnp.ones(self.num_experts, bool)
         tokens = jnp.asarray(self.prompt_a), jnp.asarray(self.output_a)
-        world = world.replace(experts=engine.push(world.experts, everywhere, *tokens, payload))
+        world = world.replace(experts=engine.push(world.experts, all_experts, *tokens, payload))
         world = jax.jit(partial(advance, spec, self.profile))(world, jnp.float32(sent_b_s))
         request = Request(
             prompt_tokens=jnp.int32(self.prompt_b),
@@ -100,14 +111,14 @@ class TestAgainstTheSimulator:
 
     @pytest.mark.parametrize(("prompt_tokens", "rel"), [(1, 1e-4), (600, 1e-4), (3000, 1e-2)])
     def test_latency_on_an_idle_expert(self, prompt_tokens: int, rel: float) -> None:
-        """Exact, but that a prompt for two iterations costs ``per_sequence_s`` once more."""
+        """The estimate is exact, except that a prompt of two iterations costs ``per_sequence_s`` twice."""
         idle: list[list[Seen]] = [[]] * self.num_experts
         obs = observation(*idle, profile=self.profile, prompt_tokens=prompt_tokens, predicted_tokens=self.output_b)
         exact_s = self.simulated((0.0, prompt_tokens, self.output_b))[0]
         np.testing.assert_allclose(estimate_of(obs, **CERTAIN).latency_per_token_s, exact_s, rtol=rel)
 
     def test_two_at_once(self) -> None:
-        """Exact: one prefill for both."""
+        """The estimate is exact: one prefill serves both."""
         a, b = (0.0, self.prompt_a, self.output_a), (0.0, self.prompt_b, self.output_b)
         exact_s = self.simulated(a, b)[1, self.together]
         obs = self.seen(0.0)
@@ -116,21 +127,21 @@ class TestAgainstTheSimulator:
         np.testing.assert_allclose(estimate_s, exact_s, rtol=3e-3)
 
     def test_one_after_the_other(self) -> None:
-        """B's latency, and that B costs A its limit just where that lies between A's latency without B and with it."""
+        """B's latency; and A misses its limit because of B exactly if the limit lies between its latencies."""
         sent_s = 1.2
         a, b = (0.0, self.prompt_a, self.output_a), (sent_s, self.prompt_b, self.output_b)
-        (alone_s,), (beside_s, exact_s) = self.simulated(a), self.simulated(a, b)
+        (alone_s,), (together_s, exact_s) = self.simulated(a), self.simulated(a, b)
         obs = self.seen(sent_s)
         assert np.all(obs.experts.running == 1)
 
         estimate_s = np.asarray(estimate_of(obs, **CERTAIN).latency_per_token_s)
         missed_s = ((exact_s - estimate_s) * self.output_b)[self.together]
-        iteration_s = beside_s[self.together]
-        assert np.all((-0.1 * iteration_s < missed_s) & (missed_s < 1.1 * iteration_s))  # the one that is under way
-        # While it waits, the estimate has one fewer in the batch than there are: with places for one, none.
+        iteration_s = together_s[self.together]
+        assert np.all((-0.1 * iteration_s < missed_s) & (missed_s < 1.1 * iteration_s))  # the current iteration
+        # While B waits, the estimate assumes one request fewer in the batch than there are: none, with one place.
         np.testing.assert_allclose(estimate_s[self.one_by_one], exact_s[self.one_by_one], rtol=0.15)
 
-        slower_s = beside_s - alone_s
+        slower_s = together_s - alone_s
         assert np.all(slower_s[self.together] > 3e-4)
         for share, expected in ((-0.6, 0.0), (0.5, 1.0), (1.6, 0.0)):
             limit_s = jnp.asarray(alone_s + share * slower_s, jnp.float32)[:, None]
@@ -142,10 +153,10 @@ class TestAgainstTheSimulator:
 
 
 class TestRolloutForm:
-    """Six requests wait on each expert when one more arrives; places and memory are scarce, so they hold each other up.
+    """Six requests wait on each expert when one more arrives; places and memory are scarce, so requests interfere.
 
-    Lengths are known, nothing has begun and nobody follows: the estimate must be what replays with and without the
-    request say.
+    Lengths are known, no request has started and none follows, so the estimate must equal the difference of replays
+    with and without the request.
     """
 
     num_experts, num_there = 8, 6
@@ -169,12 +180,12 @@ class TestRolloutForm:
         return latency_s / self.output_tokens[:num_requests]
 
     def limits_s(self) -> np.ndarray:
-        """Limits [R, N] that some requests keep just because the last one is not there, and others come what may."""
-        without_s, beside_s = self.latency_s(self.num_there), self.latency_s(self.num_there + 1)
-        between_s = (without_s + beside_s[:-1]) / 2
+        """Limits [R, N] of requests: some are met only without the last request, others in both or in neither case."""
+        without_s, together_s = self.latency_s(self.num_there), self.latency_s(self.num_there + 1)
+        between_s = (without_s + together_s[:-1]) / 2
         far_s = without_s * np.where(np.arange(self.num_experts) % 2 == 0, 0.5, 2.0)
         limits_s = np.where(np.arange(self.num_there)[:, None] % 3 == 0, far_s, between_s)
-        return np.append(limits_s, np.full((1, self.num_experts), np.median(beside_s[-1]) + 1e-4), 0)
+        return np.append(limits_s, np.full((1, self.num_experts), np.median(together_s[-1]) + 1e-4), 0)
 
     def seen(self) -> Observation:
         limit_s = self.limits_s()
@@ -200,18 +211,18 @@ class TestRolloutForm:
         )
 
     def test_it_is_the_difference_of_two_replays(self) -> None:
-        without_s, beside_s = self.latency_s(self.num_there), self.latency_s(self.num_there + 1)
-        in_time = beside_s <= self.limits_s()
+        without_s, together_s = self.latency_s(self.num_there), self.latency_s(self.num_there + 1)
+        in_time = together_s <= self.limits_s()
         change = in_time[:-1].astype(int) - (without_s <= self.limits_s()[:-1])
         assert (change < 0).sum() > self.num_experts
         estimate = estimate_of(self.seen(), width_s=1e-7, length_cv=0.0, form="rollout")
-        np.testing.assert_allclose(estimate.latency_per_token_s, beside_s[-1], rtol=1e-5)
+        np.testing.assert_allclose(estimate.latency_per_token_s, together_s[-1], rtol=1e-5)
         np.testing.assert_allclose(estimate.in_time, in_time[-1], atol=1e-3)
         np.testing.assert_allclose(estimate.qos, in_time[-1] * self.score[-1], atol=1e-3)
         np.testing.assert_allclose(estimate.violations_change, -change.sum(0), atol=1e-3)
         np.testing.assert_allclose(estimate.qos_change, (change * self.score[:-1]).sum(0), atol=1e-3)
 
-    def test_a_margin_is_judged_by_the_logistic(self) -> None:
+    def test_a_margin_becomes_a_probability_by_the_logistic(self) -> None:
         margin_s = self.limits_s()[-1] - self.latency_s(self.num_there + 1)[-1]
         estimate = estimate_of(self.seen(), width_s=0.05, length_cv=0.0, form="rollout")
         np.testing.assert_allclose(estimate.in_time, 1 / (1 + np.exp(-margin_s / 0.05)), rtol=1e-4)
@@ -225,14 +236,14 @@ class TestRolloutForm:
 
     @settings(max_examples=30)
     @given(observations(NUM_EXPERTS))
-    def test_it_comes_to_an_end_whatever_is_seen(self, obs: Observation) -> None:
+    def test_it_ends_for_any_observation(self, obs: Observation) -> None:
         estimate = jax.tree.map(np.asarray, estimate_of(obs, form="rollout"))
         assert ((estimate.in_time >= 0) & (estimate.in_time <= 1)).all()
         assert np.isfinite([estimate.qos, estimate.qos_change, estimate.violations_change]).all()
         assert (estimate.latency_per_token_s > 0).all()
 
-    def test_both_forms_say_much_the_same(self) -> None:
-        """Of 80 experts, from idle to full, with requests near their limits."""
+    def test_both_forms_agree_closely(self) -> None:
+        """On 80 experts, from idle to full, with requests near their limits."""
         rng = np.random.default_rng(7)
 
         def seen(kind: Any) -> Seen:
@@ -253,18 +264,18 @@ class TestRolloutForm:
 
 
 @pytest.mark.parametrize(("max_running", "kv_blocks"), [(4, 1000), (100, 80)])
-def test_no_more_run_at_once_than_may(max_running: int, kv_blocks: int) -> None:
-    """A very long request shares its iterations with as many as there is place and memory for, here four in all."""
-    one = running(prompt_tokens=310, predicted_tokens=20.0)  # 20 blocks
+def test_the_batch_is_limited_by_places_and_memory(max_running: int, kv_blocks: int) -> None:
+    """A very long request shares its iterations with as many requests as fit, four in total."""
+    request = running(prompt_tokens=310, predicted_tokens=20.0)  # 20 blocks
     profile = equal_experts(SLOTS + 1, max_running=max_running, kv_blocks=kv_blocks, per_kv_token_s=0.0)
-    fleet = [[one] * there for there in range(SLOTS + 1)]
+    fleet = [[request] * count for count in range(SLOTS + 1)]
     obs = observation(*fleet, profile=profile, prompt_tokens=320, predicted_tokens=1e6)
     expected_s = 0.02 + 0.001 * np.minimum(np.arange(SLOTS + 1) + 1, 4)
     np.testing.assert_allclose(estimate_of(obs).latency_per_token_s, expected_s, rtol=1e-3)
 
 
-def test_one_that_has_outrun_its_prediction_holds_its_place_long() -> None:
-    """About as long again as it has run, if lengths are uncertain."""
+def test_a_request_beyond_its_prediction_keeps_its_place_long() -> None:
+    """It keeps its place for about as long as it has run, if lengths are uncertain."""
     fleet = [[running(generated_tokens=emitted, predicted_tokens=emitted + 1.0)] for emitted in (100, 400)]
     obs = observation(*fleet, profile=equal_experts(2, max_running=1), predicted_tokens=40.0)
     for length_cv, tokens in ((1.1, 330.0), (0.01, 3.0)):
@@ -273,7 +284,7 @@ def test_one_that_has_outrun_its_prediction_holds_its_place_long() -> None:
 
 
 def test_in_time_is_the_share_of_lengths_that_spread_the_prefill_enough() -> None:
-    """Of lognormal lengths with the prediction as their median, on an idle expert, where latencies are exact."""
+    """The lengths are lognormal with the prediction as their median; on an idle expert, estimates are exact."""
     lengths = 60.0 * np.exp(math.sqrt(math.log1p(1.1**2)) * scipy.stats.norm.ppf((np.arange(400) + 0.5) / 400))
     idle: list[list[Seen]] = [[]] * len(lengths)
     profile = equal_experts(len(lengths), kv_blocks=1000, per_kv_token_s=0.0)
@@ -310,17 +321,32 @@ def check_range(estimate: Impact) -> None:
 
 @settings(max_examples=60)
 @given(observations(NUM_EXPERTS), st.permutations(range(NUM_EXPERTS)))
-def test_what_holds_everywhere(obs: Observation, order: list[int]) -> None:
-    """Nothing can be lost but what is there, and the order of the experts does not matter."""
-    estimate, seen = estimate_of(obs), obs.requests
+def test_properties_on_any_observation(obs: Observation, order: list[int]) -> None:
+    """The loss is bounded by the requests on the expert, and the order of the experts does not matter."""
+    estimate, requests = estimate_of(obs), obs.requests
     check_range(estimate)
     assert np.all(estimate.qos <= obs.arrived.predicted_score)
-    there = np.asarray(seen.running | seen.waiting)
-    assert np.all(estimate.violations_change <= there.sum(-1) * (1 + 1e-6))
-    assert np.all(-estimate.qos_change <= np.sum(seen.predicted_score * there, -1) * (1 + 1e-6))
-    elsewhere = estimate_of(reordered(obs, order))
-    for one, other in zip(jax.tree.leaves(estimate), jax.tree.leaves(elsewhere), strict=True):
-        np.testing.assert_allclose(other, one[np.array(order)], rtol=1e-5, atol=1e-7)
+    present = np.asarray(requests.running | requests.waiting)
+    assert np.all(estimate.violations_change <= present.sum(-1) * (1 + 1e-6))
+    assert np.all(-estimate.qos_change <= np.sum(requests.predicted_score * present, -1) * (1 + 1e-6))
+    permuted = estimate_of(reordered(obs, order))
+    for leaf, permuted_leaf in zip(jax.tree.leaves(estimate), jax.tree.leaves(permuted), strict=True):
+        np.testing.assert_allclose(permuted_leaf, leaf[np.array(order)], rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_of_observations_is_refused() -> None:
+    """With as many observations as experts, a batch would broadcast without an error."""
+    obs = observation([running()], [waiting()])
+    batch = jax.tree.map(lambda x: jnp.stack([x, x]), obs)
+    with pytest.raises(InputError, match=r"obs.arrived.prompt_tokens has shape \(2,\), must be \[\] = \[\]"):
+        impact(batch)
+    with pytest.raises(InputError, match=r"obs.arrived.prompt_tokens has shape \(2,\)"):
+        jax.jit(in_flight_qos)(batch)
+    wrong = obs.replace(arrived=obs.arrived.replace(predicted_score=jnp.zeros(1)))
+    with pytest.raises(InputError, match=r"obs.arrived.predicted_score has shape \(1,\), must be \[N\] = \[2\]"):
+        impact(wrong)
+    one_by_one = jax.vmap(impact)(batch)
+    np.testing.assert_array_equal(one_by_one.net[1], impact(obs).net)
 
 
 @pytest.mark.parametrize("limit_s", [0.0, 1e-9, 1e6])
@@ -341,15 +367,15 @@ def test_extremes_are_finite(limit_s: float) -> None:
 
 @settings(max_examples=60)
 @given(
-    there=st.lists(runners(), max_size=2),
+    others=st.lists(runners(), max_size=2),
     added=runners(),
     prompt_tokens=st.integers(1, 300),
     predicted_tokens=st.floats(1.0, 300.0),
     latency_limit_s=st.floats(0.02, 0.08),
 )
-def test_one_more_that_runs_makes_it_slower(there: list[Seen], added: Seen, **arrived: Any) -> None:
-    """As long as there is a place for everyone."""
-    estimate = estimate_of(observation(there, [*there, added], profile=equal_experts(2, kv_blocks=400), **arrived))
+def test_one_more_running_request_makes_it_slower(others: list[Seen], added: Seen, **arrived: Any) -> None:
+    """This holds while there is a place for every request."""
+    estimate = estimate_of(observation(others, [*others, added], profile=equal_experts(2, kv_blocks=400), **arrived))
     assert estimate.latency_per_token_s[1] > estimate.latency_per_token_s[0]
     assert estimate.in_time[1] <= estimate.in_time[0]
 
@@ -361,17 +387,18 @@ def test_the_request_is_dropped_just_where_every_placement_is_below_the_price(ob
     worth = np.where(legal[:-1], greedy(obs, jnp.float32(price))[1], -np.inf)
     best = worth.max()
     above = best + max(1e-6, 1e-6 * abs(best)) if legal[:-1].any() else 0.0
-    for each in (price, -math.inf, best, above):
-        dropped = not legal[:-1].any() or (legal[-1] and best < np.float32(each))
-        assert greedy(obs, jnp.float32(each))[0] == (NUM_EXPERTS if dropped else worth.argmax()), each
+    for tried in (price, -math.inf, best, above):
+        dropped = not legal[:-1].any() or (legal[-1] and best < np.float32(tried))
+        assert greedy(obs, jnp.float32(tried))[0] == (NUM_EXPERTS if dropped else worth.argmax()), tried
 
 
-def test_a_fleet_on_the_brink_is_not_given_more() -> None:
-    """Each request there just keeps its limit, and a long prompt would stall them all."""
+def test_a_fleet_on_the_brink_gets_no_request() -> None:
+    """Each request on it barely meets its limit, and a long prompt would stall all of them."""
     brink = [running(predicted_score=0.9, latency_limit_s=0.033)] * 4
     arrived: dict[str, Any] = {"predicted_score": 0.6, "prompt_tokens": 2000, "predicted_tokens": 150.0}
     arrived["profile"] = equal_experts(2, kv_blocks=400)
-    routers = {name: make_router(name, 2) for name in ("impact_greedy", "impact_greedy_no_drop")}
+    env = Environment(WorldSpec(2, EngineSpec(SLOTS)))
+    routers = {name: make_router(name, env) for name in ("impact_greedy", "impact_greedy_no_drop")}
 
     @jax.jit
     def act(obs: Observation) -> dict[str, jax.Array]:
@@ -383,37 +410,36 @@ def test_a_fleet_on_the_brink_is_not_given_more() -> None:
     assert act(observation(brink, [], **arrived)) == {"impact_greedy": 1, "impact_greedy_no_drop": 1}
 
 
-def test_lots_are_drawn_where_metrics_are_late_and_only_there() -> None:
+def test_actions_are_sampled_with_stale_metrics_only() -> None:
     obs = observation([running()] * 3, [running()] * 2, [], legal=[True, True, False, True])
     keys, temperature = jax.random.split(jax.random.key(0), 20_000), 0.1
     router = impact_greedy(temperature=temperature, price=0.3)
     act = jax.jit(jax.vmap(lambda key, obs: router.act(key, obs, ())[0], in_axes=(0, None)))
     assert len(np.unique(act(keys, obs))) == 1
-    drawn = np.bincount(act(keys, obs.replace(staleness_s=jnp.float32(0.1))), minlength=4) / len(keys)
+    sampled = np.bincount(act(keys, obs.replace(staleness_s=jnp.float32(0.1))), minlength=4) / len(keys)
     worth = np.append(estimate_of(obs).net, 0.3) + np.where(obs.action_mask, 0.0, -np.inf)
-    np.testing.assert_allclose(drawn, scipy.special.softmax(worth / temperature), atol=0.02)
+    np.testing.assert_allclose(sampled, scipy.special.softmax(worth / temperature), atol=0.02)
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, list[Run]]:
-    """What routers make of the paper's experts at nine tenths of what these can do, by name."""
+def runs() -> dict[str, list[RouterRun]]:
+    """Runs of several routers on the paper's experts at load 0.9, by name of the router."""
     env, params = make(PRESET, load=LOAD)
-    routers = [make_router(name, 3) for name in ("impact_greedy", "shortest_queue", "round_robin", "bert_router")]
-    scenarios = [Scenario(LOAD, LOAD * float(params.saturation_per_s), seed) for seed in (1000, 1001)]
-    runs = evaluate(env, params, routers, scenarios, 600, warmup=WARMUP)
+    routers = [make_router(name, env) for name in ("impact_greedy", "shortest_queue", "round_robin", "bert_router")]
+    runs = evaluate(env, params, routers, scenarios(params, [LOAD], [1000, 1001]), 600, warmup=WARMUP)
     return {router.name: [run for run in runs if run.router is router] for router in routers}
 
 
 @pytest.mark.slow
-def test_following_the_estimate_pays(runs: dict[str, list[Run]]) -> None:
-    qos = {name: np.mean([run.metrics["qos"] for run in each]) for name, each in runs.items()}
+def test_the_router_that_uses_the_estimate_beats_the_others(runs: dict[str, list[RouterRun]]) -> None:
+    qos = {name: np.mean([run.metrics["qos"] for run in of_router]) for name, of_router in runs.items()}
     best_other = max(value for name, value in qos.items() if name != "impact_greedy")
     assert qos["impact_greedy"] > 1.3 * best_other
 
 
 @pytest.mark.slow
-def test_the_estimate_tells_who_will_be_in_time(runs: dict[str, list[Run]]) -> None:
-    """Of round robin's requests: what follows the estimate is nearly always in time, so little is left to tell."""
+def test_the_estimate_predicts_which_requests_are_in_time(runs: dict[str, list[RouterRun]]) -> None:
+    """The requests are round robin's: almost all requests placed by the estimate are in time."""
     env, params = make(PRESET, load=LOAD)
 
     def estimate(world: World, x: tuple[jax.Array, Request, jax.Array]) -> tuple[World, jax.Array]:
@@ -434,5 +460,5 @@ def test_the_estimate_tells_who_will_be_in_time(runs: dict[str, list[Run]]) -> N
     in_time = latency_per_token_s(experts, trace, run.assignment, run.replayed) <= trace.latency_limit_s
     predicted, in_time = np.asarray(predicted)[WARMUP:], in_time[WARMUP:]
     assert np.corrcoef(predicted, in_time)[0, 1] > 0.5
-    assert np.mean((predicted - in_time) ** 2) < 0.7 * in_time.var()  # Brier score against always the base rate
+    assert np.mean((predicted - in_time) ** 2) < 0.7 * in_time.var()  # Brier score, against that of the base rate
     assert predicted.mean() == pytest.approx(in_time.mean(), abs=0.15)

@@ -1,4 +1,4 @@
-"""The encoder: the published networks, in NumPy, padding that changes nothing, and usable gradients."""
+"""The encoder against the published networks in NumPy, with and without padding, and its gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qos_jax import InputError
-from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pooled
+from qos_jax.predictor.encoder import EncoderConfig, TextEncoder, mean_pool
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained
 from tests.helpers.numpy_encoder import numpy_embedding, numpy_states
 from tests.helpers.tiny_encoder import CONFIGS, VOCABULARY, tiny_tensors, write_tiny_encoder
@@ -63,7 +63,7 @@ class TestPublishedNetworks:
     def test_embedding_is_the_mean_state_at_unit_length(self, tiny, layout):
         ids = some_ids(5)
         mask = np.arange(7)[None] < 5
-        embedding = quick_jit(mean_pooled)(states_of(tiny, np.pad(ids, (0, 2)), mask), mask)[0]
+        embedding = quick_jit(mean_pool)(states_of(tiny, np.pad(ids, (0, 2)), mask), mask)[0]
         expected = numpy_embedding(tiny_tensors(layout, 0), CONFIGS[layout], ids)
         np.testing.assert_allclose(embedding, expected, atol=1e-5)
 
@@ -95,7 +95,7 @@ class TestMask:
         @jax.value_and_grad
         def loss(weights):
             states = TextEncoder(tiny.config).apply(weights, ids, mask)
-            return mean_pooled(states, mask).sum() + states.sum()
+            return mean_pool(states, mask).sum() + states.sum()
 
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loss(tiny.weights)))
 
@@ -113,7 +113,7 @@ def test_every_weight_that_a_text_uses_has_a_gradient(tiny):
         jax.tree_util.keystr(path): np.abs(leaf).max()
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(tiny.weights))
     }
-    # A key's bias adds the same to all scores of a query, so nothing depends on it.
+    # The bias of the keys adds a constant to all logits of a query, so the result does not depend on it.
     assert [name for name, value in largest.items() if not value > 1e-4 and "['key']['bias']" not in name] == []
 
 

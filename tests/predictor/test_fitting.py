@@ -1,4 +1,4 @@
-"""Training finds what the prompt says of the answers, all of it and no more."""
+"""Training recovers the predictable share of scores and lengths, and does not overfit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compiles_quickly(tmp_path_factory):
 
 
 def measured(r2, config, num_prompts=500, **changes):
-    """Returns the scores on 1000 prompts of what has been learned from others."""
+    """Returns the metrics on 1000 held-out prompts."""
     table = made_up_table(num_prompts + 1000, r2, **changes)
     train, test = (table.rows(rows) for rows in np.split(np.arange(num_prompts + 1000), [num_prompts]))
     return scores_of(held_out_columns(fit_frozen(train, config), train, test, config.num_buckets))
@@ -51,7 +51,7 @@ def either(request):
 class TestFrozen:
     def test_the_share_that_the_prompt_explains_is_found(self, either):
         for quantity in ("score", "log_length"):
-            assert 0.4 < either[quantity]["r2"] < 0.54  # the true share is 0.5, buckets lose a tenth of it
+            assert 0.4 < either[quantity]["r2"] < 0.54  # the true share is 0.5, of which buckets lose a tenth
             assert either[quantity]["rank_correlation"] > 0.5
 
     def test_predictions_are_as_far_apart_as_what_they_predict(self, either):
@@ -64,8 +64,8 @@ class TestFrozen:
 
     def test_expected_tokens_are_right_on_average(self, either):
         tokens = either["output_tokens"]
-        realised = np.average([each["realised"] for each in tokens["reliability"]])
-        assert abs(tokens["bias"]) < 0.06 * realised  # exp of the expected logarithm would be 15 % too low
+        realised = np.average([entry["realised"] for entry in tokens["reliability"]])
+        assert abs(tokens["bias"]) < 0.06 * realised  # the exponential of the expected logarithm would be 15 % too low
 
     def test_routing_by_predictions_is_better_than_one_expert(self, in_buckets):
         routing = in_buckets["routing"]
@@ -80,9 +80,9 @@ class TestFrozen:
 
     def test_a_seed_repeats_what_is_learned(self):
         table = made_up_table(with_lengths=False)
-        told = [fit_frozen(table, BUCKETS, seed=seed).predict_embeddings(table.embeddings)[0] for seed in (0, 0, 1)]
-        np.testing.assert_array_equal(told[0], told[1])
-        assert np.abs(told[0] - told[2]).max() > 1e-4
+        scores = [fit_frozen(table, BUCKETS, seed=seed).predict_embeddings(table.embeddings)[0] for seed in (0, 0, 1)]
+        np.testing.assert_array_equal(scores[0], scores[1])
+        assert np.abs(scores[0] - scores[2]).max() > 1e-4
 
     def test_a_table_without_lengths_gives_scores_only(self):
         table = made_up_table(with_lengths=False)
@@ -94,7 +94,7 @@ class TestFrozen:
         assert measured(0.5, LINEAR, num_prompts=1500, with_lengths=False)["score"]["r2"] > 0.45
 
     def test_too_few_prompts_are_refused(self):
-        with pytest.raises(InputError, match="made up: 9 prompts to learn from; at least 10"):
+        with pytest.raises(InputError, match="made up: 9 training prompts, must be at least 10"):
             fit_frozen(made_up_table(9), BUCKETS)
 
     def test_embeddings_are_needed(self):
@@ -108,7 +108,7 @@ def encoder(tmp_path_factory) -> Pretrained:
 
 
 def table_of_a_word(num_prompts=60):
-    """Returns a table whose answers are good and long if the word "red" is among those of the prompt."""
+    """Returns a table whose answers are good and long if the prompt has the word "red"."""
     table, rng = made_up_table(num_prompts, 0.0), np.random.default_rng(1)
     is_red = rng.random(num_prompts) < 0.5
     others = [word for word in WORDS if word != "red"]

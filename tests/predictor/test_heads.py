@@ -1,4 +1,4 @@
-"""Heads: buckets, losses, and what an ensemble says."""
+"""Heads: buckets, losses, and the forecasts of an ensemble."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qos_jax.predictor.heads import (
     Buckets,
     Head,
     HeadConfig,
-    Network,
+    HeadNetwork,
     Standard,
     bucket_edges,
     bucket_of,
@@ -37,9 +37,9 @@ def column(*values):
 
 
 def head_of(config, values, amounts=None, members=2):
-    """Returns a head that has learned nothing but the scale."""
+    """Returns a head with a fitted scale and initial weights."""
     keys = jax.random.split(jax.random.key(0), members)
-    weights = jax.vmap(Network(config, values.shape[1]).init, (0, None))(keys, jnp.zeros(4))
+    weights = jax.vmap(HeadNetwork(config, values.shape[1]).init, (0, None))(keys, jnp.zeros(4))
     return Head(config, fit_scale(config, values, amounts), weights)
 
 
@@ -48,7 +48,7 @@ class TestBucketEdges:
         ("values", "edges"),
         [
             (range(1, 11), [2, 4, 6, 8]),
-            ([0] * 6 + [0.5] + [1] * 3, [0, 0.5, NONE, NONE]),  # the two common values have a bucket each
+            ([0] * 6 + [0.5] + [1] * 3, [0, 0.5, NONE, NONE]),  # each of the two common values has its own bucket
             ([0] * 9 + [1], [0, NONE, NONE, NONE]),
             ([0] + [1] * 9, [0, NONE, NONE, NONE]),
             ([3] * 10, [NONE, NONE, NONE, NONE]),
@@ -70,7 +70,7 @@ class TestBucketEdges:
         used = np.unique(bucket_of(edges, column(*values)))
         assert used.tolist() == list(range(1 + np.isfinite(edges).sum()))
         if len(set(values)) > 1:
-            assert len(used) > 1  # what differs is told apart, whatever the quantiles
+            assert len(used) > 1  # different values are in different buckets, whatever the quantiles
 
 
 class TestBuckets:
@@ -78,10 +78,11 @@ class TestBuckets:
         scale = Buckets(
             jnp.array([[0.5]]), jnp.array([[0.2, 0.8]]), jnp.zeros((1, 2)), jnp.log(jnp.array([[0.25, 0.75]]))
         )
-        outputs = jnp.log(jnp.array([[[3.0, 1.0]]]))  # shares 1:3 and evidence 3:1 are even odds
+        outputs = jnp.log(jnp.array([[[3.0, 1.0]]]))  # shares of 1:3 and outputs of 3:1 give equal probabilities
         for value in (0.1, 0.9):
             assert scale.losses(outputs, jnp.array([[value]])) == pytest.approx(np.log(2.0))
-        assert scale.losses(jnp.zeros((1, 1, 2)), jnp.array([[0.5]])) == pytest.approx(-np.log(0.25))  # edges are below
+        # An edge belongs to the bucket below.
+        assert scale.losses(jnp.zeros((1, 1, 2)), jnp.array([[0.5]])) == pytest.approx(-np.log(0.25))
 
     @pytest.mark.parametrize("form", ["buckets", "regression"])
     def test_before_training_the_mean_is_expected(self, form):
@@ -134,11 +135,11 @@ class TestRegression:
         predicted = rng.normal(5.0, 0.7, (20_000, 1))
         amounts = np.minimum(np.exp(predicted + rng.normal(size=predicted.shape)), 300.0)
         fitted = fit_amounts(fit_scale(HeadConfig("regression"), predicted, amounts), predicted, amounts)
-        told = fitted.ratio * np.exp(fitted.power * predicted)
+        expected = fitted.ratio * np.exp(fitted.power * predicted)
         assert fitted.power < 0.9
-        np.testing.assert_allclose(told.mean(), amounts.mean(), rtol=1e-4)
+        np.testing.assert_allclose(expected.mean(), amounts.mean(), rtol=1e-4)
         longest = predicted[:, 0] > np.quantile(predicted, 0.9)
-        np.testing.assert_allclose(told[longest].mean(), amounts[longest].mean(), rtol=0.15)
+        np.testing.assert_allclose(expected[longest].mean(), amounts[longest].mean(), rtol=0.15)
 
 
 @pytest.mark.parametrize(

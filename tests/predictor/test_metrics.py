@@ -1,4 +1,4 @@
-"""Scores of predictions, by hand and against SciPy."""
+"""Metrics of predictions, by hand and against SciPy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from qos_jax import InputError
 from qos_jax.predictor.metrics import (
     bucket_scores,
     calibration_error,
     quantity_scores,
     r_squared,
     rank_correlation,
-    reliability,
+    reliability_bins,
     routing,
 )
 
@@ -22,7 +23,7 @@ TRUTH = np.array([[0.0, 1.0], [1.0, 1.0], [0.5, 0.0]])
 class TestRSquared:
     def test_by_hand(self):
         predicted = np.array([[0.0, 0.5], [1.0, 0.5], [0.5, 0.5]])
-        # The first is right; the second makes errors of 3/4 where the mean of training, 1, makes one of 1.
+        # The first expert is predicted exactly; on the second, the squared error is 3/4, and that of the mean is 1.
         np.testing.assert_allclose(r_squared(TRUTH, predicted, np.array([0.5, 1.0])), [1.0, 0.25])
 
     def test_a_baseline_may_differ_between_prompts(self):
@@ -39,9 +40,9 @@ class TestRankCorrelation:
         rng = np.random.default_rng(0)
         truth, predicted = rng.integers(0, 4, (50, 6)), rng.normal(size=(50, 6)).round(1)
         usable = np.ptp(truth, axis=1) > 0
-        each = [stats.spearmanr(x, y).statistic for x, y in zip(truth[usable], predicted[usable], strict=True)]
+        expected = [stats.spearmanr(x, y).statistic for x, y in zip(truth[usable], predicted[usable], strict=True)]
         mean, number = rank_correlation(truth, predicted)
-        assert (mean, number) == (pytest.approx(np.mean(each)), usable.sum())
+        assert (mean, number) == (pytest.approx(np.mean(expected)), usable.sum())
 
     def test_prompts_on_which_all_are_equal_do_not_count(self):
         assert rank_correlation(np.array([[1, 1, 1], [1, 2, 3]]), np.array([[3, 1, 2], [3, 2, 1]])) == (-1.0, 1)
@@ -55,9 +56,8 @@ class TestRankCorrelation:
 class TestRouting:
     def test_by_hand(self):
         predicted = np.array([[0.1, 0.2], [0.2, 0.1], [0.1, 0.2]])
-        earned = routing(TRUTH, predicted, np.array(1))
         expected = {"routed": 2 / 3, "best_single": 2 / 3, "random": 3.5 / 6, "oracle": 2.5 / 3}
-        assert earned == pytest.approx(expected)
+        assert routing(TRUTH, predicted, np.array(1)) == pytest.approx(expected)
 
     def test_the_best_single_may_differ_between_folds(self):
         assert routing(TRUTH, TRUTH, np.array([0, 0, 1]))["best_single"] == pytest.approx(1 / 3)
@@ -70,7 +70,7 @@ def test_buckets_by_hand():
 
 class TestReliability:
     def test_bins_by_hand(self):
-        bins = reliability(np.array([0.4, 0.1, 0.3, 0.2]), np.array([1.0, 0.0, 0.0, 1.0]), num_bins=2)
+        bins = reliability_bins(np.array([0.4, 0.1, 0.3, 0.2]), np.array([1.0, 0.0, 0.0, 1.0]), num_bins=2)
         first, second = bins
         assert first == pytest.approx({"number": 2, "predicted": 0.15, "realised": 0.5, "standard_error": 0.5 / 2**0.5})
         assert second == pytest.approx(
@@ -79,7 +79,7 @@ class TestReliability:
         assert calibration_error(bins) == pytest.approx((0.35 + 0.15) / 2)
 
     def test_fewer_predictions_than_bins(self):
-        assert [each["number"] for each in reliability(np.array([0.4, 0.1]), np.ones(2))] == [1, 1]
+        assert [entry["number"] for entry in reliability_bins(np.array([0.4, 0.1]), np.ones(2))] == [1, 1]
 
     def test_larger_bins_count_for_more(self):
         bins = [{"number": 3, "predicted": 0.5, "realised": 0.4}, {"number": 1, "predicted": 0.5, "realised": 1.0}]
@@ -87,7 +87,7 @@ class TestReliability:
 
 
 class TestQuantityScores:
-    def test_what_is_twice_too_cautious_has_slope_two(self):
+    def test_predictions_of_half_the_spread_have_slope_two(self):
         truth = np.random.default_rng(0).normal(size=(200, 3))
         scores = quantity_scores(truth, truth / 2.0, np.zeros(3))
         assert scores["slope"] == pytest.approx(2.0)
@@ -96,7 +96,13 @@ class TestQuantityScores:
         assert scores["rank_correlation"] == pytest.approx(1.0)
         assert scores["bias"] == pytest.approx(-truth.mean() / 2.0)
 
-    def test_knowing_the_prompt_is_not_knowing_who_is_better_on_it(self):
+    def test_predictions_of_another_shape_do_not_broadcast(self):
+        with pytest.raises(InputError, match=r"predicted has shape \(2,\), must be \[M, N\] = \[3, 2\]"):
+            quantity_scores(TRUTH, TRUTH[0], np.zeros(2))
+        with pytest.raises(InputError, match=r"predicted has shape \(3, 1\)"):
+            routing(TRUTH, TRUTH[:, :1], np.array(1))
+
+    def test_the_mean_of_a_prompt_explains_nothing_within_it(self):
         rng = np.random.default_rng(0)
         of_prompt, of_expert = rng.normal(size=(2000, 1)), rng.normal(size=(2000, 3))
         scores = quantity_scores(of_prompt + of_expert, np.broadcast_to(of_prompt, (2000, 3)), np.zeros(3))

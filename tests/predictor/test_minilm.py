@@ -1,4 +1,4 @@
-"""The real MiniLM: its embeddings are those that others make of the same weights."""
+"""The real MiniLM: its embeddings equal those of another implementation with the same weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_embeddings_are_those_of_the_original_implementation(minilm, prompts, da
     with np.load(data_dir / "quality" / "alpaca_eval_644x15.npz") as columns:
         ids, expected = columns["prompt_id"], columns["prompt_emb_minilm"]
     found = minilm.embed([prompts[i] for i in ids])
-    assert np.abs(found - expected.astype(np.float32)).max() < 1e-4  # half precision makes 6e-5 of it
+    assert np.abs(found - expected.astype(np.float32)).max() < 1e-4  # of which half precision causes 6e-5
 
 
 def test_embeddings_are_those_of_the_published_network(minilm, folder):

@@ -1,4 +1,4 @@
-"""A predictor predicts, and is the same again when it is read."""
+"""A predictor's predictions, and its folder on disk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def saved(on_texts, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def folder(saved, tmp_path) -> pathlib.Path:
-    """A folder that may be damaged."""
+    """A folder that a test may damage."""
     return pathlib.Path(shutil.copytree(saved, tmp_path / "predictor"))
 
 
@@ -61,8 +61,9 @@ class TestPredictions:
 
     def test_texts_are_embedded_first(self, on_texts):
         embeddings = on_texts.encoder.embed(TEXTS)
-        for from_texts, told in zip(on_texts.predict(TEXTS), on_texts.predict_embeddings(embeddings), strict=True):
-            np.testing.assert_array_equal(from_texts, told)
+        of_embeddings = on_texts.predict_embeddings(embeddings)
+        for from_texts, from_embeddings in zip(on_texts.predict(TEXTS), of_embeddings, strict=True):
+            np.testing.assert_array_equal(from_texts, from_embeddings)
 
     def test_a_score_never_leaves_its_range(self, on_embeddings):
         score, output_tokens = on_embeddings.predict_embeddings(1e4 * made_up_table().embeddings)

@@ -1,4 +1,4 @@
-"""Pretrained encoders: reading and writing folders, tokens, embeddings, and what is said of bad folders and texts."""
+"""Pretrained encoders: reading and writing folders, tokens, embeddings, and errors on bad folders and texts."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def words_of(pretrained: Pretrained, text: str) -> list[str]:
 
 
 def edit_json(path: pathlib.Path, **changes) -> None:
-    """Changes keys of a JSON file; a key that becomes None is removed."""
+    """Changes keys of a JSON file; a value of None removes a key."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8")
 
 
 def edit_tensors(folder: pathlib.Path, **changes) -> None:
-    """Changes tensors, whose names have __ for a dot; one that becomes None is removed."""
+    """Changes tensors, whose names have __ for a dot; a value of None removes a tensor."""
     tensors = load_file(folder / "model.safetensors")
     tensors |= {name.replace("__", "."): change for name, change in changes.items()}
     save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
@@ -192,7 +192,7 @@ class TestEmbedding:
         np.testing.assert_allclose(tiny.embed(texts[:1]), together[:1], atol=1e-5)
 
     def test_few_shapes_are_compiled(self, folder, caplog):
-        edit_json(folder / "config.json", layer_norm_eps=1e-7)  # no other test has compiled this one
+        edit_json(folder / "config.json", layer_norm_eps=1e-7)  # not compiled by another test
         pretrained = load_pretrained(folder)
         with jax.log_compiles():
             for num_texts in range(1, 10):
@@ -267,7 +267,7 @@ class TestBadFolders:
     def test_truncated_weights(self, folder, kept_bytes):
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:kept_bytes])
-        with pytest.raises(InputError, match=r"model.safetensors: not a readable file of safetensors"):
+        with pytest.raises(InputError, match=r"model.safetensors: is not a readable file of safetensors"):
             load_pretrained(folder)
 
     @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ class TestBadFolders:
             ("sentence_bert_config.json", b"{}", "max_seq_length is None, must be a whole number"),
             ("sentence_bert_config.json", b'{"max_seq_length": 65}', "max_tokens is 65, must be from 3 to .* 64"),
             ("tokenizer.json", b'{"version": "1.0"}', r"tokenizer.json: is no tokenizer"),
-            ("tokenizer.json", b"\xff\xfe", r"tokenizer.json: not a readable text file"),
+            ("tokenizer.json", b"\xff\xfe", r"tokenizer.json: is not a readable text file"),
         ],
     )
     def test_damaged_text_files(self, folder, name, content, message):
@@ -289,7 +289,7 @@ class TestBadFolders:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"[UNK]\n[CLS]\n[SEP]\ncaf\xe9\n", r"vocab.txt: not a readable text file"),
+            (b"[UNK]\n[CLS]\n[SEP]\ncaf\xe9\n", r"vocab.txt: is not a readable text file"),
             (b"[UNK]\n[SEP]\nfox\n", r"vocab.txt: has no line \[CLS\]"),
             ("\n".join([*VOCABULARY, "more"]).encode(), "has a token of id 74, must be below vocab_size, 74"),
         ],
@@ -303,7 +303,7 @@ class TestBadFolders:
     def test_bad_tokenizer_config(self, folder):
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer_config.json").write_text('{"do_lower_case": "no"}', encoding="utf-8")
-        with pytest.raises(InputError, match=r"tokenizer_config.json: makes no tokenizer"):
+        with pytest.raises(InputError, match=r"tokenizer_config.json: has illegal options"):
             load_pretrained(folder)
 
     def test_folder_that_cannot_be_written(self, tiny, tmp_path):

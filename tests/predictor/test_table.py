@@ -1,4 +1,4 @@
-"""A trained predictor tells routers of the very prompts that the world draws."""
+"""Predictions of a trained predictor for the prompts that a world samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from qos_jax import InputError, QualityTable
 from qos_jax.predictor import HeadConfig, Predictor, fit_frozen, load_pretrained
 from qos_jax.predictor.table import table_predictions
-from qos_jax.programs import evaluate as program
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.workload.arrivals import poisson
 from qos_jax.workload.request_workload import RequestWorkload
@@ -33,15 +32,15 @@ def predictor(tmp_path_factory) -> Predictor:
 
 @pytest.fixture(scope="module")
 def table() -> QualityTable:
-    """Whose prompts have 1, 2, ... tokens, so that each can be told."""
+    """A table whose prompts have 1, 2, ... tokens, so that the length identifies the prompt."""
     made = made_up_table(PROMPTS)
     return QualityTable("made up", EXPERTS, np.arange(1, PROMPTS + 1), made.output_tokens, made.score, made.texts)
 
 
 def test_every_request_has_the_prediction_for_its_own_prompt(predictor, table):
     experts = ("large", "small")
-    told = table_predictions(predictor, table, experts)
-    workload = RequestWorkload(poisson(1.0), table.select(experts).content(), told)
+    predictions = table_predictions(predictor, table, experts)
+    workload = RequestWorkload(poisson(1.0), table.select(experts).content(), predictions)
     _, requests = sample_requests(workload, jax.random.key(0), 200)
     rows = np.asarray(requests.prompt_tokens) - 1
     assert len(set(rows)) > PROMPTS / 2
@@ -62,7 +61,7 @@ def test_what_does_not_fit_is_refused(predictor, table):
 
 @pytest.fixture(scope="module")
 def run():
-    yield from program_of(program)
+    return program_of("evaluate")
 
 
 def test_a_program_says_what_a_predictor_needs(run, capsys, tmp_path):
@@ -88,4 +87,5 @@ def test_a_program_routes_by_a_predictor(run, predictor, capsys, tmp_path):
     assert run(*asked) == 2
     assert "give --prompts" in capsys.readouterr().err
     assert run(*asked, f"--prompts={write_prompts(tmp_path / 'prompts.jsonl', made.texts)}") == 0
-    assert "predictor" in json.loads((tmp_path / "out" / "results.json").read_text())["config"]["prediction"]
+    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
+    assert config["predictor"] == str(tmp_path / "predictor")

@@ -1,4 +1,4 @@
-"""Every preset is a world that runs at the rate it says, variations cost no compilation, and nonsense is refused."""
+"""Presets run at their stated saturation rates, variations need no compilation, and illegal values are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRACED: list[Environment] = []  # an entry whenever `first_step` is traced
 
 @partial(jax.jit, static_argnums=0)
 def first_step(env: Environment, params: EnvParams, key: jax.Array) -> tuple[Any, Any]:
-    """Resets and sends the first request to expert 0; returns what comes before and after."""
+    """Resets and sends the first request to expert 0; returns the outputs of both calls."""
     TRACED.append(env)
     reset_key, step_key = jax.random.split(key)
     before = env.reset(reset_key, params)
@@ -51,8 +51,8 @@ def test_the_first_request_is_served(name: str) -> None:
     assert obs.action_mask.all()
     assert not (obs.requests.running | obs.requests.waiting).any()
     assert not info["dropped"]
-    here = next_obs.experts.running + next_obs.experts.waiting
-    assert here.tolist() == [1 - int(info["completions"].finished), *[0] * (env.spec.num_experts - 1)]
+    live = next_obs.experts.running + next_obs.experts.waiting
+    assert live.tolist() == [1 - int(info["completions"].finished), *[0] * (env.spec.num_experts - 1)]
     assert 0 <= reward <= before.request.score[0]
     assert float(next_obs.requests.age_s[0, 0]) == pytest.approx(float(info["gap_s"]))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((obs, next_obs)))
@@ -73,7 +73,7 @@ def test_the_saturation_rate_is_the_one_written_down(name: str) -> None:
     assert measured_per_s == pytest.approx(PRESETS[name].saturation_per_s, rel=0.01)
 
 
-def test_eight_times_the_fleet_serves_eight_times_as_much() -> None:
+def test_eight_times_the_fleet_has_eight_times_the_saturation_rate() -> None:
     one, eight = PRESETS["edge-8"], PRESETS["edge-64"]
     assert eight.experts == 8 * one.experts
     assert eight.saturation_per_s == pytest.approx(8 * one.saturation_per_s, rel=0.01)
@@ -104,7 +104,7 @@ def test_requests_arrive_at_the_rate_that_is_asked_for(load: float | None, rate_
 
 @functools.cache
 def variations() -> dict[str, tuple[Environment, EnvParams]]:
-    """Worlds of equal shapes, first the preset as it stands."""
+    """Worlds of equal shapes, first the preset without changes."""
     overrides: dict[str, dict[str, Any]] = {
         "none": {},
         "load": {"load": 1.2},
@@ -129,12 +129,12 @@ def test_variations_do_not_recompile() -> None:
     for env, params in variations().values():
         first_step(env, params, jax.random.key(0))
     assert TRACED.count(variations()["none"][0]) == 1
-    env, params = make("paper-3", max_waiting=33, rate_per_s=9.0)  # another slot is another shape
+    env, params = make("paper-3", max_waiting=33, rate_per_s=9.0)  # another number of slots is another shape
     jax.eval_shape(partial(first_step, env), params, jax.random.key(0))
     assert TRACED[-1] == env
 
 
-def test_variations_are_what_they_say() -> None:
+def test_variations_have_the_requested_values() -> None:
     key = jax.random.key(0)
     firsts = {name: first_step(env, params, key) for name, (env, params) in variations().items()}
     requests = {name: before[1].request for name, (before, _) in firsts.items()}
@@ -178,7 +178,12 @@ BIG = (("vicuna-13b-1.1", "RTX 4090"),)
         ({"experts": BIG}, "vicuna-13b-1.1 with 26 GB of weights does not fit RTX 4090"),
         ({"experts": (("gpt", "A40"),)}, "LLM 'gpt' is unknown"),
         ({"experts": (("mpt-7b", "abacus"),)}, "GPU 'abacus' is unknown"),
-        ({"experts": ()}, "no experts"),
+        ({"experts": ()}, r"experts is \(\), must be one or more pairs"),
+        ({"experts": None}, "experts is None, must be one or more pairs"),
+        ({"experts": "alpaca-native@A40"}, "experts is 'alpaca-native@A40', must be one or more pairs"),
+        ({"experts": ("alpaca-native@A40",)}, r"experts\[0\] is 'alpaca-native@A40', must be a pair \(LLM, GPU\)"),
+        ({"experts": (("mpt-7b", "A40"), ("mpt-7b",))}, r"experts\[1\] is \('mpt-7b',\), must be a pair"),
+        ({"experts": ((7, "A40"),)}, r"experts\[0\] is \(7, 'A40'\), must be a pair"),
         ({"max_running": 0}, "max_running is 0"),
         ({"max_running": 2.5}, "max_running is .*2.5.* whole"),
         ({"max_running": math.nan}, "max_running is nan"),
@@ -187,11 +192,23 @@ BIG = (("vicuna-13b-1.1", "RTX 4090"),)
         ({"staleness_s": -1.0}, "staleness_s is -1.0"),
         ({"latency_limit_s": 0.0}, "latency limits are .*0.0"),
         ({"latency_limit_s": (0.03, math.nan)}, "latency limits are .*nan"),
+        ({"latency_limit_s": "x"}, "latency_limit_s is 'x', must be a number or a sequence of numbers"),
+        ({"latency_limit_s": (0.03, None)}, r"latency_limit_s is \(0.03, None\), must be a number or a sequence"),
+        ({"latency_limit_s": ((0.03,), (0.03, 0.04))}, "latency_limit_s is .*, must be a number or a sequence"),
         ({"latency_limit_weights": (1.0, 2.0)}, "weights .* 1 latency limits"),
+        ({"latency_limit_weights": "even"}, "latency_limit_weights is 'even', must be a number or a sequence"),
+        ({"arrivals": 5}, "arrivals is 5, must be an arrival process or the name of one"),
+        ({"prediction": 0.5}, "prediction is 0.5, must be a prediction model or the name of one"),
+        ({"quality_table": "table.npz"}, "quality_table is 'table.npz', must be a QualityTable"),
+        ({"allow_drop": "no"}, "allow_drop is 'no', must be True or False"),
+        ({"check": "no"}, "check is 'no', must be True or False"),
+        ({"load": "high"}, "load is 'high', must be a finite number above 0"),
+        ({"rate_per_s": True}, "rate_per_s is True, must be a finite number above 0"),
+        ({"max_waiting": True}, "max_waiting is True, must be a whole number"),
         ({"content": "essays"}, "content 'essays' is unknown"),
     ],
 )
-def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_illegal_values_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make("paper-3", **fields)
 
@@ -199,3 +216,5 @@ def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=f"'paper-9' is unknown.*{', '.join(PRESETS)}"):
         make("paper-9")
+    with pytest.raises(InputError, match=r"\['paper-3'\] is unknown"):
+        make(["paper-3"])
