@@ -27,7 +27,7 @@ from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.overrides import overridden
 from qos_jax.fleet.profile_fitting import TIMING_UNITS, load_profile
 from qos_jax.predictor.data import read_prediction_table
-from qos_jax.predictor.heads import Head, HeadConfig, Network, fit_scale
+from qos_jax.predictor.heads import Head, HeadConfig, HeadNetwork, fit_scale
 from qos_jax.predictor.predictor import Predictor, load_predictor
 from qos_jax.predictor.pretrained import load_pretrained
 from qos_jax.programs.world_flags import numbers
@@ -112,7 +112,7 @@ def _predictor() -> Predictor:
     """Returns a predictor of untrained heads on embeddings."""
     config, table = HeadConfig("buckets", (4,), 3), made_up_table(num_prompts=8)
     size = table.embeddings.shape[1]
-    weights = jax.vmap(lambda key: Network(config, len(EXPERTS)).init(key, jnp.zeros(size)))(
+    weights = jax.vmap(lambda key: HeadNetwork(config, len(EXPERTS)).init(key, jnp.zeros(size)))(
         jax.random.split(jax.random.key(0), 2)
     )
     score = Head(config, fit_scale(config, table.score), weights)

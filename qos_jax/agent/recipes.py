@@ -27,19 +27,19 @@ class Recipe:
     randomise: tuple[str, ...] = ("load", "arrivals")  # what differs between environments, see ``training.config``
 
 
-def recipe(world: str | WorldConfig = "paper-3", agent: str = "mvr") -> Recipe:
+def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr") -> Recipe:
     """Returns the tuned recipe of a world.
 
     Args:
       world: name of a preset, or a world.
-      agent: one of ``AGENTS``.
+      agent: one of ``AGENTS``, or a configuration of one's own.
 
     Raises:
       InputError: the world or the agent is unknown.
     """
     if isinstance(world, str):
         world = WorldConfig(world)
-    config = configs.named(agent)
+    config = agent if isinstance(agent, AgentConfig) else configs.named(agent)
     if _has_equal_gpus(world):
         config = dataclasses.replace(config, hyper=config.hyper.replace(max_externality=EQUAL_GPUS_MAX_EXTERNALITY))
     clip_per_s = rate_clip_per_s(*world.build())

@@ -1,4 +1,4 @@
-"""A ring of rows that the learner draws from; where it stands is counted outside, see ``learner``."""
+"""A replay buffer: a ring of rows, as pure functions; the learner counts where the next row goes."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Rows = Any  # a pytree whose leaves share their first axis
+Rows = Any  # a pytree whose leaves have the same first axis
 
 
 def empty(row: Rows, capacity: int) -> Rows:
-    """Returns room for ``capacity`` rows like ``row``, which may be abstract."""
+    """Returns an empty buffer of ``capacity`` rows with the shapes and types of ``row``, which may be abstract."""
     return jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), row)
 
 
-def insert(replay: Rows, rows: Rows, at: Array) -> Rows:
-    """Writes ``rows`` from index ``at`` on; they must not reach beyond the end."""
-    return jax.tree.map(lambda ring, new: lax.dynamic_update_slice_in_dim(ring, new, at, 0), replay, rows)
+def insert(buffer: Rows, rows: Rows, start: Array) -> Rows:
+    """Writes ``rows`` from index ``start`` [] on; they must not extend beyond the end of the buffer."""
+    return jax.tree.map(lambda ring, new: lax.dynamic_update_slice_in_dim(ring, new, start, 0), buffer, rows)
 
 
-def rows_at(replay: Rows, index: Array) -> Rows:
+def rows_at(buffer: Rows, index: Array) -> Rows:
     """Returns the rows at ``index`` [B]."""
-    return jax.tree.map(lambda ring: ring[index], replay)
+    return jax.tree.map(lambda ring: ring[index], buffer)
 
 
 def to_half_precision(features: Any) -> Any:
-    """Returns features in half precision; what is not a float32 stays as it is."""
+    """Returns features with float32 arrays converted to float16."""
     return jax.tree.map(lambda x: x.astype(jnp.float16) if x.dtype == jnp.float32 else x, features)
 
 
 def to_single_precision(features: Any) -> Any:
-    """Returns half-precision features in single precision."""
+    """Returns features with float16 arrays converted to float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, features)
 
 
-def num_bytes(replay: Rows) -> int:
-    """Returns the size of a ring, also of one that is not allocated yet (``jax.eval_shape``)."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(replay))
+def num_bytes(buffer: Rows) -> int:
+    """Returns the size of a buffer, also of an abstract one (``jax.eval_shape``)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and where results come from."""
+"""Files that appear whole or not at all, plain values of configurations, and provenance of results."""

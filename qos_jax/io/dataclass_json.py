@@ -1,4 +1,4 @@
-"""Frozen dataclasses as plain values that JSON can hold, and back, with one error for whatever does not fit."""
+"""Conversion of frozen dataclasses to plain values for JSON, and back, with one kind of error for illegal values."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a dataclass, nested ones included, as values that JSON can hold."""
+    """Returns a dataclass, including nested ones, as plain values for JSON."""
     return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def from_dict(default: Config, values: Any, path: str) -> Config:
-    """Rebuilds a dataclass from what ``to_dict`` returned.
+    """Rebuilds a dataclass from the result of ``to_dict``.
 
     Args:
-      default: an instance; the kinds of its values are what is legal.
-      values: must name all of its fields and no other.
+      default: an instance; a value must have the type of the instance's value.
+      values: a value for each field and no others.
       path: of the values within their file, for messages.
 
     Raises:
-      InputError: a field is unknown, missing or of another kind; the message names it by its path.
+      InputError: a field is unknown, missing or has a wrong type; the message names it by its path.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{path} is {values!r}, must be a table of fields")

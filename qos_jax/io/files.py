@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files of others, of which nothing is taken for granted."""
+"""Writing of files that appear whole or not at all, and checked reading of JSON and ``.npz`` files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qos_jax.errors import InputError
 
 
 def writable_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Makes a folder, so that one that cannot be written to is known before the work and not after it.
+    """Creates a folder and checks that it is writable, so that a long computation does not fail at its end.
 
     Raises:
-      InputError: the folder cannot be made or written to.
+      InputError: the folder cannot be created or written to.
     """
     folder = pathlib.Path(path)
     try:
@@ -36,7 +36,11 @@ def writable_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file under another name first, so that nobody ever sees half of it; makes its folder.
+    """Writes a file under a temporary name and renames it, so that it appears whole; creates its folder.
+
+    Args:
+      path: of the file.
+      content: text is encoded as UTF-8.
 
     Raises:
       InputError: the file cannot be written.
@@ -64,15 +68,15 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def parse_json(text: str, where: str, **options: Any) -> Any:
-    """Returns what a text says.
+    """Returns the value of a JSON text.
 
     Args:
-      text: in JSON.
-      where: it is from, for the message.
+      text: the JSON text.
+      where: name of its source, for the message.
       **options: of ``json.loads``.
 
     Raises:
-      InputError: it is not JSON, or nested too deep.
+      InputError: the text is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text, **options)
@@ -83,15 +87,15 @@ def parse_json(text: str, where: str, **options: Any) -> Any:
 def read_columns(
     path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Returns arrays of an ``.npz`` by name, of one axis at least; nothing in the file is executed.
+    """Returns arrays of an ``.npz`` by name, with at least one axis; reading executes nothing in the file.
 
     Args:
       path: of the file.
-      needed: names that must be there.
-      others: names that are taken if they are.
+      needed: names of required arrays.
+      others: names of optional arrays.
 
     Raises:
-      InputError: the file is missing or damaged, lacks a column, or has one of Python objects.
+      InputError: the file is missing or damaged, lacks a column, or has a column of Python objects.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -107,11 +111,11 @@ def read_columns(
 
 
 def numbers_in(path: str | os.PathLike[str], name: str, column: np.ndarray) -> np.ndarray:
-    """Returns a column as floating-point numbers, of its own precision if it has one.
+    """Returns a column as floating-point numbers; a floating-point column keeps its precision.
 
     Raises:
-      InputError: it holds something else.
+      InputError: the column does not hold numbers.
     """
     if column.dtype.kind not in "biuf":
-        raise InputError(f"{path}: column {name} is of kind {column.dtype}, must be numbers")
+        raise InputError(f"{path}: column {name} is of type {column.dtype}, must be numbers")
     return column if column.dtype.kind == "f" else column.astype(np.float64)

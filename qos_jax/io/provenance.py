@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine and commit; and results as plain values that strict JSON can hold."""
+"""Provenance of results (versions, machine, commit), and conversion of results to plain values for strict JSON."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _PACKAGES = ("qos_jax", "jax", "jaxlib", "flax", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and the packages, and what they run on."""
+    """Returns the versions of Python and the main packages, and the platform, processor and device, by name."""
     packages = {name: _version(name) for name in _PACKAGES}
     machine = {"platform": platform.platform(), "processor": _processor(), "device": jax.devices()[0].device_kind}
     return {"python": platform.python_version()} | packages | machine
 
 
 def plain(value: Any) -> Any:
-    """Returns the value in the terms of strict JSON."""
+    """Returns a value as types of strict JSON: arrays become lists, NaN and infinities become None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return plain(np.asarray(value).tolist())
     if isinstance(value, float) and not np.isfinite(value):
@@ -39,11 +39,11 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # qos_jax run from its source folder
+        return "not installed"  # qos_jax may run from its source folder
 
 
 def _processor() -> str:
-    """Returns the processor's name, which Linux tells only in a file."""
+    """Returns the processor's name; on Linux it is only in a file."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -53,7 +53,7 @@ def _processor() -> str:
 
 
 def git_hash() -> str | None:
-    """Returns the commit of the working tree that this package lies in, None where it is installed."""
+    """Returns the commit of the working tree that contains this package; None for an installed package."""
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -61,5 +61,5 @@ def git_hash() -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
-        return None  # there is no git
+        return None  # git is not installed
     return done.stdout.strip() or None

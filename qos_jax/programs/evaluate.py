@@ -26,7 +26,7 @@ from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
 from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.world_flags import numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, numbers, world_config
 from qos_jax.report import plots
 from qos_jax.report.gains import terminal_gains
 from qos_jax.report.pictures import Drawing
@@ -45,6 +45,7 @@ _WINDOW_S = 3.0  # of one expert's iterations, to be looked at closely
 
 def main(values: FlagValues) -> None:
     """Evaluates, prints a table and writes the report."""
+    import_plugins(values, values.routers)
     env, params = (world := world_config(values)).build()
     scenarios = _scenarios(values, params)
     routers = _routers(values.routers, env, params)
@@ -100,6 +101,9 @@ def _routers(texts: Sequence[str], env: Environment, params: EnvParams) -> list[
         folder, seed = runs[name]
         clashes = folder.name in names or folders.count(folder.name) > 1
         routers.append(load_router(folder, seed=seed, name=name if clashes else folder.name))
+    known = [router.name for router in routers]
+    if twice := next((name for name in known if known.count(name) > 1), None):
+        raise InputError(f"--routers: two routers are named {twice!r}: their results would be mixed; rename one")
     return routers
 
 

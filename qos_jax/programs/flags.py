@@ -31,13 +31,16 @@ def define_world(values: FlagValues) -> None:
     group.texts("latency_limit", None, "Latency limit in s/token, or those of several equally common classes of users.")
     group.number("staleness", None, "Routers observe metrics at least this many seconds late.")
     group.boolean("allow_drop", None, "Routers may drop a request.")
+    group.texts("plugins", None, "Modules to import first, which register routers, arrivals, networks or targets, "
+                "also from the current folder.")  # fmt: skip
 
 
 def define_train(values: FlagValues) -> None:
     """Defines the flags of ``qos-jax train``."""
     define_world(values)
     group = FlagGroup(values, "Agent")
-    group.string("agent", "mvr", f"Agent to train, with the recipe of the world: {_listed(choices.AGENTS)}.")
+    group.string("agent", "mvr", f"Agent to train, with the recipe of the world: {_listed(choices.AGENTS)}, or "
+                 "package.module:factory, which returns an AgentConfig.")  # fmt: skip
     group.texts("set", [], "Other values for fields of the agent, FIELD=VALUE with commas between them and x within "
                 "tuples, as in learning_rate=3e-4,han.layers=3,hidden=64x64. Fields: "
                 f"{_listed(choices.AGENT_FIELDS)}.")  # fmt: skip

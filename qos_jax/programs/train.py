@@ -29,10 +29,11 @@ from qos_jax.agent import configs
 from qos_jax.agent.overrides import overridden
 from qos_jax.agent.recipes import recipe
 from qos_jax.errors import InputError
+from qos_jax.io.imports import import_named
 from qos_jax.programs import app
 from qos_jax.programs.flags import define_train
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.world_flags import numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, numbers, world_config
 from qos_jax.training.config import RANDOMISED, TrainingConfig, runs_of
 from qos_jax.training.parallel import leads
 from qos_jax.training.progress import Progress, TrainResult
@@ -47,6 +48,7 @@ _MAY_CHANGE = {"out", "resume", "checkpoint_minutes", "steps", "flagfile"} | _OF
 def main(values: FlagValues) -> None:
     """Trains, and writes checkpoints, metrics and the learning curve."""
     devices = _devices(values)
+    import_plugins(values, [values.agent])
     resume = values.resume == "yes" or (values.resume == "auto" and (pathlib.Path(values.out) / CONFIG).exists())
     flags = _flags_of_the_run(values)
     if resume:
@@ -80,7 +82,8 @@ def configs_of(values: FlagValues) -> tuple[WorldConfig, TrainingConfig]:
       InputError: a value is not legal.
     """
     world = world_config(values, training=True)
-    tuned = recipe(world, values.agent)
+    agent = import_named(values.agent)() if ":" in values.agent else values.agent
+    tuned = recipe(world, agent)
     loads = tuple(numbers("load", values.load))
     randomise = _randomised(values, tuned.randomise)
     vary_load = next((text for text in values.vary if text.startswith("load=")), None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
+import sys
 from collections.abc import Sequence
 
 from absl.flags import FlagValues
 
 from qos_jax.errors import InputError
+from qos_jax.io.imports import in_one_line
 from qos_jax.worlds.config import WorldConfig
 
 
@@ -43,6 +47,25 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
         staleness_s=values.staleness,
         allow_drop=values.allow_drop,
     )
+
+
+def import_plugins(values: FlagValues, references: Sequence[str] = ()) -> None:
+    """Imports the modules of --plugins, and lets modules of the current folder be found.
+
+    Args:
+      values: the flags.
+      references: what other flags name; one of the form ``package.module:factory`` may be in the current folder, too.
+
+    Raises:
+      InputError: a module cannot be imported.
+    """
+    if (values.plugins or any(":" in text for text in references)) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for module in values.plugins or ():
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # of the user's own code
+            raise InputError(f"--plugins={module} cannot be imported: {in_one_line(error)}") from error
 
 
 def numbers(flag: str, texts: Sequence[str] | None) -> list[float]:

@@ -369,7 +369,8 @@ def reliability_curves(rows: Sequence[Mapping[str, Any]], *, width: Width = FULL
                     color=style.EXPERT_COLOURS[forms.index(row["form"])], label=f"{row['form']}, {name} width",
                 )  # fmt: skip
         axes.set(title=f"predictions: {prediction}", xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
-        axes.set_xlabel("predicted probability to be in time")
+        axes.set_xlabel("predicted probability")
+        axes.tick_params(labelbottom=True)
     panels[0].set_ylabel("share that was in time")
     handles, labels = panels[0].get_legend_handles_labels()
     style.legend_outside(figure, list(zip(handles, labels, strict=True)), width)
@@ -463,7 +464,7 @@ def _square_panels(number: int, width: Width, **options: Any) -> tuple[Figure, l
     """Returns a figure with square panels: side by side at full width, otherwise two in a row."""
     columns = max(number, 2) if width == FULL else 2
     lines = math.ceil(number / columns)
-    height = lines * (0.55 + width.inches / columns)
+    height = lines * (0.55 + (width.inches - 0.7) / columns)
     figure = Figure(figsize=(width.inches, height), layout="constrained")
     every = figure.subplots(lines, columns, squeeze=False, **options).flatten()
     for axes in every[number:]:

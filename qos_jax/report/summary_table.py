@@ -75,12 +75,12 @@ def text_table(heads: Sequence[str], columns: Sequence[Sequence[str]]) -> list[s
 
     An empty line follows each block.
     """
-    first, *others = [2 + max(map(len, column)) for column in (heads, *columns)]
-    per_block = max(1, (TERMINAL_COLUMNS - first) // max(others))
+    first, width = max(map(len, heads)), 2 + max(len(cell) for column in columns for cell in column)
+    per_block = max(1, (TERMINAL_COLUMNS - first) // width)
     lines = []
     for start in range(0, len(columns), per_block):
         rows = zip(heads, *columns[start : start + per_block], strict=True)
-        texts = [head.ljust(first) + "".join(cell.rjust(max(others)) for cell in cells) for head, *cells in rows]
+        texts = [head.ljust(first) + "".join(cell.rjust(width) for cell in cells) for head, *cells in rows]
         lines += [*(text.rstrip() for text in texts), ""]
     return lines
 

@@ -46,7 +46,7 @@ def test_a_sampled_fleet_has_its_own_saturation_rate() -> None:
     sampled = sample_worlds(env, params, domain, KEY, 6)
     assert len(np.unique(np.asarray(sampled.experts.step_base_s), axis=0)) > 1
     one = jax.tree.map(lambda x: x[0], sampled)
-    assert float(sampled.saturation_per_s[0]) == pytest.approx(saturation_rate(env, one), rel=0.06)  # both are simulated
+    assert float(sampled.saturation_per_s[0]) == pytest.approx(saturation_rate(env, one), rel=0.06)
     assert float(one.workload.arrivals.rate_per_s) == pytest.approx(float(sampled.saturation_per_s[0]))
 
 

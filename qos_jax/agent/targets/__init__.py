@@ -13,16 +13,17 @@ _TARGETS: dict[str, Targets] = {
     "counterfactual": Counterfactual(),
     "temporal_difference": TemporalDifference(),
 }
+_BUILT_IN = tuple(_TARGETS)
 
 
 def register_targets(name: str, targets: Targets) -> None:
-    """Registers a kind of target under a name for ``AgentConfig.targets``.
+    """Registers a kind of target under a name for ``AgentConfig.targets``; a later one replaces an earlier one.
 
     Raises:
-      InputError: the name is registered for another kind.
+      InputError: the name is built in.
     """
-    if _TARGETS.get(name, targets) is not targets:
-        raise InputError(f"targets {name!r} are already registered: choose another name")
+    if name in _BUILT_IN:
+        raise InputError(f"targets {name!r} are built in: choose another name")
     _TARGETS[name] = targets
 
 
