@@ -8,12 +8,12 @@ score on the training seeds from 0 on. All results are of the test seeds from 10
 
 from __future__ import annotations
 
-import io
 import json
 import operator
 import pathlib
 import shlex
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from qos_jax.programs.app import FlagGroup, run_program
 from qos_jax.programs.compilation_cache import use_cache
 from qos_jax.programs.world_flags import numbers
 from qos_jax.report import plots
+from qos_jax.report.pictures import write_figure
 from qos_jax.routers import make_router
 from qos_jax.worlds.presets import PRESETS, make
 
@@ -140,10 +141,9 @@ def _write(folder: pathlib.Path, values: flags.FlagValues, rows: list[Row], widt
         "versions": versions(),
         "rows": rows,
     }
-    picture = io.BytesIO()
-    plots.reliability_curves([row for row in rows if row["router"] == _ALL]).savefig(picture, format="png")
     write_whole(folder / "results.json", json.dumps(plain(results), indent=1, allow_nan=False))
-    write_whole(folder / "reliability.png", picture.getvalue())
+    shown = [row for row in rows if row["router"] == _ALL]
+    write_figure(folder, "reliability", partial(plots.reliability_curves, shown))
     print(f"written: {folder / 'results.json'}")
 
 

@@ -52,7 +52,7 @@ def main(values: FlagValues) -> None:
     curves = _learning_curves(values.routers)  # read before the work, as all input is
     folder = writable_folder(values.out)
     warmup = int(values.warmup * values.requests)
-    config = world.to_dict() | {
+    config = world.described() | {
         "saturation_per_s": float(params.saturation_per_s),
         "rates_per_s": list(dict.fromkeys(scenario.rate_per_s for scenario in scenarios)),
         "seeds": list(dict.fromkeys(scenario.seed for scenario in scenarios)),

@@ -4,7 +4,7 @@ qos-jax fidelity --run=$QOS_JAX_DATA/golden-rtx4090 \
     --profiles=$QOS_JAX_DATA/profiles/rtx4090_llama3.1-8b --out=runs/fidelity
 
 The timing is fitted to the kernel tables alone; of the run itself enters what the engine was given. Written are
-fidelity.json, latencies.png, timeline.png and index.html, a page that holds all of it.
+fidelity.json, two pictures, and index.html, a page that holds all of it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from absl.flags import FlagValues
-from matplotlib.figure import Figure
 
 from qos_jax.evaluation import fidelity
 from qos_jax.evaluation.fidelity import SimulatedRun
@@ -26,6 +26,7 @@ from qos_jax.fleet import profile_fitting
 from qos_jax.io.files import writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
 from qos_jax.report import fidelity_plots, pages
+from qos_jax.report.pictures import Drawing, Picture, write_figure
 
 
 def main(values: FlagValues) -> None:
@@ -39,14 +40,13 @@ def main(values: FlagValues) -> None:
     timing = profile_fitting.fit_timing(kernels)
     simulated = fidelity.simulate(run, timing)
     found = _results(run, simulated, kernels, timing)
-    pictures = {
-        "latencies": fidelity_plots.latency_scatter(run, simulated.log),
-        "timeline": fidelity_plots.load_timeline(run, simulated),
-    }
-    for name, figure in pictures.items():
-        write_whole(folder / f"{name}.png", pages.png(figure))
     write_whole(folder / "fidelity.json", json.dumps(plain(found), indent=1, allow_nan=False))
-    write_whole(folder / "index.html", _page(found, list(pictures.values())))
+    drawings: dict[str, Drawing] = {
+        "latencies": partial(fidelity_plots.latency_scatter, run, simulated.log),
+        "timeline": partial(fidelity_plots.load_timeline, run, simulated),
+    }
+    pictures = [write_figure(folder, name, drawing) for name, drawing in drawings.items()]
+    write_whole(folder / "index.html", _page(found, pictures))
     for name, row in found["latencies"].items():
         print(
             f"{fidelity.LATENCIES[name]:10} measured {_amount(name, row['measured']):>9}, "
@@ -79,14 +79,14 @@ def _results(
     }
 
 
-def _page(found: Mapping[str, Any], figures: Sequence[Figure]) -> str:
+def _page(found: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     lead = (
         f"{found['requests']} requests, {found['run']}. The simulator was given the arrivals, the token counts and the "
         "size of the KV memory, and timing that was fitted to kernel tables; nothing was fitted to the run."
     )
     parts = [
         _latency_table(found["latencies"]),
-        pages.figures([(str(figure.get_label()), pages.png(figure)) for figure in figures]),
+        pages.figures(pictures),
         "<h2>What the engine held, mean over its looks</h2>",
         _load_table(found["loads"]),
         "<h2>What the cost of an iteration leaves out</h2>",

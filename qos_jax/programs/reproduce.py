@@ -18,6 +18,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.studies import BUDGETS, STUDIES, TRAINED, Study, World
 from qos_jax.programs.train_once import train_once
 from qos_jax.report import pages
+from qos_jax.report.pictures import Picture, write_figure
 from qos_jax.report.study_report import study_figure, study_html, study_markdown
 from qos_jax.routers import PLANNERS, Router, make_router, router_names
 from qos_jax.sim.engine import EngineSpec
@@ -79,6 +81,7 @@ class _Maker:
 
     def __init__(self, folder: pathlib.Path, budget: str) -> None:
         self.folder, self.budget, self.budget_name = folder, BUDGETS[budget], budget
+        self.pictures: dict[str, Picture] = {}
         self.known: dict[tuple[Any, ...], Router] = {}  # routers by name and world, so that they compile once
 
     def worlds(self, study: str) -> list[World]:
@@ -124,7 +127,7 @@ class _Maker:
         write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
         write_whole(self.folder / f"{name}.csv", csv_text(result.rows))
         write_whole(self.folder / f"{name}.md", study_markdown(result))
-        write_whole(self.folder / f"{name}.png", pages.png(study_figure(result)))
+        self.pictures[name] = write_figure(self.folder, name, partial(study_figure, result))
         return result
 
     def page(self, results: Sequence[StudyResult]) -> None:
@@ -136,7 +139,7 @@ class _Maker:
         )
         title = "Routing LLM requests at the edge: studies"
         made = {"command": self._command(",".join(result.name for result in results))} | versions()
-        parts = [study_html(result, (self.folder / f"{result.name}.png").read_bytes()) for result in results]
+        parts = [study_html(result, self.pictures[result.name]) for result in results]
         parts += ["<h2>How this was made</h2>", pages.meanings(made)]
         write_whole(self.folder / "index.html", pages.page(title, lead, parts))
         told = [f"# {title}", lead, "\n".join(f"- {name}: `{value}`" for name, value in made.items())]

@@ -16,6 +16,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from qos_jax.predictor.pretrained import Pretrained
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.world_flags import numbers
 from qos_jax.report import plots
+from qos_jax.report.pictures import write_figure
 
 _SPLIT_SEED = 0  # of the table's parts in all programs
 
@@ -132,9 +134,7 @@ def _write(
         file = io.BytesIO()
         np.savez_compressed(file, experts=np.array(predictor.experts), **columns)  # type: ignore[arg-type]
         write_whole(folder / f"predictions_{part}.npz", file.getvalue())
-    picture = io.BytesIO()
-    plots.prediction_reliability(_pictured(scores["test"])).savefig(picture, format="png")
-    write_whole(folder / "reliability.png", picture.getvalue())
+    write_figure(folder, "reliability", partial(plots.prediction_reliability, _pictured(scores["test"])))
     results = about | {"experts": predictor.experts, **scores}
     write_whole(folder / "metrics.json", json.dumps(plain(results), indent=1, allow_nan=False))
     print(f"written: {folder / 'metrics.json'}")

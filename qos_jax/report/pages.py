@@ -7,9 +7,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
-
-from qos_jax.report.pictures import Picture, saved
+from qos_jax.report.pictures import Picture
 from qos_jax.report.style import display_name
 
 
@@ -24,15 +22,9 @@ def page(title: str, lead: str, parts: Sequence[str]) -> str:
     return _PAGE.substitute(title=html.escape(title), lead=lead, parts="\n".join(parts), script=_SCRIPT)
 
 
-def png(figure: Figure) -> bytes:
-    """Returns the PNG of a figure."""
-    return saved(figure, "png")
-
-
-def figures(pictures: Sequence[Picture | tuple[str, bytes]]) -> str:
-    """Returns pictures, or captions with PNGs, side by side where there is room."""
-    shown = [each if isinstance(each, Picture) else Picture(each[0], {".png": each[1]}) for each in pictures]
-    return f'<div class="figures">{"".join(each.html() for each in shown)}</div>' if shown else ""
+def figures(pictures: Sequence[Picture]) -> str:
+    """Returns pictures side by side where there is room."""
+    return f'<div class="figures">{"".join(each.html() for each in pictures)}</div>' if pictures else ""
 
 
 def table(heads: Sequence[str], names: Mapping[str, str], columns: Sequence[Sequence[str]]) -> str:

@@ -102,15 +102,14 @@ def _upper_half(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return [row for row in rows if row["mean"] >= least]
 
 
-def study_html(result: StudyResult, picture: Picture | bytes) -> str:
+def study_html(result: StudyResult, picture: Picture) -> str:
     """Returns the part of a page that shows a study.
 
     Args:
       result: of the study.
-      picture: of ``study_figure``, or its PNG.
+      picture: of ``study_figure``.
     """
-    drawn = picture if isinstance(picture, Picture) else (str(study_figure(result).get_label()), picture)
-    parts = [f"<h2>{escape(result.title)}</h2>", f"<p>{escape(result.question)}</p>", pages.figures([drawn])]
+    parts = [f"<h2>{escape(result.title)}</h2>", f"<p>{escape(result.question)}</p>", pages.figures([picture])]
     if result.gains:
         parts += ["<h3>Gains over the best heuristic</h3>", pages.rows_table(*_gains_table(result))]
     if result.claims:

@@ -1,7 +1,7 @@
 """The engine: continuous batching over a paged KV cache, as pure functions of arrays.
 
-The rules are those of vLLM's V1 scheduler, reduced to what determines timing (docs/guide/simulator.md). Three properties make
-the implementation fast and keep it exact:
+The rules are those of vLLM's V1 scheduler, reduced to what determines timing (docs/guide/simulator.md). Three
+properties make the implementation fast and keep it exact:
 
 * Requests run in arrival order and are preempted from the tail, so the running requests of an expert have arrived
   before its waiting ones. One array of slots in arrival order therefore holds both queues, a request is running if it

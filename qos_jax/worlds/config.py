@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from qos_jax.errors import InputError
@@ -115,6 +116,14 @@ class WorldConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold; ``from_dict`` rebuilds it."""
         return dataclass_json.to_dict(self)
+
+    def described(self) -> dict[str, Any]:
+        """Returns what differs from the preset, for people: files by their names, without their folders."""
+        default = WorldConfig(self.preset).to_dict()
+        kept = {name: value for name, value in self.to_dict().items() if value != default[name]}
+        files = ("trace", "quality_table", "prompts")
+        names = {name: os.path.basename(value) if name in files else value for name, value in kept.items()}
+        return {"preset": self.preset} | names
 
     @classmethod
     def from_dict(cls, values: Any) -> WorldConfig:

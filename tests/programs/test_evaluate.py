@@ -17,8 +17,10 @@ from qos_jax.evaluation.metrics import METRICS
 from tests.helpers.programs import Program, assert_refused, program_of
 
 ROOT = pathlib.Path(__file__).parents[2]
-PICTURES = {"qos_against_load", "latency_cdf", "routing_shares", "expert_timelines", "iterations"}
-FILES = {"results.json", "report.html", *(f"{name}.png" for name in PICTURES)}
+PICTURES = {"gains_against_load", "qos_against_load", "latency_cdf", "routing_shares", "expert_timelines", "iterations"}
+ENDINGS = [f"{width}.{kind}" for width in ("", "_column") for kind in ("png", "pdf", "svg")]
+FILES = {"results.json", "summary.csv", "summary.tex", "report.html"}
+FILES |= {f"{name}{ending}" for name in PICTURES for ending in ENDINGS}
 TABLE_EXPERTS = "--experts=alpaca-7b@A40,chatglm2-6b@A40"
 PLAIN = ("--preset=paper-3", "--routers=round_robin,shortest_queue", "--load=0.5", "--requests=200", "--seeds=2")
 
@@ -43,7 +45,7 @@ def test_the_folder_is_complete(results: dict[str, Any]) -> None:
     for name in PICTURES:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == len(PICTURES)
+    assert page.count("<figure>") == len(PICTURES)
     assert "Routers on paper-3" in page
 
 
@@ -112,7 +114,7 @@ def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Progra
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     config = results["config"]
     assert (config["trace"], config["quality_table"]) == ("azure.csv", "table.npz")
-    assert config["experts"] == [["alpaca-7b", "A40"], ["chatglm2-6b", "A40"]]
+    assert config["experts"] == ["alpaca-7b@A40", "chatglm2-6b@A40"]
     assert [(row["router"], row["qos"]) for row in results["rows"]] == [("expert_0", 0.25), ("expert_1", 0.75)]
     # Two answers side by side take .5 s in every 1 s; Poisson arrivals would keep the expert busy for .6 s.
     assert 2 * results["rows"][0]["busy_fraction"] == pytest.approx(0.5, abs=0.03)

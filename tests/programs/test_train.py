@@ -81,7 +81,8 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
 
 def test_the_folder_is_complete(whole: pathlib.Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", "tensorboard", "learning_curve.png", ".lock",
+        "config.json", "metrics.jsonl", "checkpoints", "tensorboard", ".lock",
+        *(f"learning_curve{width}.{kind}" for width in ("", "_column") for kind in ("png", "pdf", "svg")),
     }  # fmt: skip
     assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(whole / "checkpoints")) == ["224", "256"]

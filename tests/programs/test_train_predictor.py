@@ -25,7 +25,9 @@ from tests.helpers.programs import Program, program_of
 from tests.helpers.quick_compilation import quick_compilation
 from tests.helpers.tiny_encoder import write_tiny_encoder
 
-FILES = {"metrics.json", "predictions_folds.npz", "predictions_test.npz", "reliability.png", "predictor"}
+ENDINGS = [f"{width}.{kind}" for width in ("", "_column") for kind in ("png", "pdf", "svg")]
+FILES = {"metrics.json", "predictions_folds.npz", "predictions_test.npz", "predictor"}
+FILES |= {f"reliability{ending}" for ending in ENDINGS}
 QUICK = ("--folds=2", "--hidden=4")  # folds of half of all prompts, as large as the training part
 
 
@@ -136,7 +138,7 @@ class TestRun:
         (("npz", "column", "--hidden=1.5"), "hidden is"),
         (("npz", "column", "--folds=1"), "1 folds of 40 prompts"),
         (("npz", "column", "--test_fraction=1"), "test_fraction 1 of 40 prompts"),
-        (("npz", "column", "--test_fraction=0.9"), "4 prompts to learn from; at least 10"),
+        (("npz", "column", "--test_fraction=0.9"), "4 training prompts, must be at least 10"),
         (("npz", "column", "--out=/proc/nowhere"), "/proc/nowhere cannot be written"),
     ],
 )
@@ -158,7 +160,8 @@ def test_the_picture_shows_the_bins() -> None:
 
     figure = prediction_reliability({"score": quantity((0.2, 0.3), (0.5, 0.4)), "tokens": quantity((20, 10), (50, 80))})
     score, tokens = figure.axes
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["score\noff by 0.25", "tokens\noff by 0.25"]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["score\ncalibration error 0.25", "tokens\ncalibration error 0.25"]
     np.testing.assert_allclose(score.get_lines()[1].get_xydata(), [[0.2, 0.3], [0.5, 0.4]])
     np.testing.assert_allclose(tokens.get_lines()[1].get_xydata(), [[20, 10], [50, 80]])
     assert (score.get_xscale(), tokens.get_xscale()) == ("linear", "log")

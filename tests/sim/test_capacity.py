@@ -1,4 +1,4 @@
-"""The saturation rate against closed forms, where answers of equal length come from iterations of equal length."""
+"""The saturation rate against closed forms, with answers and iterations of equal lengths."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.helpers.workloads import profile
 
 REQUESTS = 1000
 MAX_RUNNING = 8
-TOKENS = np.array([10, 14])  # answers of either expert
+TOKENS = np.array([10, 14])  # length of each expert's answers
 STEP_S = np.array([0.02, 0.01])
 
 
 @struct.dataclass
 class EqualRequests:
-    """Prompts of one token, answers of one length each; nobody asks when they arrive."""
+    """Prompts of one token and answers of one length per expert; arrival times are not used."""
 
     output_tokens: Array  # [N] int32
 
@@ -49,17 +49,17 @@ def test_full_batches_of_two_experts() -> None:
 
 
 @pytest.mark.parametrize("expert", [0, 1])
-def test_one_expert_beside_one_that_hardly_moves(expert: int) -> None:
+def test_one_expert_with_a_very_slow_one(expert: int) -> None:
     step_s = np.where(np.arange(2) == expert, STEP_S, 1e4)
     assert rate(step_base_s=step_s) == pytest.approx(MAX_RUNNING / (TOKENS[expert] * STEP_S[expert]), rel=0.01)
 
 
-def test_the_batch_takes_its_own_time() -> None:
+def test_the_time_per_sequence_counts_for_the_whole_batch() -> None:
     iteration_s = STEP_S + 0.003 * MAX_RUNNING
     assert rate(per_sequence_s=0.003) == pytest.approx(sum(MAX_RUNNING / (TOKENS * iteration_s)), rel=0.01)
 
 
 def test_memory_limits_the_batch() -> None:
-    """A request needs one block of 16 tokens, so there are never more requests than blocks."""
+    """A request needs one block of 16 tokens, so the batch has at most as many requests as there are blocks."""
     blocks = np.array([3, 5])
     assert rate(kv_blocks=blocks) == pytest.approx(sum(blocks / (TOKENS * STEP_S)), rel=0.01)

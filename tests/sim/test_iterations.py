@@ -1,4 +1,4 @@
-"""The iterations that are shown are those of the reference, one by one."""
+"""The log of iterations against the reference implementation, one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.workloads import KINDS, World
 START_S, END_S = 0.7, 4.0
 
 
-def shown(world: World, expert: int = 0) -> IterationLog:
+def log_of(world: World, expert: int = 0) -> IterationLog:
     return iterations_of(
         world.experts, world.trace, world.assignment, expert, START_S, END_S, token_budget=world.token_budget
     )
@@ -21,24 +21,24 @@ def shown(world: World, expert: int = 0) -> IterationLog:
 
 def expected(world: World, expert: int = 0) -> list[Iteration]:
     reference = replay_reference(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
-    return [each for each in reference.experts[expert].iterations if START_S <= each.start_s < END_S]
+    return [iteration for iteration in reference.experts[expert].iterations if START_S <= iteration.start_s < END_S]
 
 
 @pytest.mark.parametrize("kind", ["preemption_storm", "full_queue", "small_budget"])
 def test_agrees_with_the_reference(kind: str) -> None:
     world = KINDS[kind](np.random.default_rng(3))
-    log, reference = shown(world), expected(world)
+    log, reference = log_of(world), expected(world)
     assert len(reference) > 20
-    np.testing.assert_allclose(log.start_s, [each.start_s for each in reference], atol=1e-5)
-    np.testing.assert_allclose(log.duration_s, [each.duration_s for each in reference], atol=1e-5)
+    np.testing.assert_allclose(log.start_s, [iteration.start_s for iteration in reference], atol=1e-5)
+    np.testing.assert_allclose(log.duration_s, [iteration.duration_s for iteration in reference], atol=1e-5)
     prefill_tokens = np.where(log.activity == Activity.PREFILL, log.tokens, 0).sum(1)
-    np.testing.assert_array_equal(prefill_tokens, [each.prefill_tokens for each in reference])
-    np.testing.assert_array_equal((log.tokens > 0).sum(1), [each.scheduled for each in reference])
+    np.testing.assert_array_equal(prefill_tokens, [iteration.prefill_tokens for iteration in reference])
+    np.testing.assert_array_equal((log.tokens > 0).sum(1), [iteration.scheduled for iteration in reference])
 
 
 def test_a_request_waits_computes_its_prompt_and_decodes() -> None:
     world = KINDS["calm"](np.random.default_rng(0))
-    log = shown(world)
+    log = log_of(world)
     new = np.flatnonzero((log.activity[0] == Activity.ABSENT) & (log.activity[-1] == Activity.ABSENT))
     assert len(new) > 3
     for column in new:
@@ -52,9 +52,9 @@ def test_a_request_waits_computes_its_prompt_and_decodes() -> None:
 
 
 def test_a_preempted_request_starts_over() -> None:
-    log = shown(KINDS["preemption_storm"](np.random.default_rng(3)))
-    again = (log.activity[:-1] == Activity.PREEMPTED) & (log.activity[1:] == Activity.PREFILL)
-    assert again.any()
+    log = log_of(KINDS["preemption_storm"](np.random.default_rng(3)))
+    restarted = (log.activity[:-1] == Activity.PREEMPTED) & (log.activity[1:] == Activity.PREFILL)
+    assert restarted.any()
     assert not ((log.activity[:-1] == Activity.PREEMPTED) & (log.activity[1:] == Activity.DECODE)).any()
     assert not log.tokens[log.activity == Activity.PREEMPTED].any()
 
@@ -62,7 +62,7 @@ def test_a_preempted_request_starts_over() -> None:
 def test_an_expert_without_requests_has_no_iterations() -> None:
     world = KINDS["calm"](np.random.default_rng(0))
     world.assignment = np.full_like(world.assignment, 1)
-    log = shown(world)
+    log = log_of(world)
     assert log.start_s.shape == (0,)
     assert log.activity.shape == (0, 0)
 
@@ -70,7 +70,7 @@ def test_an_expert_without_requests_has_no_iterations() -> None:
 @pytest.mark.parametrize(
     ("expert", "start_s", "message"), [(3, 0.0, "expert is 3"), (0, 9.0, "window is 9.0 .. 4.0 s")]
 )
-def test_refuses_what_is_not_there(expert: int, start_s: float, message: str) -> None:
+def test_an_illegal_expert_or_window_is_refused(expert: int, start_s: float, message: str) -> None:
     world = KINDS["calm"](np.random.default_rng(0))
     with pytest.raises(InputError, match=message):
         iterations_of(world.experts, world.trace, world.assignment, expert, start_s, END_S)

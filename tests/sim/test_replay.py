@@ -1,4 +1,4 @@
-"""Replay obeys the simulator's rules, queueing theory, and a real system; it refuses what it cannot serve."""
+"""Replay against the reference implementation, queueing theory and a real system; illegal inputs are refused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import qos_jax
 from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
+from qos_jax.sim.replay import replay_many
 from tests.helpers.reference import ReferenceRun, replay_reference
 from tests.helpers.workloads import KINDS, World, profile, side_by_side, small_worlds
 
@@ -36,7 +37,7 @@ def reference(world: World) -> ReferenceRun:
 
 @functools.cache
 def batches(kind: str) -> list[tuple[World, ReferenceRun]]:
-    """Random worlds of a kind and what the reference makes of them; small worlds are joined into one program."""
+    """Random worlds of a kind and their runs by the reference; small worlds are joined into one program."""
     if kind == "crowd":
         worlds = [KINDS[kind](np.random.default_rng(seed)) for seed in range(CROWDS)]
     else:
@@ -56,7 +57,7 @@ class TestAgreesWithTheReference:
 
     def test_in_float32_to_one_iteration_on_almost_every_request(self) -> None:
         agrees = []
-        for kind in KINDS.keys() - {"crowd"}:  # whose program takes long to compile
+        for kind in KINDS.keys() - {"crowd"}:  # the program of a crowd takes long to compile
             for world, expected in batches(kind):
                 log = replay(world, np.float32)
                 error_s = np.abs([log.finish_s - expected.finish_s, log.first_token_s - expected.first_token_s]).max(0)
@@ -95,8 +96,8 @@ class TestAgreesWithTheReference:
         exact, rounded = replay(world), replay(world, np.float32)
         error_s = np.abs([rounded.finish_s - exact.finish_s, rounded.first_token_s - exact.first_token_s]).max(0)
         assert (rounded.dropped == exact.dropped).mean() >= 0.999
-        # The expert is never idle, so once rounding has moved an arrival to another iteration the phases stay apart. An
-        # iteration takes 27 to 33 ms here, prefill included up to 40.
+        # The expert is never idle, so after rounding has moved an arrival to another iteration, the boundaries of all
+        # later iterations differ. An iteration takes 27 to 33 ms, with prefill up to 40 ms.
         assert np.nanmean(error_s <= 0.033) >= 0.998
         assert np.nanmean(error_s <= 0.040) >= 0.999
         halves = np.nanmean(error_s[: count // 2]), np.nanmean(error_s[count // 2 :])
@@ -104,14 +105,14 @@ class TestAgreesWithTheReference:
 
 
 def iterations_at_the_end_s(world: World, run: ReferenceRun) -> np.ndarray:
-    """The longest iteration [J] next to each request's last token; NaN where it has none."""
+    """The longest of the iterations around each request's last token [J] s; NaN for dropped requests."""
     longest_s = np.full(len(world.assignment), np.nan)
     for n, expert in enumerate(run.experts):
-        mine = (world.assignment == n) & ~run.dropped
+        served = (world.assignment == n) & ~run.dropped
         start_s = np.array([iteration.start_s for iteration in expert.iterations])
         duration_s = np.pad([iteration.duration_s for iteration in expert.iterations], 1)
-        last = np.searchsorted(start_s, run.finish_s[mine]) - 1
-        longest_s[mine] = np.max([duration_s[last], duration_s[last + 1], duration_s[last + 2]], axis=0)
+        last = np.searchsorted(start_s, run.finish_s[served]) - 1
+        longest_s[served] = np.max([duration_s[last], duration_s[last + 1], duration_s[last + 2]], axis=0)
     return longest_s
 
 
@@ -143,8 +144,8 @@ class TestEveryLog:
     def test_serves_first_come_first(self, world: World) -> None:
         log = replay(world)
         for n in range(2):
-            mine = (world.assignment == n) & ~log.dropped
-            assert (np.diff(log.first_token_s[mine]) >= 0).all()
+            served = (world.assignment == n) & ~log.dropped
+            assert (np.diff(log.first_token_s[served]) >= 0).all()
 
     @any_world
     @given(small_worlds(), st.permutations(range(2)))
@@ -168,7 +169,7 @@ class TestEveryLog:
 
 
 class TestQueueingTheory:
-    """Independent replicas of one expert whose step takes 10 ms: a request of d tokens is d steps of service."""
+    """Independent replicas of one expert with iterations of 10 ms: the service of d tokens takes d iterations."""
 
     STEP_S = 0.01
     MEAN_TOKENS = 100
@@ -182,7 +183,7 @@ class TestQueueingTheory:
         return rng.exponential(self.mean_service_s / self.LOAD, (REPLICA_REQUESTS, REPLICAS))
 
     def test_constant_gaps_and_service(self) -> None:
-        """D/D/1: nobody waits below saturation; above it every request waits a constant longer than the last."""
+        """D/D/1: no request waits below saturation; above it, the wait grows by a constant with every request."""
         gap_s = self.mean_service_s * np.linspace(0.99, 1.5, REPLICAS)
         shape = (REPLICA_REQUESTS, REPLICAS)
         arrival_s, first_token_s, finish_s = serve(
@@ -254,7 +255,7 @@ def serve(
 
 
 def assert_mean(values: np.ndarray, expected: float, scale: float | None = None) -> None:
-    """``expected`` is in the 99.9 % interval of the mean over replicas, and this interval is narrow."""
+    """Asserts that ``expected`` is in the 99.9 % interval of the mean over replicas, and that this is narrow."""
     scale = abs(expected) if scale is None else scale
     means = values[WARM_UP_REQUESTS:].mean(axis=0)
     half_width = scipy.stats.t.ppf(0.9995, REPLICAS - 1) * means.std(ddof=1) / np.sqrt(REPLICAS)
@@ -280,7 +281,7 @@ class TestRealSystem:
         trace = RequestTrace(run["arrival_time"], run["input_toks"], run["output_toks"][:, None])
         log = replay(World(experts, trace, np.zeros(len(rows), np.int32)))
 
-        # The client and the server have clocks of their own: the server queues a request no sooner than it arrives.
+        # The client and the server have different clocks: the server cannot queue a request before it arrives.
         arrival_s = run["arrival_time"] + (run["queued_ts"] - run["arrival_time"]).min()
         real = serving_means(arrival_s, run["first_token_ts"], run["last_token_ts"], run["output_toks"])
         simulated = serving_means(run["arrival_time"], log.first_token_s, log.finish_s, run["output_toks"])
@@ -340,6 +341,10 @@ class TestBadInput:
         trace = self.GOOD.trace.replace(**{name: np.array(values)})
         with pytest.raises(InputError, match=message):
             qos_jax.replay(self.GOOD.experts, trace, self.GOOD.assignment)
+
+    def test_in_the_number_of_assignments_is_named(self) -> None:
+        with pytest.raises(InputError, match=r"assignments has 2 entries, must have 1, one for each trace"):
+            replay_many(self.GOOD.experts, [self.GOOD.trace], [self.GOOD.assignment] * 2)
 
     @pytest.mark.parametrize(
         ("values", "message"),
