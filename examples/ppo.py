@@ -138,8 +138,7 @@ def main(steps: int = Config().steps) -> None:
     weights, qos = jax.jit(make_train(env, params, Config(steps)))(jax.random.key(0))
     print("QoS in training:", np.asarray(qos).round(3))
     routers = [ppo_router(env, weights), *(qos_jax.make_router(name, env) for name in ("random", "impact_greedy"))]
-    held_out = qos_jax.scenarios(params, [0.8], range(1000, 1016))
-    runs = qos_jax.evaluate(env, params, routers, held_out, 1000, warmup=200)
+    runs = qos_jax.evaluate(env, params, routers, qos_jax.scenarios(params, [0.8], range(1000, 1016)), 1000, warmup=200)
     scores = np.array([run.metrics["qos"] for run in runs]).reshape(len(routers), -1)
     for router, score in zip(routers, scores, strict=True):
         gain = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**summarise(scores[0] - score))

@@ -1,13 +1,44 @@
-"""Shared fixtures."""
+"""Shared fixtures, and how programs are compiled for tests."""
 
+import gc
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("jit", deadline=None)  # the first example of a test compiles
 settings.load_profile("jit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has the default suite compile fast and not well, and each program once in all its processes.
+
+    Most tests run a program for a moment after compiling it for seconds. Slow tests run long, so they are compiled as
+    users compile. The folder of compiled programs belongs to this run of the suite alone.
+    """
+    if config.option.markexpr == "slow":
+        return
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit that of the process that starts them
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash.setdefault(_CACHE, tempfile.TemporaryDirectory()).name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+        os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+
+
+_CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Frees compiled programs after each module, as a worker would else keep gigabytes of them to the end."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

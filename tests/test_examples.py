@@ -14,6 +14,7 @@ import pytest
 import qos_jax
 from qos_jax.evaluation.statistics import crossed_interval
 from qos_jax.routers import Router
+from tests.helpers.decision_processes import quick_jit
 from tests.helpers.instant_env import instant_env
 from tests.helpers.small_env import small_params
 
@@ -36,7 +37,7 @@ def test_ppo_takes_the_best_expert_where_experts_answer_at_once(ppo: types.Modul
     """The reward is the score at once, and the last expert has the highest one."""
     params = small_params(max_steps_in_episode=50)
     config = ppo.Config(steps=20_000, num_envs=16, rollout=32, learning_rate=3e-3, discount=0.5)
-    weights, qos = jax.jit(ppo.make_train(instant_env(), params, config))(jax.random.key(0))
+    weights, qos = quick_jit(ppo.make_train(instant_env(), params, config))(jax.random.key(0))
     assert np.mean(qos[-5:]) > np.mean(qos[:5]) + 0.1
     router = ppo.ppo_router(instant_env(), weights)
     obs, _ = jax.vmap(instant_env().reset, (0, None))(jax.random.split(jax.random.key(1), 64), params)
