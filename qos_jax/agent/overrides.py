@@ -57,5 +57,6 @@ def _parsed(name: str, text: str, before: Any) -> Any:
             return int(text)
         return float(text) if before is None or isinstance(before, float) else text
     except (KeyError, ValueError):
-        kind = "number" if before is None else f"value of the kind of {before!r}"
+        shown = tuple(before) if isinstance(before, list) else before
+        kind = "number" if before is None else f"value of the kind of {shown!r}"
         raise InputError(f"--set={name}={text}: give a {kind}") from None

@@ -278,6 +278,8 @@ class RunFolder:
             expected = parse_json((path / _CHECKSUMS).read_text(encoding="utf-8", errors="replace"), str(path))[item]
         except (OSError, KeyError, TypeError) as error:
             raise InputError(f"{path / _CHECKSUMS}: cannot be read: {_otherwise(path)}") from error
+        if not isinstance(expected, dict):
+            raise InputError(f"{path / _CHECKSUMS}: {item} is {expected!r}, must be a table of checksums by file")
         found = _checksums(path / item)
         for name in sorted({*expected, *found}):
             if expected.get(name) != found.get(name):

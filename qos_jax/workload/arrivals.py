@@ -21,7 +21,6 @@ import numpy as np
 from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
-from scipy import stats
 
 from qos_jax.errors import InputError
 
@@ -212,6 +211,8 @@ def gamma(rate_per_s: float, cv: float) -> ArrivalProcess:
     Raises:
         InputError: the rate is outside ``RATE_RANGE_PER_S`` or the CV outside ``CV_RANGE``.
     """
+    from scipy import stats  # not needed by the other laws
+
     _check_within("cv", cv, *CV_RANGE)
     shape, grid = cv**-2, quantile_grid()
     near, far = stats.gamma.ppf(-np.expm1(-grid), shape), stats.gamma.isf(np.exp(-grid), shape)
