@@ -29,6 +29,8 @@ Readout = Literal["pointer", "arrived"]
 
 NUM_CRITICS = 2
 
+_MAX_LAYERS = 100
+
 _NET = (*EXPERT_FEATURES, *IMPACT_FEATURES).index("net")
 _LOWEST_PRIOR = -2.0  # QoS; lower clip of the prior, the cost of two answers
 
@@ -71,6 +73,9 @@ class NetworkConfig:
             raise InputError(f"slots is {self.slots}, must be a whole number of at least 1, or None for all")
         if self.rate_clip_per_s is not None and not 0 < self.rate_clip_per_s < math.inf:
             raise InputError(f"rate_clip_per_s is {self.rate_clip_per_s}, must be above 0 and finite, or None for all")
+        for name, layers in (("hidden", len(self.hidden)), ("han", self.han.layers)):
+            if layers > _MAX_LAYERS:
+                raise InputError(f"{name} has {layers} layers, must have at most {_MAX_LAYERS}")
         if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
             raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
         if self.encoder == "flat" and self.readout == "pointer":
@@ -226,7 +231,7 @@ def network_of(config: NetworkConfig) -> tuple[Features, nn.Module]:
 def _with_clipped_rates(config: NetworkConfig, obs: Observation) -> Observation:
     if config.rate_clip_per_s is None:
         return obs
-    max_rate_per_s = config.rate_clip_per_s * obs.experts.running.shape[-1]
+    max_rate_per_s = float(config.rate_clip_per_s) * obs.experts.running.shape[-1]
     rate_per_s = jnp.minimum(obs.arrived.recent_rate_per_s, max_rate_per_s)
     return obs.replace(arrived=obs.arrived.replace(recent_rate_per_s=rate_per_s))
 

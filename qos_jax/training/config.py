@@ -51,7 +51,7 @@ class TrainingConfig:
         if not self.runs:
             raise InputError("runs is empty: give at least one seed")
         for run in self.runs:
-            seed = run.get("seed") if isinstance(run, Mapping) else run
+            seed = run.get("seed") if isinstance(run, Mapping) else None
             if not isinstance(seed, int) or not 0 <= seed < FIRST_HELD_OUT_SEED:
                 raise InputError(
                     f"seed is {seed!r}: seeds must be below {FIRST_HELD_OUT_SEED} and not below 0, "

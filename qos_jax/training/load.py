@@ -12,12 +12,15 @@ from jax import Array
 
 from qos_jax.agent.learner import Learner, make_learner
 from qos_jax.errors import InputError
+from qos_jax.io import dataclass_json
 from qos_jax.routers.base import Memory, Router
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment
 from qos_jax.sim.types import Observation
 from qos_jax.sim.world import WorldSpec, example_observation
 from qos_jax.training.run_folder import CONFIG, RunFolder
+
+_MAX_SIZE = 2**24  # of anything in a world's spec
 
 
 def load_router(
@@ -64,12 +67,22 @@ def learner_of(folder: RunFolder) -> Learner:
     Raises:
       InputError: config.json does not describe one.
     """
-    spec = folder.config["spec"]
+    values = folder.config["spec"]
     try:
-        env = Environment(WorldSpec(**spec | {"engine": EngineSpec(**spec["engine"])}))
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{folder.path / CONFIG}: spec is {spec!r}, which is no world: {error}") from error
-    return make_learner(env, folder.training.agent)
+        spec = _spec(values)
+    except InputError as error:
+        raise InputError(f"{folder.path / CONFIG}: spec is {values!r}, which is no world: {error}") from error
+    return make_learner(Environment(spec), folder.training.agent)
+
+
+def _spec(values: dict[str, Any]) -> WorldSpec:
+    default = WorldSpec(1, EngineSpec(1))
+    spec = dataclass_json.from_dict(default, dataclass_json.to_dict(default) | values, "spec")
+    sizes = {"num_experts": spec.num_experts, **dataclasses.asdict(spec.engine)}
+    for name, least, size in [("history", 0, spec.history), *((name, 1, size) for name, size in sizes.items())]:
+        if not least <= size <= _MAX_SIZE:
+            raise InputError(f"{name} is {size}, must be at least {least} and at most {_MAX_SIZE}")
+    return spec
 
 
 def _weights_like(learner: Learner) -> Any:

@@ -40,7 +40,7 @@ def upgraded(config: Any, file: str) -> dict[str, Any]:
       InputError: the format is unknown, or a field is missing or of another kind.
     """
     version = config.get("format") if isinstance(config, dict) else None
-    if version != FORMAT and version not in _UPGRADES:
+    if not isinstance(version, int) or (version != FORMAT and version not in _UPGRADES):
         known = ", ".join(map(str, [*_UPGRADES, FORMAT]))
         raise InputError(f"{file}: format is {version!r}, must be one of {known}")
     while config["format"] != FORMAT:
