@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qos_jax import InputError, make
+from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.held_out import FIRST_HELD_OUT_SEED, HeldOut
 from qos_jax.training.loop import train
 from qos_jax.training.progress import Progress, TrainResult
@@ -39,8 +40,9 @@ def run(folder: RunFolder | None = None, **arguments: Any) -> TrainResult:
     return train(LEARNER, PARAMS, folder=folder, **arguments)
 
 
-def new_folder(path: pathlib.Path, seeds: Sequence[int] = (0,), **asked: Any) -> RunFolder:
-    return RunFolder.start(path, make_config(LEARNER, HYPER, seeds, **asked))
+def new_folder(path: pathlib.Path, seeds: Sequence[int] = (0,), **fields: Any) -> RunFolder:
+    training = TrainingConfig(LEARNER.config, CHUNKS * STEPS_PER_CHUNK, runs_of(LEARNER.config, seeds), **fields)
+    return RunFolder.start(path, make_config(LEARNER, training))
 
 
 def stop_after(chunks: int) -> Any:
@@ -72,7 +74,7 @@ def state_of(folder: RunFolder) -> Any:
     return folder.restore_state(folder.latest, like)
 
 
-def test_every_chunk_is_reported_and_some_are_evaluated(valid: tuple[TrainResult, RunFolder]) -> None:
+def test_every_chunk_is_reported_and_some_are_evaluated(whole: tuple[TrainResult, RunFolder]) -> None:
     result, folder = whole
     trained = [record["steps"] for record in result.records if record["kind"] == "train"]
     evaluated = [record["steps"] for record in result.records if record["kind"] == "evaluation"]
@@ -98,7 +100,7 @@ def test_progress_says_how_far_it_is() -> None:
     ]  # fmt: skip
 
 
-def test_the_gain_is_the_paired_difference_to_impact_greedy(valid: tuple[TrainResult, RunFolder]) -> None:
+def test_the_gain_is_the_paired_difference_to_impact_greedy(whole: tuple[TrainResult, RunFolder]) -> None:
     evaluations = [record for record in whole[0].records if record["kind"] == "evaluation"]
     assert len({record["impact_greedy"] for record in evaluations}) == 1
     for record in evaluations:
@@ -106,7 +108,7 @@ def test_the_gain_is_the_paired_difference_to_impact_greedy(valid: tuple[TrainRe
         assert record["low"] <= record["gain"] <= record["high"]
 
 
-def test_the_policy_that_is_judged_is_the_one_that_is_returned(valid: tuple[TrainResult, RunFolder]) -> None:
+def test_the_policy_that_is_judged_is_the_one_that_is_returned(whole: tuple[TrainResult, RunFolder]) -> None:
     held_out, weights = HeldOut(PARAMS, num_envs=4, steps=40), whole[0].weights
     qos = jax.jit(lambda *x: held_out.qos(LEARNER.env, lambda key, obs: LEARNER.act(weights, key, obs), *x))
     last = whole[0].records[-1]
@@ -128,7 +130,7 @@ def test_an_evaluation_has_a_size(field: str, value: int) -> None:
         HeldOut(PARAMS, **{field: value})
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, valid: tuple[TrainResult, RunFolder]) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, whole: tuple[TrainResult, RunFolder]) -> None:
     folder = new_folder(tmp_path)
     stopped = run(folder, should_stop=stop_after(3))
     assert (stopped.finished, stopped.steps, folder.latest) == (False, 96, 96)
@@ -148,14 +150,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, valid: tuple[
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
-    tmp_path: pathlib.Path, valid: tuple[TrainResult, RunFolder]
+    tmp_path: pathlib.Path, whole: tuple[TrainResult, RunFolder]
 ) -> None:
     folder = new_folder(tmp_path)
     folder.append({"kind": "train", "steps": 32, "seconds": 9.0, "metrics": {}})
     assert untimed(run(folder).records) == untimed(whole[0].records)
 
 
-def test_a_finished_run_is_left_as_it_is(valid: tuple[TrainResult, RunFolder]) -> None:
+def test_a_finished_run_is_left_as_it_is(whole: tuple[TrainResult, RunFolder]) -> None:
     again = run(RunFolder.reopen(whole[1].path))
     assert again.finished
     assert again.records == whole[0].records
@@ -163,7 +165,7 @@ def test_a_finished_run_is_left_as_it_is(valid: tuple[TrainResult, RunFolder]) -
 
 
 def test_without_its_replay_a_run_goes_on_with_an_empty_one(tmp_path: pathlib.Path) -> None:
-    folder = new_folder(tmp_path, with_replay=False)
+    folder = new_folder(tmp_path, save_replay=False)
     run(folder, should_stop=stop_after(3))
     state = state_of(folder)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.replay))
@@ -171,7 +173,7 @@ def test_without_its_replay_a_run_goes_on_with_an_empty_one(tmp_path: pathlib.Pa
     assert run(folder).finished
 
 
-def test_seeds_side_by_side_are_the_seeds_alone(tmp_path: pathlib.Path, valid: tuple[TrainResult, RunFolder]) -> None:
+def test_seeds_side_by_side_are_the_seeds_alone(tmp_path: pathlib.Path, whole: tuple[TrainResult, RunFolder]) -> None:
     together = run(new_folder(tmp_path, (0, 7)), seeds=(0, 7))
     last = together.records[-1]
     assert len(last["qos"]) == 2
