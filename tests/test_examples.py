@@ -33,6 +33,7 @@ def test_ppo_is_short() -> None:
     assert len(PPO.read_text().splitlines()) < 150
 
 
+@pytest.mark.slow
 def test_ppo_takes_the_best_expert_where_experts_answer_at_once(ppo: types.ModuleType) -> None:
     """The reward is the score at once, and the last expert has the highest one."""
     params = small_params(max_steps_in_episode=50)

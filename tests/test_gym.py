@@ -44,6 +44,7 @@ def test_gymnasium_finds_nothing_wrong() -> None:
         del gymnasium.registry["EdgeServing-v0"]
 
 
+@pytest.mark.slow
 def test_observations_may_be_the_nodes_of_the_graph() -> None:
     env = small_env()
     vector_env = RouterVectorEnv(env, PARAMS, NUM_ENVS, graph=True)

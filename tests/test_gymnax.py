@@ -106,6 +106,7 @@ def wrappers() -> Any:
     return pytest.importorskip("gymnax.wrappers")
 
 
+@pytest.mark.slow
 def test_spaces_are_those_of_gymnax_once_it_is_imported(wrappers: Any) -> None:
     spaces = pytest.importorskip("gymnax.environments.spaces")
     assert isinstance(ENV.action_space(PARAMS), spaces.Discrete)
@@ -117,6 +118,7 @@ def test_spaces_are_those_of_gymnax_once_it_is_imported(wrappers: Any) -> None:
     assert ENV.observation_space(PARAMS).contains(obs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [None, PARAMS], ids=["default", "given"])
 def test_gymnax_wrappers_take_the_environment(wrappers: Any, params: Any) -> None:
     env = wrappers.LogWrapper(wrappers.FlattenObservationWrapper(FLAT))
@@ -134,6 +136,7 @@ def test_gymnax_wrappers_take_the_environment(wrappers: Any, params: Any) -> Non
     assert info["returned_episode_returns"] == pytest.approx(sum(rewards), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gymnax_log_wrapper_vectorises_over_graphs(wrappers: Any) -> None:
     """Observations may be structs, as long as no wrapper flattens them."""
     env = wrappers.LogWrapper(ENV)
@@ -144,6 +147,7 @@ def test_gymnax_log_wrapper_vectorises_over_graphs(wrappers: Any) -> None:
     np.testing.assert_array_equal(info["returned_episode"], False)
 
 
+@pytest.mark.slow
 def test_gymnax_turns_the_environment_into_one_of_gymnasium(wrappers: Any) -> None:
     env = wrappers.GymnaxToGymWrapper(FLAT, seed=0)
     obs, _ = env.reset(seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import subprocess
@@ -31,9 +32,17 @@ def test_the_wheel_runs_the_readme_outside_of_the_tree(tmp_path: pathlib.Path) -
     )
     assert done.returncode == 0, done.stderr
 
+    command = [sys.executable, "-m", "qos_jax.programs", "evaluate", "--preset=paper-3", "--routers=round_robin"]
+    command += ["--load=0.5", "--requests=100", "--seeds=1", f"--out={elsewhere}/out"]
+    done = subprocess.run(
+        command, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (elsewhere / "out" / "report.html").exists()
+
 
 def test_the_licence_of_every_dependency_is_listed() -> None:
-    listed = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8").lower().replace("_", "-")
+    listed = (ROOT / "docs" / "about" / "licences.md").read_text(encoding="utf-8").lower().replace("_", "-")
     locked = (ROOT / "requirements.lock").read_text(encoding="utf-8").split()
     missing = [line for line in locked if f"| {line.split('==')[0].lower().replace('_', '-')} " not in listed]
     assert not missing

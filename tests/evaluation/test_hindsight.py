@@ -111,6 +111,7 @@ def test_restarts_go_on_from_the_plan_and_repeat_with_their_seed() -> None:
     np.testing.assert_array_equal(twice.assignment, again.assignment)
 
 
+@pytest.mark.slow
 def test_the_plan_beats_every_router_and_stays_below_the_bound() -> None:
     env, params = make("paper-3", load=1.5)
     routers = [make_router(router, env, params) for router in ROUTERS]

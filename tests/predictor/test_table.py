@@ -75,6 +75,7 @@ def test_a_program_says_what_a_predictor_needs(run, capsys, tmp_path):
     assert "config.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_program_routes_by_a_predictor(run, predictor, capsys, tmp_path):
     made = dataclasses.replace(made_up_table(PROMPTS), experts=("alpaca-7b", "vicuna-7b", "chatglm2-6b"))
     dataclasses.replace(predictor, experts=made.experts).save(tmp_path / "predictor")

@@ -129,6 +129,7 @@ def test_a_flag_that_differs_is_refused_when_a_run_goes_on(
         assert differs in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_killed_goes_on_bit_for_bit(
     whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
@@ -192,6 +193,7 @@ def tiny_recipe() -> qos_jax.Recipe:
     return qos_jax.Recipe(training.agent, training.steps, training.randomise)
 
 
+@pytest.mark.slow
 def test_the_library_trains_the_same_router(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     settings = {"evaluation_envs": 2, "evaluation_steps": 20, "evaluate_every": 64}
     steps: list[int] = []

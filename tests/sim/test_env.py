@@ -114,6 +114,7 @@ def test_the_test_worlds_press_on_every_rule(played: dict[str, Any]) -> None:
     assert np.all(np.sum(played["reward"], 1) > 0)
 
 
+@pytest.mark.slow
 def test_jit_eager_and_vmap_agree(played: dict[str, Any]) -> None:
     """Single compiled steps against no compilation, a batch of keys, one of parameters, a checked scan of both."""
     env, at = small_env(), 40
