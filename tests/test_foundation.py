@@ -72,5 +72,5 @@ def test_locked_packages_fit_together() -> None:
     check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
     complaints = check.stdout.splitlines() if check.returncode else []
     assert not check.stderr, check.stderr
-    apart = locked_versions(MINILM_LOCK) | locked_versions(ROOT / "requirements-gymnax.lock")  # without dependencies
+    apart = locked_versions(MINILM_LOCK) | locked_versions("requirements-gymnax.lock")  # without dependencies
     assert [line for line in complaints if canonicalize_name(line.split()[0]) not in apart] == []
