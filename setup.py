@@ -53,7 +53,7 @@ setup(
             "pyyaml>=6.0",
             "ruff>=0.14",
         ],
-        "sb3": ["stable-baselines3>=2.7", "torch>=2.8"],
+        "sb3": [*GYM, "stable-baselines3>=2.7", "torch>=2.8"],
         "cuda": ["jax[cuda12]"],
     },
     classifiers=[

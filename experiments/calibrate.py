@@ -29,7 +29,7 @@ from qos_jax.io.provenance import plain, versions
 from qos_jax.programs.app import FlagGroup, run_program
 from qos_jax.programs.compilation_cache import use_cache
 from qos_jax.programs.world_flags import numbers
-from qos_jax.report import plots
+from qos_jax.report import reliability_plots
 from qos_jax.report.pictures import write_figure
 from qos_jax.routers import make_router
 from qos_jax.worlds.presets import PRESETS, make
@@ -143,7 +143,7 @@ def _write(folder: pathlib.Path, values: flags.FlagValues, rows: list[Row], widt
     }
     write_whole(folder / "results.json", json.dumps(plain(results), indent=1, allow_nan=False))
     shown = [row for row in rows if row["router"] == _ALL]
-    write_figure(folder, "reliability", partial(plots.reliability_curves, shown))
+    write_figure(folder, "reliability", partial(reliability_plots.reliability_curves, shown))
     print(f"written: {folder / 'results.json'}")
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from qos_jax.agent import configs
 from qos_jax.agent.configs import AgentConfig
 from qos_jax.worlds import presets
-from qos_jax.worlds.config import WorldConfig, llm_and_gpu
+from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.randomization import rate_clip_per_s
 
 EQUAL_GPUS_MAX_EXTERNALITY = 0.35  # reward units; see docs/decisions
@@ -30,6 +30,8 @@ class Recipe:
 def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr") -> Recipe:
     """Returns the tuned recipe of a world.
 
+    ``rate_clip_per_s`` of its network is None where the fleet is not the preset's; training then derives it likewise.
+
     Args:
       world: name of a preset, or a world.
       agent: one of ``AGENTS``, or a configuration of one's own.
@@ -40,19 +42,13 @@ def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr
     if isinstance(world, str):
         world = WorldConfig(world)
     config = agent if isinstance(agent, AgentConfig) else configs.named(agent)
-    if _has_equal_gpus(world):
+    if len({gpu for _, gpu in world.pairs}) == 1:
         config = dataclasses.replace(config, hyper=config.hyper.replace(max_externality=EQUAL_GPUS_MAX_EXTERNALITY))
-    clip_per_s = rate_clip_per_s(*world.build())
-    config = dataclasses.replace(config, network=dataclasses.replace(config.network, rate_clip_per_s=clip_per_s))
+    if world.has_preset_fleet:  # of another fleet the saturation rate is simulated, once, by training
+        clip_per_s = rate_clip_per_s(*presets.make(world.preset))
+        config = dataclasses.replace(config, network=dataclasses.replace(config.network, rate_clip_per_s=clip_per_s))
     return Recipe(
         agent=config,
         steps=_STEPS.get(world.preset, _DEFAULT_STEPS),
         randomise=("load",) if world.trace is not None else ("load", "arrivals"),
     )
-
-
-def _has_equal_gpus(world: WorldConfig) -> bool:
-    pairs = presets.preset_named(world.preset).experts
-    if world.experts is not None:
-        pairs = tuple(llm_and_gpu(pair) for pair in world.experts)
-    return len({gpu for _, gpu in pairs}) == 1

@@ -79,7 +79,8 @@ class RouterVectorEnv(gymnasium.vector.VectorEnv[Any, ArrayLike, np.ndarray]):
         self.single_action_space = gymnasium.spaces.Discrete(env.num_actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._env, self._params, self._graph = env, params, graph
+        # Without default parameters, so that all environments of the same shapes share their compiled programs.
+        self._env, self._params, self._graph = env.with_default_params(None), params, graph
         self._keys: Array | None = None
         self._states: EnvState | None = None
         self._views: Any = None  # the observations last returned, and their masks

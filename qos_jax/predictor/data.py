@@ -17,7 +17,7 @@ import numpy as np
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import numbers_in, parse_json, read_columns
-from qos_jax.workload.tables import read_mix_instruct, split_rows
+from qos_jax.workload.tables import check_scores, read_mix_instruct, split_rows
 
 DEFAULT_SCORES = "quality_bertscore_minilm"
 EMBEDDINGS = "prompt_emb_minilm"
@@ -48,13 +48,7 @@ class PredictionTable:
                 f"{self.source}: scores have the shape {self.score.shape}, "
                 f"must be [prompts, experts] with {shape[1]} experts, none empty"
             )
-        bad = ~((self.score >= 0.0) & (self.score <= 1.0))  # also where a score is NaN
-        if bad.any():
-            row, expert = np.argwhere(bad)[0]
-            raise InputError(
-                f"{self.source}: score {self.score[row, expert]:g} of {self.experts[expert]} for prompt {row} "
-                f"({bad.sum()} illegal scores in total), must lie in [0, 1]"
-            )
+        check_scores(self.source, self.experts, self.score)
         if self.output_tokens is not None:
             _check_tokens(self.source, self.output_tokens, shape)
         if self.texts is None and self.embeddings is None:

@@ -18,7 +18,8 @@ def define_world(values: FlagValues) -> None:
     group.string("arrivals", None, "Law of arrivals: poisson, gamma:CV, mmpp:BURST:SECONDS or sinusoidal:AMPLITUDE:"
                  "PERIOD_S; the preset's by default.")  # fmt: skip
     group.string("trace", None, "File of recorded arrivals instead: Azure, BurstGPT, Mooncake or plain csv.")
-    group.choice("trace_part", "all", ("all", "first", "second"), "Half of the trace to use, by time.")
+    group.choice("trace_part", None, ("all", "first", "second"), "Half of the trace to use, by time: first for "
+                 "training, all of it otherwise by default.")  # fmt: skip
     group.string("quality_table", None, "Table of real prompts and answers: .npz, or mix-instruct JSON lines.")
     group.string("score_column", None, "Scores: quality_bertscore_minilm of .npz, bertscore of JSON lines by default.")
     group.number("test_fraction", 0.5, "Share of the table's prompts that are kept for testing.")

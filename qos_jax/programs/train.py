@@ -170,16 +170,17 @@ def _with_earlier_flags(values: FlagValues, folder: RunFolder) -> tuple[FlagValu
     if began is None:
         raise InputError(f"{folder.path / CONFIG}: has no flags, so the run was begun from Python: go on with it there")
     present = {name for name in values if values[name].present}
-    earlier = [text for text in began if _name_of(text) not in present]
+    earlier = [text for text in began if present.isdisjoint(_set_by(text))]
     if "steps" not in present:
         earlier.append(f"--steps={folder.training.steps}")
     merged = parsed([*earlier, *app.given(values)])
     return merged, began
 
 
-def _name_of(flag: str) -> str:
-    name = flag.lstrip("-").partition("=")[0]
-    return name.removeprefix("no") if name in ("nosave_replay", "noallow_drop", "nodeterministic") else name
+def _set_by(flag: str) -> set[str]:
+    """Returns the name of the flag that a text such as ``--noallow_drop`` sets."""
+    values = parsed([flag])
+    return {name for name in values if values[name].present}
 
 
 def _devices(values: FlagValues) -> list[jax.Device]:

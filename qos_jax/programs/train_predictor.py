@@ -33,7 +33,7 @@ from qos_jax.predictor.predictor import RUN_SUBFOLDER, Predictor
 from qos_jax.predictor.pretrained import Pretrained
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.world_flags import numbers
-from qos_jax.report import plots
+from qos_jax.report import reliability_plots
 from qos_jax.report.pictures import write_figure
 
 _SPLIT_SEED = 0  # of the table's parts in all programs
@@ -134,7 +134,7 @@ def _write(
         file = io.BytesIO()
         np.savez_compressed(file, experts=np.array(predictor.experts), **columns)  # type: ignore[arg-type]
         write_whole(folder / f"predictions_{part}.npz", file.getvalue())
-    write_figure(folder, "reliability", partial(plots.prediction_reliability, _pictured(scores["test"])))
+    write_figure(folder, "reliability", partial(reliability_plots.prediction_reliability, _pictured(scores["test"])))
     results = about | {"experts": predictor.experts, **scores}
     write_whole(folder / "metrics.json", json.dumps(plain(results), indent=1, allow_nan=False))
     print(f"written: {folder / 'metrics.json'}")

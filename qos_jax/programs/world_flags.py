@@ -26,16 +26,15 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
     Raises:
       InputError: a value is not legal.
     """
+    trace_part = values.trace_part or ("first" if training else "all")
     table_part = values.table_part or ("train" if training else "test")
-    given_part = values["trace_part"].present
-    trace_part = "first" if training and values.trace is not None and not given_part else values.trace_part
     limits_s = numbers("latency_limit", values.latency_limit)
     return WorldConfig(
         preset=values.preset,
         experts=tuple(values.experts) if values.experts else None,
         arrivals=values.arrivals,
         trace=values.trace,
-        trace_part=trace_part,
+        trace_part=trace_part if values.trace is not None else "all",
         quality_table=values.quality_table,
         score_column=values.score_column,
         table_part=table_part if values.quality_table is not None else "all",

@@ -125,8 +125,8 @@ class Environment:
             )
         return self._default_params
 
-    def with_default_params(self, params: EnvParams) -> Environment:
-        """Returns the same environment with other default parameters."""
+    def with_default_params(self, params: EnvParams | None) -> Environment:
+        """Returns the same environment with other default parameters, or with none."""
         env = copy.copy(self)
         env._default_params = params
         return env

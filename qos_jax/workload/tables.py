@@ -79,13 +79,7 @@ class QualityTable:
         shortest = min(self.prompt_tokens.min(), self.output_tokens.min())
         if shortest < 1:
             raise InputError(f"{self.source}: a length is {shortest} tokens, must be at least 1")
-        bad = ~((self.score >= 0.0) & (self.score <= 1.0))  # also where a score is NaN
-        if bad.any():
-            row, expert = np.argwhere(bad)[0]
-            raise InputError(
-                f"{self.source}: score {self.score[row, expert]:g} of {self.experts[expert]} for prompt {row} "
-                f"({bad.sum()} illegal scores in total), must lie in [0, 1]"
-            )
+        check_scores(self.source, self.experts, self.score)
 
     def select(self, experts: Sequence[str]) -> QualityTable:
         """Returns the table of some LLMs, in the given order.
@@ -138,6 +132,21 @@ class QualityTable:
             output_tokens=self.output_tokens[rows],
             score=self.score[rows],
             prompts=None if self.prompts is None else tuple(self.prompts[row] for row in rows),
+        )
+
+
+def check_scores(source: str, experts: Sequence[str], score: np.ndarray) -> None:
+    """Checks the scores [M, N] of a table.
+
+    Raises:
+        InputError: a score is outside [0, 1] or NaN.
+    """
+    bad = ~((score >= 0.0) & (score <= 1.0))  # also where a score is NaN
+    if bad.any():
+        row, expert = np.argwhere(bad)[0]
+        raise InputError(
+            f"{source}: score {score[row, expert]:g} of {experts[expert]} for prompt {row} "
+            f"({bad.sum()} illegal scores in total), must lie in [0, 1]"
         )
 
 

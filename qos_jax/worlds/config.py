@@ -66,6 +66,18 @@ class WorldConfig:
         if self.predictor is not None and self.quality_table is None:
             raise InputError(f"--predictor={self.predictor}: predicts for real prompts only; give --quality_table, too")
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """LLM and GPU of each expert."""
+        if self.experts is None:
+            return presets.preset_named(self.preset).experts
+        return tuple(llm_and_gpu(text) for text in self.experts)
+
+    @property
+    def has_preset_fleet(self) -> bool:
+        """Experts and answers are the preset's, and so is the saturation rate, which is written down there."""
+        return self.experts is None and self.quality_table is None
+
     def build(self) -> tuple[Environment, EnvParams]:
         """Returns the environment, and its parameters at the preset's default load.
 
@@ -77,7 +89,7 @@ class WorldConfig:
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
         if self.experts is not None:
-            overrides["experts"] = tuple(llm_and_gpu(pair) for pair in self.experts)
+            overrides["experts"] = self.pairs
         if self.trace is not None:
             overrides["arrivals"] = with_gaps(self._part_of_trace(read_trace(self.trace)))
         if self.quality_table is not None:
@@ -149,10 +161,7 @@ class WorldConfig:
         return table.split(self.test_fraction, seed=_SPLIT_SEED)[0 if self.table_part == "train" else 1]
 
     def _predictions(self, table: QualityTable) -> TablePredictions:
-        experts = presets.preset_named(self.preset).experts
-        if self.experts is not None:
-            experts = tuple(llm_and_gpu(pair) for pair in self.experts)
-        return table_predictions(load_predictor(str(self.predictor)), table, [llm for llm, _ in experts])
+        return table_predictions(load_predictor(str(self.predictor)), table, [llm for llm, _ in self.pairs])
 
 
 def llm_and_gpu(text: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from qos_jax.evaluation.impact_calibration import (
 )
 from qos_jax.evaluation.metrics import metrics_of
 from qos_jax.impact.estimate import Impact
-from qos_jax.report.plots import reliability_curves
+from qos_jax.report.reliability_plots import reliability_curves
 from qos_jax.sim.env import Environment
 from qos_jax.sim.replay import replay_many
 from tests.helpers.small_env import small_env, small_params

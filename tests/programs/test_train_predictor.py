@@ -19,7 +19,7 @@ from qos_jax.predictor import (
     read_prediction_table,
 )
 from qos_jax.predictor.metrics import held_out_columns, scores_of
-from qos_jax.report.plots import prediction_reliability
+from qos_jax.report.reliability_plots import prediction_reliability
 from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_instruct, write_npz, write_prompts
 from tests.helpers.programs import Program, program_of
 from tests.helpers.quick_compilation import quick_compilation
