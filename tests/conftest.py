@@ -16,12 +16,14 @@ settings.load_profile("jit")
 def pytest_configure(config: pytest.Config) -> None:
     """Has the default suite compile fast and not well, and each program once in all its processes.
 
-    Most tests run a program for a moment after compiling it for seconds. Slow tests run long, so they are compiled as
-    users compile. The folder of compiled programs belongs to this run of the suite alone.
+    Most tests run a program for a moment after compiling it for seconds. Without XLA's fusion emitters compilation
+    takes three quarters of the time. Slow tests run long, so they are compiled as users compile. The folder of compiled
+    programs belongs to this run of the suite alone.
     """
     if config.option.markexpr == "slow":
         return
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit that of the process that starts them
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash.setdefault(_CACHE, tempfile.TemporaryDirectory()).name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"

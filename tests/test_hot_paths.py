@@ -39,7 +39,10 @@ def test_stale_metrics_are_scattered_into_a_ring_without_addition() -> None:
     assert not any("stablehlo.add" in each for each in scatters)
 
 
-@pytest.mark.parametrize("agent", ["mvr", "sac", "paper"])
+SLOW = [pytest.param(agent, marks=pytest.mark.slow) for agent in ("sac", "paper")]
+
+
+@pytest.mark.parametrize("agent", ["mvr", *SLOW])
 def test_training_has_no_scatter(agent: str) -> None:
     env, params = make("paper-3", load=0.9)
     learner = make_learner(env, AGENTS[agent])

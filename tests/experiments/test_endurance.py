@@ -14,6 +14,8 @@ from tests.helpers.programs import Program, assert_refused
 
 ENVS, STRETCH, PARTS = 4, 100, 10
 
+pytestmark = pytest.mark.slow
+
 
 class Comparison(NamedTuple):
     """The results of one run of the program."""

@@ -104,6 +104,7 @@ def quality_table(path: pathlib.Path, **columns: Any) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Program, tmp_path: pathlib.Path) -> None:
     trace, table = azure_trace(tmp_path / "azure.csv"), quality_table(tmp_path / "table.npz")
     status = program(

@@ -63,7 +63,8 @@ def test_killed_again_and_again(
     while kills < KILLS:
         process = start(command, tmp_path / "killed", variables)
         try:
-            process.communicate(timeout=random.uniform(1, 15))
+            printed = process.communicate(timeout=random.uniform(1, 15))[0].decode()
+            assert process.returncode == 0, printed
             shutil.rmtree(tmp_path / "killed" / part)  # all was done: there must be something to do
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

@@ -213,6 +213,7 @@ def test_the_library_trains_the_same_router(whole: pathlib.Path, tmp_path: pathl
     assert not stopped.finished
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_other_routers(
     evaluation: Program, variables: dict[str, str], whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -115,6 +115,7 @@ class TestRun:
         assert "test score by routing: routed 0." in capsys.readouterr().out
         assert load_predictor(tmp_path).encoder is None
 
+    @pytest.mark.slow
     def test_an_encoder_can_be_trained_too(
         self, program: Program, files: dict[str, str], tmp_path: pathlib.Path, table: PredictionTable
     ) -> None:

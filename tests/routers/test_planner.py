@@ -43,6 +43,7 @@ def played() -> tuple[EnvState, Observation, Any]:
     return jax.tree.map(lambda *x: jnp.stack(x), *history)
 
 
+@pytest.mark.slow
 class TestSampleBelief:
     def test_with_known_lengths_it_finishes_like_the_true_world(
         self, played: tuple[EnvState, Observation, Any]
@@ -112,6 +113,7 @@ class TestPlanner:
         action = int(short_act(jax.random.key(0), obs, SHORT.init())[0])
         assert mask[action] if mask.any() else action == NUM_EXPERTS
 
+    @pytest.mark.slow
     def test_it_does_not_observe_ground_truth(self, played: tuple[EnvState, Observation, Any]) -> None:
         """Its actions do not change with the true scores and the true remaining tokens."""
         states, observed, memories = played
@@ -136,6 +138,7 @@ class TestPlanner:
             chosen.append(action)
         assert len(set(chosen)) > 2
 
+    @pytest.mark.slow
     def test_it_estimates_the_rate_from_ages(self, played: tuple[EnvState, Observation, Any]) -> None:
         gaps = played[2]
         assert not gaps.weight[0]
@@ -154,6 +157,7 @@ class TestPlanner:
         assert action(observation(*[at_limit] * 4, legal=[True] * 4 + [False], **arrived)) < NUM_EXPERTS
         assert action(observation(at_limit, at_limit, [], at_limit, **arrived)) == 2
 
+    @pytest.mark.slow
     def test_the_same_key_gives_the_same_action(self, played: tuple[EnvState, Observation, Any]) -> None:
         obs, memory = jax.tree.map(lambda x: x[-1], played[1:])
         one, other = (short_act(jax.random.key(5), obs, memory)[0] for _ in range(2))

@@ -164,6 +164,7 @@ def test_a_finished_run_is_left_as_it_is(whole: tuple[TrainResult, RunFolder]) -
     assert_equal(again.weights, whole[0].weights)
 
 
+@pytest.mark.slow
 def test_without_its_replay_a_run_goes_on_with_an_empty_one(tmp_path: pathlib.Path) -> None:
     folder = new_folder(tmp_path, save_replay=False)
     run(folder, should_stop=stop_after(3))
@@ -173,6 +174,7 @@ def test_without_its_replay_a_run_goes_on_with_an_empty_one(tmp_path: pathlib.Pa
     assert run(folder).finished
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_the_seeds_alone(tmp_path: pathlib.Path, whole: tuple[TrainResult, RunFolder]) -> None:
     together = run(new_folder(tmp_path, (0, 7)), seeds=(0, 7))
     last = together.records[-1]

@@ -62,6 +62,7 @@ def assert_same_result(one: pathlib.Path, other: pathlib.Path) -> None:
     assert len(qos[0]) == len(qos[1]) >= 5
 
 
+@pytest.mark.slow
 def test_devices_share_seeds_and_shards(variables: dict[str, str]) -> None:
     """To 1e-5 after 100 updates, with the same batches."""
     command = [sys.executable, "-m", "tests.helpers.parallel_run"]
