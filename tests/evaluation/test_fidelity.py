@@ -190,12 +190,20 @@ def test_figures_show_both(crowded: Made) -> None:
         ("meta.json", "{", "meta.json: is not JSON"),
         ("meta.json", "{}", "meta.json: "),
         ("requests.jsonl", "", "requests.jsonl: holds no request"),
-        ("requests.jsonl", '{"input_toks": 1}', "requests.jsonl, line 1: output_toks is missing or no number"),
-        ("timeseries.csv", "t,running\n1,2", "timeseries.csv: lacks the column gen_throughput"),
+        (
+            "requests.jsonl",
+            '{"input_toks": 1}',
+            "requests.jsonl, line 1: output_toks is missing, must be a whole number",
+        ),
+        (
+            "timeseries.csv",
+            "t,running\n1,2",
+            r"timeseries.csv: lacks the column\(s\) kv_cache_pct|timeseries.csv: lacks the column\(s\) waiting",
+        ),
         (
             "timeseries.csv",
             "t,prompt_throughput,gen_throughput,running,waiting,kv_cache_pct\n1,2,3,many,0,0",
-            "timeseries.csv: could not convert string to float: 'many'",
+            "timeseries.csv, line 2: running is 'many', must be a finite number",
         ),
     ],
 )
