@@ -218,6 +218,14 @@ def test_damaged_files_are_named(calm: Made, tmp_path: pathlib.Path, file: str, 
         read_run(tmp_path)
 
 
+def test_files_with_a_byte_order_mark_are_read(calm: Made, tmp_path: pathlib.Path) -> None:
+    for path in calm.folder.iterdir():
+        (tmp_path / path.name).write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked, run = read_run(tmp_path), read_run(calm.folder)
+    np.testing.assert_array_equal(marked.arrival_s, run.arrival_s)
+    np.testing.assert_array_equal(marked.running, run.running)
+
+
 def test_a_request_that_the_memory_cannot_hold(tmp_path: pathlib.Path) -> None:
     made = make_run(tmp_path, [0.0, 1.0], [10, 300], [4, 4])
     meta = json.loads((made.folder / "meta.json").read_text())
