@@ -192,6 +192,12 @@ def test_figures_show_both(crowded: Made) -> None:
         ("requests.jsonl", "", "requests.jsonl: holds no request"),
         (
             "requests.jsonl",
+            '\n{"input_toks": NaN}',
+            "requests.jsonl, line 2: input_toks is nan, must be a whole number",
+        ),
+        ("requests.jsonl", "[1]", r"requests.jsonl, line 1: is \[1\], must be a JSON object with input_toks"),
+        (
+            "requests.jsonl",
             '{"input_toks": 1}',
             "requests.jsonl, line 1: output_toks is missing, must be a whole number",
         ),

@@ -63,7 +63,7 @@ def test_fields_of_a_file_are_checked() -> None:
 
 
 def test_a_trace_is_read_as_it_says(tmp_path: pathlib.Path) -> None:
-    lines = ['{"timestamp": %d, "input_length": 1, "output_length": 1}' % t for t in (3000, 0, 0, 0)]
+    lines = [json.dumps({"timestamp": t, "input_length": 1, "output_length": 1}) for t in (3000, 0, 0, 0)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     world = WorldConfig(trace=str(tmp_path / "t.jsonl"), trace_format="mooncake", trace_sort=True, trace_spread_s=3.0)
     assert (world.whole_trace.arrival_s // 3.0).tolist() == [0, 0, 0, 1]
