@@ -88,7 +88,7 @@ class CsvTable:
         if not first:
             raise InputError(f"{path}: is empty")
         self._records = self._read(text, max(",\t;", key=first.count))
-        _, self.header = next(self._records)
+        _, self.header = next(self._records, (0, []))
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         """Yields the place, as ``FILE, line N``, and the cells of these columns, row by row; can be used once.
