@@ -6,6 +6,7 @@ than the file is large.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -39,7 +40,7 @@ from qos_jax.workload.prediction import parse_prediction
 from qos_jax.workload.tables import read_mix_instruct, read_npz
 from qos_jax.workload.traces import read_trace
 from tests.helpers.instant_env import instant_env, small_learner
-from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_instruct, write_npz
+from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_instruct, write_npz, write_prompts
 from tests.helpers.small_env import small_params
 from tests.helpers.tiny_encoder import write_tiny_encoder
 
@@ -69,6 +70,7 @@ TRACES = {
     "burstgpt": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Chat\n",
     "mooncake": '{"timestamp": 0, "input_length": 6755, "output_length": 500, "hash_ids": [0, 1]}\n' * 2,
     "plain": "arrival_s,prompt_tokens,output_tokens\n0.5,3,4\n1.25,5,6\n",
+    "quoted": '"arrived_at";"num_prefill_tokens";"num_decode_tokens"\r\n"0.5";"3";"4"\r\n',
 }
 
 
@@ -77,7 +79,11 @@ def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]
     for name, text in TRACES.items():
         (folder / f"{name}.trace").write_text(text)
         yield name, folder / f"{name}.trace", read_trace
+    (folder / "packed.trace").write_bytes(gzip.compress(TRACES["azure"].encode()))
+    yield "packed", folder / "packed.trace", read_trace
     table = made_up_table(num_prompts=4)
+    prompts = write_prompts(folder / "prompts.jsonl", table.texts)
+    yield "prompts", prompts, lambda path: read_prediction_table(path.with_name("predictions.npz"), "quality", path)
     yield "npz", write_npz(folder / "table.npz", table, **LENGTHS), lambda path: read_npz(path, "quality")
     path = write_npz(folder / "predictions.npz", table)
     yield "predictions", path, lambda path: read_prediction_table(path, "quality")
@@ -126,7 +132,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[pathlib.P
 
 
 KINDS = (
-    *TRACES, "npz", "predictions", "mix_instruct", "profile", "run", "checksums", "metrics",
+    *TRACES, "packed", "prompts", "npz", "predictions", "mix_instruct", "profile", "run", "checksums", "metrics",
     "predictor config.json", "predictor heads.safetensors",
     *(f"encoder {name}" for name in ("config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json")),
     "encoder model.safetensors",
@@ -157,7 +163,18 @@ def test_a_damaged_file_is_read_or_refused(kind: str, files: dict, data: st.Data
 
 
 @pytest.mark.parametrize(
-    "kind", ["azure", "npz", "mix_instruct", "profile", "run", "checksums", "metrics", "predictor heads.safetensors"]
+    "kind",
+    [
+        "azure",
+        "npz",
+        "mix_instruct",
+        "prompts",
+        "profile",
+        "run",
+        "checksums",
+        "metrics",
+        "predictor heads.safetensors",
+    ],
 )
 @EXAMPLES
 @given(content=st.binary(max_size=200))
@@ -173,6 +190,7 @@ def test_any_bytes_are_read_or_refused(kind: str, files: dict, content: bytes) -
         path.write_bytes(whole)
 
 
+JSON_LINES = ("mooncake", "mix_instruct", "prompts", "metrics")
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-10, 10**20), st.floats(), st.text(max_size=5))
 VALUES = st.recursive(
     SCALARS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=5), each), max_leaves=6
@@ -181,14 +199,25 @@ VALUES = st.recursive(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["mooncake", "profile", "run", "checksums", "metrics", "predictor config.json", "encoder config.json"]
+    "kind",
+    [
+        "mooncake",
+        "mix_instruct",
+        "prompts",
+        "profile",
+        "run",
+        "checksums",
+        "metrics",
+        "predictor config.json",
+        "encoder config.json",
+    ],
 )
 @EXAMPLES
 @given(data=st.data())
 def test_json_with_another_value_somewhere_is_read_or_refused(kind: str, files: dict, data: st.DataObject) -> None:
     path, read = files[kind]
     whole = path.read_bytes()
-    record = json.loads(whole.decode().splitlines()[0] if kind in ("mooncake", "metrics") else whole)
+    record = json.loads(whole.decode().splitlines()[0] if kind in JSON_LINES else whole)
     place = record
     while True:
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else list(range(len(place)))))
@@ -250,6 +279,16 @@ def test_a_table_cannot_claim_more_memory_than_it_fills(tmp_path: pathlib.Path, 
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("quality.npy", header.getvalue() + bytes(64))
     with pytest.raises(InputError, match="not a readable"):
+        read(path, "quality")
+
+
+@pytest.mark.parametrize("read", [read_npz, read_prediction_table])
+@pytest.mark.parametrize("column", [np.zeros(2**27, np.int8), np.zeros(2**27, "S0")], ids=["zeros", "nothing"])
+def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path: pathlib.Path, read: Any, column: np.ndarray) -> None:
+    path = write_npz(tmp_path / "table.npz", made_up_table(num_prompts=4), **LENGTHS)
+    with np.load(path) as file:
+        np.savez_compressed(path, **dict(file) | {"experts": column})
+    with pytest.raises(InputError, match=r"its columns unpack to \d+ bytes, more than the 67108864"):
         read(path, "quality")
 
 

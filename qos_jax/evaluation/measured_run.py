@@ -6,17 +6,18 @@ A run is a folder in the format of LLMServingSim's benchmark: ``meta.json``, ``r
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import datetime
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json
+from qos_jax.io.text_files import CsvTable, json_lines, parse_count, parse_number, read_text, shown
 
 _REQUEST_FIELDS = ("input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
 _TICK_FIELDS = ("t", "running", "waiting", "kv_cache_pct", "prompt_throughput", "gen_throughput")
@@ -91,7 +92,7 @@ class _Meta:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self.values = parse_json(_text(path), str(path))
+        self.values = parse_json(read_text(path), str(path))
 
     def get(self, name: str, kind: type = int) -> Any:
         """Returns the value of a field; the name of a nested field has dots."""
@@ -107,37 +108,35 @@ class _Meta:
         text = self.get(name, kind=str)
         try:
             return datetime.datetime.fromisoformat(text).timestamp()
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise InputError(f"{self.path}: {name} is {text!r}, must be an ISO time") from error
 
 
 def _json_lines(path: pathlib.Path) -> list[dict[str, float]]:
-    rows = [parse_json(line, str(path)) for line in _text(path).splitlines()]
-    for number, row in enumerate(rows, 1):
-        for name in _REQUEST_FIELDS:
-            if not isinstance(row, dict) or not isinstance(row.get(name), int | float):
-                raise InputError(f"{path}, line {number}: {name} is missing or no number, must be a number")
+    rows = []
+    for where, row in json_lines(read_text(path), path):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: is {shown(row)}, must be a JSON object with {', '.join(_REQUEST_FIELDS)}")
+        rows.append({name: _number(row, name, where) for name in _REQUEST_FIELDS})
     if not rows:
         raise InputError(f"{path}: holds no request, must hold at least one")
     return rows
 
 
 def _ticks(path: pathlib.Path) -> dict[str, np.ndarray]:
-    reader = csv.DictReader(_text(path).splitlines())
-    rows = list(reader)
-    if missing := set(_TICK_FIELDS) - set(reader.fieldnames or ()):
-        raise InputError(f"{path}: lacks the column {min(missing)}, must have {', '.join(_TICK_FIELDS)}")
+    rows = [
+        [_number(dict(zip(_TICK_FIELDS, cells, strict=True)), name, where) for name in _TICK_FIELDS]
+        for where, cells in CsvTable(read_text(path), path).rows(_TICK_FIELDS)
+    ]
     if not rows:
         raise InputError(f"{path}: holds no row, must hold at least one")
-    try:
-        return {name: np.array([float(row[name]) for row in rows]) for name in _TICK_FIELDS}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+    return dict(zip(_TICK_FIELDS, np.array(rows).T, strict=True))
 
 
-def _text(path: pathlib.Path) -> str:
+def _number(row: Mapping[str, Any], name: str, where: str) -> float:
+    counts = name.endswith("_toks")
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read: {reason}") from error
+        return (parse_count if counts else parse_number)(row.get(name))
+    except ValueError:
+        value = shown(row[name]) if name in row else "missing"
+        raise InputError(f"{where}: {name} is {value}, must be a {'whole' if counts else 'finite'} number") from None

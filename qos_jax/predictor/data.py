@@ -8,16 +8,16 @@ JSON lines of mix-instruct, which ``workload.tables`` reads. Tables are split by
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
-import pathlib
-from typing import Any
 
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.io.files import numbers_in, parse_json, read_columns
-from qos_jax.workload.tables import check_scores, read_mix_instruct, split_rows
+from qos_jax.io.files import names_in, numbers_in, read_columns
+from qos_jax.io.text_files import json_lines, read_text
+from qos_jax.workload.tables import check_scores, lengths_in, prompt_in, read_mix_instruct, split_rows
 
 DEFAULT_SCORES = "quality_bertscore_minilm"
 EMBEDDINGS = "prompt_emb_minilm"
@@ -126,43 +126,36 @@ def _read_npz(
     path: str | os.PathLike[str], score_column: str, prompts: str | os.PathLike[str] | None
 ) -> PredictionTable:
     columns = read_columns(path, ("experts", score_column), ("out_tokens", EMBEDDINGS, "prompt_id"))
-    output_tokens, embeddings, ids = (columns.get(name) for name in ("out_tokens", EMBEDDINGS, "prompt_id"))
+    tokens, embeddings = (columns.get(name) for name in ("out_tokens", EMBEDDINGS))
+    ids = names_in(path, "prompt_id", columns["prompt_id"]) if "prompt_id" in columns else None
+    experts = names_in(path, "experts", columns["experts"])
     return PredictionTable(
         source=str(path),
-        experts=tuple(str(name) for name in columns["experts"]),
+        experts=experts,
         score=np.clip(numbers_in(path, score_column, columns[score_column]).astype(np.float64), 0.0, 1.0),
-        output_tokens=None if output_tokens is None else np.maximum(numbers_in(path, "out_tokens", output_tokens), 1),
+        output_tokens=None if tokens is None else np.maximum(lengths_in(path, "out_tokens", tokens, experts), 1),
         texts=None if prompts is None else _read_texts(prompts, ids),
         embeddings=None if embeddings is None else numbers_in(path, EMBEDDINGS, embeddings).astype(np.float32),
     )
 
 
-def _read_texts(path: str | os.PathLike[str], ids: np.ndarray | None) -> tuple[str, ...]:
+def _read_texts(path: str | os.PathLike[str], ids: tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns the texts of JSON lines in the order of the ids, or in the file's order if either has no ids."""
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not a readable text file: {error}") from error
-    records = [_parse_line(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
-    texts = [text for _, text in records]
-    if ids is None or any(prompt_id is None for prompt_id, _ in records):
+    texts: list[str] = []
+    found: list[str] = []
+    for where, record in json_lines(read_text(path), path):
+        texts.append(prompt_in(where, record, ("instruction",)))
+        if record.get("prompt_id") is not None:
+            found.append(str(record["prompt_id"]))
+    if ids is None or len(found) < len(texts):
         return tuple(texts)
-    by_id = {str(prompt_id): text for prompt_id, text in records}
-    if missing := [str(prompt_id) for prompt_id in ids if str(prompt_id) not in by_id]:
+    by_id = dict(zip(found, texts, strict=True))
+    if len(by_id) < len(found):
+        twice = next(prompt_id for prompt_id, count in collections.Counter(found).items() if count > 1)
+        raise InputError(f"{path}: the prompt_id {twice} is in several lines, must be in one")
+    if missing := [prompt_id for prompt_id in ids if prompt_id not in by_id]:
         raise InputError(f"{path}: no line has the prompt_id {missing[0]} ({len(missing)} missing in total)")
-    return tuple(by_id[str(prompt_id)] for prompt_id in ids)
-
-
-def _parse_line(where: str, line: str) -> tuple[Any, str]:
-    record = parse_json(line, where)
-    try:
-        return record.get("prompt_id"), "\n".join(
-            part for part in (record["instruction"], record.get("input", "")) if part
-        )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{where}: {type(error).__name__} {error}; a line must be an object with the text instruction"
-        ) from error
+    return tuple(by_id[prompt_id] for prompt_id in ids)
 
 
 def _check_experts(source: str, experts: tuple[str, ...]) -> None:

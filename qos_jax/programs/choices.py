@@ -97,3 +97,4 @@ STUDIES = (
 )
 BUDGETS = ("quick", "full")
 FINE_TUNED_LAYERS, FINE_TUNING_EPOCHS = 2, 3
+TRACE_FORMATS = ("azure", "burstgpt", "mooncake", "vidur", "splitwise", "blis", "csv", "arrivals")

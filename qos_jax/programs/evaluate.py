@@ -26,7 +26,7 @@ from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
 from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.world_flags import import_plugins, numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, note_failed_requests, numbers, world_config
 from qos_jax.report import plots
 from qos_jax.report.gains import terminal_gains
 from qos_jax.report.pictures import Drawing
@@ -52,13 +52,17 @@ def main(values: FlagValues) -> None:
     curves = _learning_curves(values.routers)  # read before the work, as all input is
     folder = writable_folder(values.out)
     warmup = int(values.warmup * values.requests)
-    config = world.described() | {
-        "saturation_per_s": float(params.saturation_per_s),
-        "rates_per_s": list(dict.fromkeys(scenario.rate_per_s for scenario in scenarios)),
-        "seeds": list(dict.fromkeys(scenario.seed for scenario in scenarios)),
-        "requests": values.requests,
-        "warmup": warmup,
-    }
+    config = (
+        world.described()
+        | note_failed_requests(world)
+        | {
+            "saturation_per_s": float(params.saturation_per_s),
+            "rates_per_s": list(dict.fromkeys(scenario.rate_per_s for scenario in scenarios)),
+            "seeds": list(dict.fromkeys(scenario.seed for scenario in scenarios)),
+            "requests": values.requests,
+            "warmup": warmup,
+        }
+    )
     with ProgressBar(len(routers), "router", f"{len(scenarios)} x {values.requests} requests; compiles") as bar:
         done: list[Router] = []
 

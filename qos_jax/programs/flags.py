@@ -17,7 +17,13 @@ def define_world(values: FlagValues) -> None:
     group.texts("experts", None, "Other experts than the preset's: LLM@GPU,LLM@GPU,...")
     group.string("arrivals", None, "Law of arrivals: poisson, gamma:CV, mmpp:BURST:SECONDS or sinusoidal:AMPLITUDE:"
                  "PERIOD_S; the preset's by default.")  # fmt: skip
-    group.string("trace", None, "File of recorded arrivals instead: Azure, BurstGPT, Mooncake or plain csv.")
+    group.string("trace", None, "File of recorded arrivals instead, in a format of --trace_format; may be packed by "
+                 "gzip.")  # fmt: skip
+    group.choice("trace_format", None, choices.TRACE_FORMATS, f"Format of the trace: {_listed(choices.TRACE_FORMATS)}; "
+                 "by default recognised from its first line.")  # fmt: skip
+    group.boolean("trace_sort", False, "Sort the rows of the trace by time, rather than refuse those out of order.")
+    group.number("trace_spread", None, "The trace's times are rounded to steps of so many seconds, Mooncake's to 3: "
+                 "spread the requests of a step over it.")  # fmt: skip
     group.choice("trace_part", None, ("all", "first", "second"), "Half of the trace to use, by time: first for "
                  "training, all of it otherwise by default.")  # fmt: skip
     group.string("quality_table", None, "Table of real prompts and answers: .npz, or mix-instruct JSON lines.")

@@ -35,6 +35,9 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
         arrivals=values.arrivals,
         trace=values.trace,
         trace_part=trace_part if values.trace is not None else "all",
+        trace_format=values.trace_format,
+        trace_sort=values.trace_sort,
+        trace_spread_s=values.trace_spread,
         quality_table=values.quality_table,
         score_column=values.score_column,
         table_part=table_part if values.quality_table is not None else "all",
@@ -46,6 +49,15 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
         staleness_s=values.staleness,
         allow_drop=values.allow_drop,
     )
+
+
+def note_failed_requests(world: WorldConfig) -> dict[str, int]:
+    """Says on stderr how many rows of the trace are failed requests, if any, and returns that for results.json."""
+    if world.trace is None or not (failed := world.whole_trace.num_skipped):
+        return {}
+    rows = failed + len(world.whole_trace)
+    print(f"note: {world.trace}: {failed} of {rows} rows are failed requests and left out", file=sys.stderr)
+    return {"trace_failed_requests": failed}
 
 
 def import_plugins(values: FlagValues, references: Sequence[str] = ()) -> None:

@@ -9,12 +9,14 @@ is an error, as everywhere. Each new format adds a step to ``_UPGRADES`` and a s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from qos_jax.agent import configs
 from qos_jax.errors import InputError
 from qos_jax.training.config import TrainingConfig
+from qos_jax.workload.traces import read_trace
 from qos_jax.worlds.config import WorldConfig
 
 FORMAT = 2
@@ -25,8 +27,9 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "agent": {"shards": 1},
     "network": {"most_rate": None, "with_rates": False},
     "hyper": {"most_harm": 10.0},
+    "world": {"trace_format": None, "trace_sort": False},
 }
-"""Of format 1: values in effect before a field existed."""
+"""Values in effect before a field existed: of the agent in format 1, of the world in format 2."""
 
 
 def upgraded(config: Any, file: str) -> dict[str, Any]:
@@ -55,7 +58,19 @@ def upgraded(config: Any, file: str) -> dict[str, Any]:
     for field, kind in FIELDS.items():
         if not isinstance(config.get(field), kind):
             raise InputError(f"{file}: {field} is {config.get(field)!r}, must be a table of fields")
-    return dict(config)
+    world = config["world"]
+    return config | {"world": world if world is None else _BEFORE_THE_FIELD["world"] | _spread_before(world) | world}
+
+
+def _spread_before(world: dict[str, Any]) -> dict[str, Any]:
+    """Times of Mooncake were spread over steps of 3 s wherever all of them lay on such steps."""
+    if "trace_spread_s" in world or not os.path.isfile(str(world.get("trace"))):
+        return {"trace_spread_s": None}
+    try:
+        read_trace(world["trace"], "mooncake", spread_s=3.0)
+    except InputError:  # of another format, or finer
+        return {"trace_spread_s": None}
+    return {"trace_spread_s": 3.0}
 
 
 def _from_1(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ of ``{model, text, scores: {bertscore, ...}}``. Scores must lie in [0, 1]; BERTS
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-import pathlib
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,11 @@ from flax import struct
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.io.files import numbers_in, parse_json, read_columns
+from qos_jax.io.files import names_in, numbers_in, read_columns
+from qos_jax.io.text_files import json_lines, parse_number, read_text, shown
 from qos_jax.workload.content import LatencyLimits, SampledContent, latency_limits
 
-_MAX_TOKENS = 2**24  # of an answer or a prompt
+_MAX_TOKENS = 2**24 - 1  # of an answer or a prompt
 
 
 @struct.dataclass
@@ -192,22 +195,41 @@ def read_npz(path: str | os.PathLike[str], score_column: str, clip_scores: bool 
         InputError: the file is missing or damaged, lacks a column, or holds an illegal value.
     """
     columns = read_columns(path, ("experts", "prompt_tokens", "out_tokens", score_column))
-    prompt_tokens, output_tokens, score = (
-        numbers_in(path, name, columns[name]) for name in ("prompt_tokens", "out_tokens", score_column)
-    )
+    experts = names_in(path, "experts", columns["experts"])
+    score = numbers_in(path, score_column, columns[score_column])
     return QualityTable(
         source=str(path),
-        experts=tuple(str(name) for name in columns["experts"]),
-        prompt_tokens=_whole(path, "prompt_tokens", prompt_tokens),
-        output_tokens=_whole(path, "out_tokens", np.maximum(output_tokens, 1)),
+        experts=experts,
+        prompt_tokens=lengths_in(path, "prompt_tokens", columns["prompt_tokens"], least=1),
+        output_tokens=np.maximum(lengths_in(path, "out_tokens", columns["out_tokens"], experts), 1),
         score=np.clip(score, 0.0, 1.0) if clip_scores else score,
     )
 
 
-def _whole(path: str | os.PathLike[str], name: str, lengths: np.ndarray) -> np.ndarray:
-    legal = np.isfinite(lengths) & (np.abs(lengths) < _MAX_TOKENS)
-    if not legal.all():
-        raise InputError(f"{path}: column {name} has a length of {lengths[~legal][0]:g}, must be below {_MAX_TOKENS}")
+def lengths_in(
+    path: str | os.PathLike[str], name: str, column: np.ndarray, experts: Sequence[str] = (), least: int = 0
+) -> np.ndarray:
+    """Returns a column of lengths [M] or [M, N] as int32 tokens.
+
+    Args:
+      path: the file, for messages.
+      name: of the column.
+      column: the lengths.
+      experts: names of the N experts, for messages.
+      least: the smallest legal length.
+
+    Raises:
+      InputError: a length is no whole number or out of range; a negative one may stand for a missing answer.
+    """
+    lengths = numbers_in(path, name, column)
+    bad = ~((lengths >= least) & (lengths <= _MAX_TOKENS) & (lengths == np.floor(lengths)))
+    if bad.any():
+        row, *expert = np.argwhere(bad)[0]
+        of = f" of {experts[expert[0]]}" if expert and expert[0] < len(experts) else ""
+        raise InputError(
+            f"{path}: column {name} has a length of {lengths[row, *expert]:g} tokens{of} for prompt {row} "
+            f"({bad.sum()} illegal lengths in total), must be a whole number from {least} to {_MAX_TOKENS}"
+        )
     return lengths.astype(np.int32)
 
 
@@ -238,19 +260,12 @@ def read_mix_instruct(
     prompts: list[str] = []
     output_tokens: list[list[int]] = []
     scores: list[list[float]] = []
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not a readable text file: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        prompt, answers = _parse_line(f"{path}, line {number}", line, score_name)
+    for where, record in json_lines(read_text(path), path):
+        prompt, answers = _parse_record(where, record, score_name)
         experts = experts or tuple(answers)
         if set(answers) != set(experts):
             raise InputError(
-                f"{path}, line {number}: the models are {', '.join(answers)}, "
-                f"must be those of the first line, {', '.join(experts)}"
+                f"{where}: the models are {', '.join(answers)}, must be those of the first line, {', '.join(experts)}"
             )
         prompts.append(prompt)
         output_tokens.append([max(1, count_tokens(answers[name][0])) for name in experts])
@@ -267,18 +282,61 @@ def read_mix_instruct(
     )
 
 
-def _parse_line(where: str, line: str, score_name: str) -> tuple[str, dict[str, tuple[str, float]]]:
+def _parse_record(where: str, record: Any, score_name: str) -> tuple[str, dict[str, tuple[str, float]]]:
     """Returns the prompt of a line of mix-instruct, and the answer and score of each model."""
-    record = parse_json(line, where)
-    try:
-        prompt = "\n".join(part for part in (record["instruction"], record["input"]) if part)
-        candidates = [(c["model"], (c["text"], float(c["scores"][score_name]))) for c in record["candidates"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{where}: {type(error).__name__} {error}; a line must have instruction, input and candidates, and a "
-            f"candidate must have model, text and scores with a number {score_name}"
-        ) from error
-    answers = dict(candidates)
+    prompt = prompt_in(where, record, ("instruction", "input"))
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list):
+        raise InputError(f"{where}: candidates is {shown(candidates)}, must be a list of answers")
+    answers = dict(_parse_answer(f"{where}: candidates[{i}]", each, score_name) for i, each in enumerate(candidates))
     if len(answers) != len(candidates) or not answers:
         raise InputError(f"{where}: {len(candidates)} candidates of {len(answers)} models, must be one of each model")
     return prompt, answers
+
+
+def _parse_answer(where: str, answer: Any, score_name: str) -> tuple[str, tuple[str, float]]:
+    model, text = (text_in(where, answer, name) for name in ("model", "text"))
+    scores = answer.get("scores")
+    score = scores.get(score_name) if isinstance(scores, dict) else None
+    try:
+        number = math.nan if isinstance(score, str) else parse_number(score)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number <= 1.0:
+        raise InputError(f"{where}: scores.{score_name} of {model} is {shown(score)}, must be a number in [0, 1]")
+    return model, (text, number)
+
+
+def prompt_in(where: str, record: Any, needed: Sequence[str]) -> str:
+    """Returns the prompt of a JSON object: ``instruction`` and ``input``, each in lines of its own; null is "".
+
+    Args:
+      where: the file and the line, for messages.
+      record: the object.
+      needed: those of the two fields that must be there.
+
+    Raises:
+      InputError: a field is missing, or no text.
+    """
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: is {shown(record)}, must be a JSON object with {', '.join(needed)}")
+    fields = {"instruction": "", "input": ""} | {name: record[name] for name in record if record[name] is not None}
+    if missing := [name for name in needed if name not in record]:
+        raise InputError(f"{where}: {missing[0]} is missing, must be a text")
+    return "\n".join(part for name in ("instruction", "input") if (part := text_in(where, fields, name)))
+
+
+def text_in(where: str, record: Any, name: str) -> str:
+    """Returns a text of a JSON object.
+
+    Raises:
+      InputError: it is missing, no text, or not Unicode.
+    """
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is {shown(record)}, must be a JSON object with {name}")
+    text = record.get(name)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: {name} is {shown(text) if name in record else 'missing'}, must be a text")
+    if re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{where}: {name} is {shown(text)}, must not hold half of a surrogate pair")
+    return text

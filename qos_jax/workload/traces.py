@@ -1,34 +1,47 @@
 """Recorded traces of LLM serving: readers for public formats, and scaling, cutting and looping of a trace.
 
-Formats: Azure LLM inference 2023 and 2024 (csv), BurstGPT (csv), Mooncake (JSON lines) and a plain csv of ``arrival_s,
-prompt_tokens, output_tokens``. Columns are found by name; other columns are ignored. Two kinds of rows are changed:
-failed requests of BurstGPT (no response tokens) are skipped and counted, and times of Mooncake, which lie on a grid of
-3 s, are spread uniformly over their step.
+``COLUMNS`` names the formats: Azure LLM inference 2023 and 2024, BurstGPT, Vidur, Splitwise and inference-sim (BLIS) as
+csv, Mooncake as JSON lines, a plain csv of ``arrival_s, prompt_tokens, output_tokens``, and one of ``arrival_s`` alone.
+Columns are found by name; other columns are ignored. Failed requests of BurstGPT (no response tokens) are left out and
+counted.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import datetime
-import json
+import itertools
 import math
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import MAX_TOKENS, CsvTable, json_lines, parse_count, parse_number, read_text, shown
 from qos_jax.workload.arrivals import ArrivalProcess, recorded
 
-MOONCAKE_STEP_MS = 3000
-COLUMNS = {  # format -> names of time, prompt tokens and output tokens
+COLUMNS: dict[str, tuple[str, ...]] = {  # format -> names of time, prompt tokens and output tokens
     "azure": ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
     "burstgpt": ("Timestamp", "Request tokens", "Response tokens"),
     "mooncake": ("timestamp", "input_length", "output_length"),
+    "vidur": ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
+    "splitwise": ("arrival_timestamp", "prompt_size", "token_size"),
+    "blis": ("arrival_time_us", "input_tokens", "output_tokens"),
     "csv": ("arrival_s", "prompt_tokens", "output_tokens"),
+    "arrivals": ("arrival_s",),
 }
-TraceRow = tuple[int, list[str]]  # number of the line, and its texts of time, prompt tokens and output tokens
+_PER_S = {"azure": 1e6, "mooncake": 1e3, "blis": 1e6}  # units of time; others are in seconds
+
+
+class _Row(NamedTuple):
+    """A request of a file."""
+
+    where: str  # file and line
+    time: float  # azure: us since 1970; others: as in the file
+    tokens: list[int]  # of prompt and output, as far as the format has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +53,18 @@ class ArrivalTrace:
     """
 
     arrival_s: np.ndarray  # [J] float64 s since the trace began, not decreasing
-    prompt_tokens: np.ndarray  # [J] int64 tokens
-    output_tokens: np.ndarray  # [J] int64 tokens
+    prompt_tokens: np.ndarray | None  # [J] int64 tokens; None where the file has arrivals only
+    output_tokens: np.ndarray | None  # [J] int64 tokens, likewise
     source: str  # the file that was read, for messages and reports
     num_skipped: int = 0  # failed requests of the recording, which this trace leaves out
 
     def __post_init__(self) -> None:
         """Validates the arrays and converts their types."""
         dtypes = {"arrival_s": np.float64, "prompt_tokens": np.int64, "output_tokens": np.int64}
-        for name, dtype in dtypes.items():
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
-        shapes = {name: getattr(self, name).shape for name in dtypes}
+        known = [name for name in dtypes if getattr(self, name) is not None]
+        for name in known:
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtypes[name]))
+        shapes = {name: getattr(self, name).shape for name in known}
         if self.arrival_s.ndim != 1 or len(set(shapes.values())) > 1:
             raise InputError(f"{self.source}: the fields of a trace must be vectors of one length, got {shapes}")
         if not self.arrival_s.size:
@@ -58,8 +72,8 @@ class ArrivalTrace:
         earlier_s = np.append(0.0, self.arrival_s[:-1])
         self._check(np.isfinite(self.arrival_s), "arrival_s", "must be finite")
         self._check(self.arrival_s >= earlier_s, "arrival_s", "must be 0 or more and never before the request above it")
-        self._check(self.prompt_tokens >= 0, "prompt_tokens", "must be 0 or more")
-        self._check(self.output_tokens >= 0, "output_tokens", "must be 0 or more")
+        for name in known[1:]:
+            self._check(getattr(self, name) >= 0, name, "must be 0 or more")
 
     def __len__(self) -> int:
         """Returns the number of requests."""
@@ -138,7 +152,13 @@ class ArrivalTrace:
         return self._select(index, self.arrival_s[index] + rounds * round_s)
 
     def clipped(self, max_prompt_tokens: int, max_output_tokens: int) -> tuple[ArrivalTrace, int]:
-        """Returns the trace with prompts and outputs clipped to these lengths, and the number of longer requests."""
+        """Returns the trace with prompts and outputs clipped to these lengths, and the number of longer requests.
+
+        Raises:
+            InputError: a length is below 1, or the trace has no lengths.
+        """
+        if self.prompt_tokens is None or self.output_tokens is None:
+            raise InputError(f"{self.source}: has arrivals only, must have the lengths of its requests to clip them")
         limits = {"max_prompt_tokens": max_prompt_tokens, "max_output_tokens": max_output_tokens}
         for name, limit in limits.items():
             if limit < 1:
@@ -160,8 +180,8 @@ class ArrivalTrace:
         return dataclasses.replace(
             self,
             arrival_s=arrival_s,
-            prompt_tokens=self.prompt_tokens[index],
-            output_tokens=self.output_tokens[index],
+            prompt_tokens=None if self.prompt_tokens is None else self.prompt_tokens[index],
+            output_tokens=None if self.output_tokens is None else self.output_tokens[index],
         )
 
 
@@ -179,116 +199,139 @@ def with_gaps(trace: ArrivalTrace, rate_per_s: float | None = None, random_start
     return recorded(trace.gaps_s, trace.rate_per_s if rate_per_s is None else rate_per_s, random_start)
 
 
-def read_trace(path: str | pathlib.Path, format: str | None = None) -> ArrivalTrace:
+def read_trace(
+    path: str | pathlib.Path, format: str | None = None, *, sort: bool = False, spread_s: float | None = None
+) -> ArrivalTrace:
     """Returns the trace in a file.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file, in UTF-8; may be packed by gzip.
         format: a key of ``COLUMNS``; by default recognised from the first line.
+        sort: sort the rows by time, rather than refuse rows that are out of order.
+        spread_s: the file's times are rounded to steps of so many seconds; spread the requests of each step uniformly
+            over it, in the order of the file and always in the same way. Mooncake's published times have steps of 3 s.
 
     Raises:
         InputError: the file cannot be read, has no known format, or holds an illegal value.
     """
     if format is not None and format not in COLUMNS:
         raise InputError(f"format must be one of {', '.join(COLUMNS)}, got {format!r}")
-    lines = _read_lines(path)
-    format = format or _detect(lines[0], path)
-    rows = _json_rows(lines, path) if format == "mooncake" else _csv_rows(lines, COLUMNS[format], path)
-    parsed = [_parse(row, format, path) for row in rows]
-    kept = [row for row in parsed if format != "burstgpt" or row[2] > 0]  # a request without response tokens failed
-    times, prompt_tokens, output_tokens = np.array(kept, np.float64).reshape(-1, 3).T
+    if spread_s is not None and not 0 < spread_s < math.inf:
+        raise InputError(f"spread_s is {spread_s!r}, must be above 0 and finite, in s")
+    text = read_text(path)
+    format = format or _detect(text, path)
+    rows = list((_json_rows if format == "mooncake" else _csv_rows)(text, path, format))
+    kept = [row for row in rows if format != "burstgpt" or row.tokens[1] > 0]
+    if not kept:
+        raise InputError(f"{path}: holds no request" + f" but {len(rows)} that failed" * bool(rows))
+    if sort:
+        kept.sort(key=lambda row: row.time)
+    _check_order(kept, format)
+    times = np.array([row.time for row in kept])
+    times = (times - times[0] if format == "azure" else times) / _PER_S.get(format, 1.0)
+    prompt_tokens, output_tokens = np.array([row.tokens for row in kept]).T if kept[0].tokens else (None, None)
     return ArrivalTrace(
-        arrival_s=_seconds(times, format),
+        arrival_s=times if spread_s is None else _spread(times, spread_s, [row.where for row in kept]),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         source=str(path),
-        num_skipped=len(parsed) - len(kept),
+        num_skipped=len(rows) - len(kept),
     )
 
 
-def _read_lines(path: str | pathlib.Path) -> list[str]:
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    if not lines:
-        raise InputError(f"{path}: is empty")
-    return lines
-
-
-def _detect(first_line: str, path: str | pathlib.Path) -> str:
-    if first_line.lstrip().startswith("{"):
+def _detect(text: str, path: str | pathlib.Path) -> str:
+    if text.lstrip().startswith(("{", "[")):
         return "mooncake"
-    for format, columns in COLUMNS.items():
-        if set(columns) <= set(first_line.split(",")):
-            return format
+    table = CsvTable(text, path)
+    fitting = [format for format, columns in COLUMNS.items() if set(columns) <= set(table.header)]
+    if {"prompt_tokens", "output_tokens"}.intersection(table.header) and "arrivals" in fitting:
+        fitting = [*(format for format in fitting if format not in ("csv", "arrivals")), "csv"]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise InputError(f"{path}: has the columns of the formats {', '.join(fitting)}; give format (--trace_format)")
     legal = "; ".join(f"{format}: {', '.join(columns)}" for format, columns in COLUMNS.items())
-    raise InputError(f"{path}: no known trace begins with {first_line[:80]!r}; columns must be those of {legal}")
+    first = ",".join(table.header)
+    raise InputError(f"{path}: no known trace begins with {shown(first)}; columns must be those of {legal}")
 
 
-def _csv_rows(lines: list[str], columns: tuple[str, ...], path: str | pathlib.Path) -> Iterator[TraceRow]:
-    reader = csv.DictReader(lines)
-    missing = set(columns) - set(reader.fieldnames or ())
-    if missing:
-        raise InputError(f"{path}: lacks the column(s) {', '.join(sorted(missing))}; it has {lines[0][:80]!r}")
-    try:
-        for row in reader:
-            yield reader.line_num, [row[column] or "" for column in columns]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num + 1}: {error}") from None
+def _csv_rows(text: str, path: str | pathlib.Path, format: str) -> Iterator[_Row]:
+    for where, cells in CsvTable(text, path).rows(COLUMNS[format]):
+        if format == "burstgpt":
+            cells[2] = cells[2] or "0"
+        yield _parse(where, cells, format)
 
 
-def _json_rows(lines: list[str], path: str | pathlib.Path) -> Iterator[TraceRow]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            yield number, [str(record[field]) for field in COLUMNS["mooncake"]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            legal = ", ".join(COLUMNS["mooncake"])
-            raise InputError(f"{path}, line {number}: must be a JSON object with {legal}, got {line[:80]!r}") from None
-
-
-def _parse(row: TraceRow, format: str, path: str | pathlib.Path) -> tuple[float, int, int]:
-    """Returns time (azure: us since 1970, mooncake: ms, others: s), prompt tokens and output tokens."""
-    number, texts = row
+def _json_rows(text: str, path: str | pathlib.Path, format: str) -> Iterator[_Row]:
     columns = COLUMNS[format]
+    for where, record in json_lines(text, path):
+        if isinstance(record, dict) and record.get("delay") is not None:
+            raise InputError(
+                f"{where}: has a delay, the ms after the request before it in its session has ended; only requests "
+                "with a timestamp, whenever others end, can be read"
+            )
+        if not isinstance(record, dict) or not set(columns) <= set(record):
+            raise InputError(f"{where}: must be a JSON object with {', '.join(columns)}")
+        yield _parse(where, [record[name] for name in columns], format)
+
+
+def _parse(where: str, values: Sequence[Any], format: str) -> _Row:
+    columns = COLUMNS[format]
+    time = (_microseconds if format == "azure" else _time)(values[0], f"{where}: {columns[0]}")
+    tokens = [_count(value, f"{where}: {name}") for name, value in zip(columns[1:], values[1:], strict=True)]
+    return _Row(where, time, tokens)
+
+
+def _time(value: Any, where: str) -> float:
     try:
-        time = _microseconds(texts[0]) if format == "azure" else float(texts[0])
+        number = parse_number(value)
     except ValueError:
-        raise InputError(f"{path}, line {number}: {columns[0]} must be a time, got {texts[0][:80]!r}") from None
-    tokens = []
-    for column, text in zip(columns[1:], texts[1:], strict=True):
-        try:
-            tokens.append(int(np.int64(text)))
-        except (ValueError, OverflowError):
-            raise InputError(f"{path}, line {number}: {column} must be a whole number, got {text[:80]!r}") from None
-    return time, tokens[0], tokens[1]
+        number = -1.0
+    if number < 0:
+        raise InputError(f"{where} is {shown(value)}, must be a time, a number from 0")
+    return number
 
 
-def _microseconds(text: str) -> float:
-    moment = datetime.datetime.fromisoformat(text)
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-    return (moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)) / datetime.timedelta(microseconds=1)
+def _count(value: Any, where: str) -> int:
+    try:
+        return parse_count(value)
+    except ValueError:
+        raise InputError(f"{where} is {shown(value)}, must be a whole number from 0 to {MAX_TOKENS}") from None
 
 
-def _seconds(times: np.ndarray, format: str) -> np.ndarray:
-    """Returns seconds since the trace began: since the first request in azure, since time 0 of the file in others."""
-    if format == "azure":
-        return (times - times[:1]) / 1e6
-    if format == "mooncake":
-        return _spread_over_steps(times) / 1e3
-    return times
+def _microseconds(text: str, where: str) -> float:
+    """Returns an ISO time as us since 1970; it is UTC where it has no time zone."""
+    iso = re.sub(r"\s+([+-]\d\d:?\d\d)$", r"\1", re.sub(r"\s*(UTC|GMT)$", "+00:00", text))
+    try:
+        moment = datetime.datetime.fromisoformat(iso)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+        return (moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)) / datetime.timedelta(microseconds=1)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"{where} is {shown(text)}, must be an ISO time, as in 2023-11-16 18:15:46.68 or 2024-05-10T00:00:00+00:00"
+        ) from None
 
 
-def _spread_over_steps(times_ms: np.ndarray) -> np.ndarray:
-    """Returns times spread uniformly over their steps, in the order of the file; unchanged if any time is finer."""
-    steps = np.rint(times_ms / MOONCAKE_STEP_MS)
-    if np.any(np.abs(times_ms - steps * MOONCAKE_STEP_MS) > 1.0):  # the published times are rounded to 1 ms
-        return times_ms
+def _check_order(rows: Sequence[_Row], format: str) -> None:
+    for before, row in itertools.pairwise(rows):
+        if row.time < before.time:
+            raise InputError(
+                f"{row.where}: {COLUMNS[format][0]} is before that of the request above it, must not decrease; "
+                "sort=True (--trace_sort) sorts the rows"
+            )
+
+
+def _spread(times_s: np.ndarray, step_s: float, where: Sequence[str]) -> np.ndarray:
+    """Returns times spread uniformly over their steps, in the order of the file."""
+    times_ms, step_ms = 1e3 * times_s, 1e3 * step_s
+    steps = np.rint(times_ms / step_ms)
+    finer = np.abs(times_ms - steps * step_ms) > 1.0 + 1e-6  # published times are rounded to 1 ms
+    if finer.any():
+        first = int(np.argmax(finer))
+        raise InputError(
+            f"{where[first]}: the time {times_s[first]:g} s is no multiple of {step_s:g} s, so times are not "
+            "rounded to such steps; leave spread_s (--trace_spread) out to take them as they are"
+        )
     within = np.random.default_rng(0).uniform(size=times_ms.size)
     order = np.lexsort((within, np.cumsum(np.diff(steps, prepend=0.0) != 0.0)))
-    return (steps + within[order]) * MOONCAKE_STEP_MS
+    return (steps + within[order]) * step_ms / 1e3

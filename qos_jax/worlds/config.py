@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from typing import Any
@@ -15,7 +16,7 @@ from qos_jax.predictor.table import table_predictions
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.workload.prediction import TablePredictions
 from qos_jax.workload.tables import QualityTable, read_mix_instruct, read_npz
-from qos_jax.workload.traces import ArrivalTrace, read_trace, with_gaps
+from qos_jax.workload.traces import COLUMNS, ArrivalTrace, read_trace, with_gaps
 from qos_jax.worlds import presets
 
 TRACE_PARTS = ("all", "first", "second")
@@ -32,6 +33,9 @@ class WorldConfig:
     arrivals: str | None = None  # a law, see ``parse_arrivals``
     trace: str | None = None  # file of recorded arrivals, instead of a law
     trace_part: str = "all"  # of TRACE_PARTS, by time
+    trace_format: str | None = None  # see ``read_trace``, as for the next two
+    trace_sort: bool = False
+    trace_spread_s: float | None = None  # s
     quality_table: str | None = None  # file of real prompts and answers, instead of the built-in generator
     score_column: str | None = None  # of the table; the default depends on its format
     table_part: str = "all"  # of TABLE_PARTS
@@ -63,8 +67,18 @@ class WorldConfig:
                 raise InputError(
                     f"--{one}={getattr(self, one)} and --{other}={getattr(self, other)} are both given: give one"
                 )
+        self._check_trace()
         if self.predictor is not None and self.quality_table is None:
             raise InputError(f"--predictor={self.predictor}: predicts for real prompts only; give --quality_table, too")
+
+    def _check_trace(self) -> None:
+        if self.trace_format not in (None, *COLUMNS):
+            raise InputError(f"trace_format is {self.trace_format!r}, must be one of {', '.join(COLUMNS)}")
+        if not isinstance(self.trace_sort, bool):
+            raise InputError(f"trace_sort is {self.trace_sort!r}, must be True or False")
+        step_s = self.trace_spread_s
+        if step_s is not None and not (isinstance(step_s, int | float) and 0 < step_s < math.inf):
+            raise InputError(f"trace_spread_s is {step_s!r}, must be above 0 and finite, in s")
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -91,13 +105,24 @@ class WorldConfig:
         if self.experts is not None:
             overrides["experts"] = self.pairs
         if self.trace is not None:
-            overrides["arrivals"] = with_gaps(self._part_of_trace(read_trace(self.trace)))
+            overrides["arrivals"] = with_gaps(self._part_of_trace(self.whole_trace))
         if self.quality_table is not None:
             table = self._part_of_table(self.read_table())
             overrides["quality_table"] = table
             if self.predictor is not None:
                 overrides["prediction"] = self._predictions(table)
         return presets.make(self.preset, **overrides)
+
+    @functools.cached_property
+    def whole_trace(self) -> ArrivalTrace:
+        """The trace, not only the part of it that is used.
+
+        Raises:
+          InputError: there is none, or its file cannot be used.
+        """
+        if self.trace is None:
+            raise InputError("--trace is not given: the world has a law of arrivals")
+        return read_trace(self.trace, self.trace_format, sort=self.trace_sort, spread_s=self.trace_spread_s)
 
     def held_out(self) -> WorldConfig:
         """Returns the same world with the second half of its trace and the test part of its table."""

@@ -190,12 +190,26 @@ def test_figures_show_both(crowded: Made) -> None:
         ("meta.json", "{", "meta.json: is not JSON"),
         ("meta.json", "{}", "meta.json: "),
         ("requests.jsonl", "", "requests.jsonl: holds no request"),
-        ("requests.jsonl", '{"input_toks": 1}', "requests.jsonl, line 1: output_toks is missing or no number"),
-        ("timeseries.csv", "t,running\n1,2", "timeseries.csv: lacks the column gen_throughput"),
+        (
+            "requests.jsonl",
+            '\n{"input_toks": NaN}',
+            "requests.jsonl, line 2: input_toks is nan, must be a whole number",
+        ),
+        ("requests.jsonl", "[1]", r"requests.jsonl, line 1: is \[1\], must be a JSON object with input_toks"),
+        (
+            "requests.jsonl",
+            '{"input_toks": 1}',
+            "requests.jsonl, line 1: output_toks is missing, must be a whole number",
+        ),
+        (
+            "timeseries.csv",
+            "t,running\n1,2",
+            r"timeseries.csv: lacks the column\(s\) kv_cache_pct|timeseries.csv: lacks the column\(s\) waiting",
+        ),
         (
             "timeseries.csv",
             "t,prompt_throughput,gen_throughput,running,waiting,kv_cache_pct\n1,2,3,many,0,0",
-            "timeseries.csv: could not convert string to float: 'many'",
+            "timeseries.csv, line 2: running is 'many', must be a finite number",
         ),
     ],
 )
@@ -208,6 +222,14 @@ def test_damaged_files_are_named(calm: Made, tmp_path: pathlib.Path, file: str, 
     (tmp_path / file).unlink()
     with pytest.raises(InputError, match=rf"{file}: cannot be read: No such file"):
         read_run(tmp_path)
+
+
+def test_files_with_a_byte_order_mark_are_read(calm: Made, tmp_path: pathlib.Path) -> None:
+    for path in calm.folder.iterdir():
+        (tmp_path / path.name).write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked, run = read_run(tmp_path), read_run(calm.folder)
+    np.testing.assert_array_equal(marked.arrival_s, run.arrival_s)
+    np.testing.assert_array_equal(marked.running, run.running)
 
 
 def test_a_request_that_the_memory_cannot_hold(tmp_path: pathlib.Path) -> None:

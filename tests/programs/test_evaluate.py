@@ -124,6 +124,19 @@ def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Progra
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
+def test_failed_requests_of_a_trace_are_told(
+    program: Program, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{t},GPT-4,9,{0 if t % 10 == 0 else 5},9,API log" for t in range(100)]
+    (tmp_path / "t.csv").write_text(
+        "\n".join(["Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", *rows])
+    )
+    arguments = ("--routers=expert_0", "--rate=1", "--requests=10", "--seeds=1", "--warmup=0")
+    assert program(*arguments, f"--trace={tmp_path}/t.csv", f"--out={tmp_path}/out") == 0
+    assert f"note: {tmp_path}/t.csv: 10 of 100 rows are failed requests and left out\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["trace_failed_requests"] == 10
+
+
 BAD_ARGUMENTS = {
     "router": ("--routers=round_robin,psychic", "'psychic'"),
     "no router": ("--routers=", "--routers= names none"),

@@ -15,6 +15,7 @@ from qos_jax.programs.main import PROGRAMS, flags_reference
 from qos_jax.programs.studies import BUDGETS, STUDIES
 from qos_jax.routers import PLANNERS, router_names
 from qos_jax.training.config import RANDOMISED
+from qos_jax.workload.traces import COLUMNS
 from qos_jax.worlds.presets import PRESETS, make
 
 HEAVY = ("jax", "flax", "optax", "orbax", "matplotlib", "tokenizers", "tensorboardX", "jraph", "scipy", "numpy")
@@ -31,6 +32,7 @@ def test_names_in_the_help_are_those_that_are_known() -> None:
     assert set(choices.AGENTS) == set(AGENTS)
     assert set(choices.ROUTERS) == {*router_names(env), *PLANNERS} - singles
     assert set(choices.RANDOMISED) == set(RANDOMISED)
+    assert tuple(COLUMNS) == choices.TRACE_FORMATS
     assert set(choices.STUDIES) == set(STUDIES)
     assert set(choices.BUDGETS) == set(BUDGETS)
     assert set(choices.AGENT_FIELDS) == {path for path, _ in leaves(configs.to_dict(configs.AgentConfig()))}

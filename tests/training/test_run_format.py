@@ -80,6 +80,21 @@ def test_a_field_that_did_not_exist_yet_has_the_value_of_that_time(field: str, n
     assert agent[name] == value
 
 
+@pytest.mark.parametrize(("stamps", "spread_s"), [((0, 0, 3000), 3.0), ((0, 1234, 3000), None)])
+def test_a_run_on_mooncake_keeps_the_spread_of_its_times(tmp_path: pathlib.Path, stamps: Any, spread_s: Any) -> None:
+    lines = [json.dumps({"timestamp": t, "input_length": 1, "output_length": 1}) for t in stamps]
+    (tmp_path / "trace.jsonl").write_text("\n".join(lines))
+    config = edited(config_of(2), "world.trace", str(tmp_path / "trace.jsonl"))
+    assert upgraded(config, "config.json")["world"]["trace_spread_s"] == spread_s
+    asked = edited(config, "world.trace_spread_s", None)
+    assert upgraded(asked, "config.json")["world"]["trace_spread_s"] is None
+
+
+def test_the_world_of_a_run_before_traces_had_formats_is_read() -> None:
+    world = upgraded(config_of(2), "config.json")["world"]
+    assert (world["trace_format"], world["trace_sort"], world["trace_spread_s"]) == (None, False, None)
+
+
 def test_a_field_is_translated_and_an_unknown_one_refused() -> None:
     agent = upgraded(config_of(1), "config.json")["training"]["agent"]
     assert (agent["hyper"]["max_externality"], agent["targets"], agent["probes"]) == (0.35, "counterfactual", 1)

@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 
 import jax
@@ -48,6 +49,13 @@ def mix_instruct_line(number, bertscore=0.7, **changes):
     ]
     record = {"id": f"unified_chip2/{number}", "instruction": "", "input": "Who is it?", "output": "It is I."}
     return record | {"candidates": candidates} | changes
+
+
+def answered(**changes):
+    """Returns a line whose second answer has other fields."""
+    line = mix_instruct_line(1)
+    line["candidates"][1] |= changes
+    return line
 
 
 def write_lines(path, records):
@@ -118,6 +126,11 @@ def test_npz_is_read_and_empty_answers_count_one_token(tmp_path):
     np.testing.assert_array_equal(table.score, make_table().score)
 
 
+def test_names_may_be_bytes(tmp_path):
+    names = np.array(["modèle".encode(), b"large"])
+    assert read_npz(write_npz(tmp_path / "table.npz", experts=names), "quality").experts == ("modèle", "large")
+
+
 def test_scores_are_clipped_only_on_request(tmp_path):
     score = make_table().score.copy()
     score[3, 1], score[4, 0] = -0.2, 1.0001
@@ -135,7 +148,15 @@ def test_scores_are_clipped_only_on_request(tmp_path):
         ({"quality": np.full((50, 2), np.nan)}, r"score nan of small for prompt 0 \(100 illegal"),
         ({"experts": np.array(["one", "two", "three"])}, "3 experts and 50 prompts, but output tokens have the shape"),
         ({"experts": np.array(["same", "same"])}, "experts are same, same, must be different"),
-        ({"prompt_tokens": np.zeros(50, np.int32)}, "a length is 0 tokens"),
+        ({"prompt_tokens": np.zeros(50, np.int32)}, "prompt_tokens has a length of 0 tokens for prompt 0 .*from 1 to"),
+        (
+            {"out_tokens": np.where(np.arange(50)[:, None] == 7, [9, -1], 9)},
+            "out_tokens has a length of -1 tokens of "
+            r"large for prompt 7 \(1 illegal",
+        ),
+        ({"out_tokens": np.full((50, 2), 1.5)}, "has a length of 1.5 tokens of small for prompt 0 .* a whole number"),
+        ({"out_tokens": np.full((50, 2), np.nan)}, "has a length of nan tokens of small for prompt 0"),
+        ({"experts": np.array([b"\xff", b"b"])}, "column experts holds .*must be UTF-8"),
         ({"prompt_tokens": np.ones(49, np.int32)}, "2 experts and 49 prompts"),
         ({"experts": np.array(EXPERTS, dtype=object)}, "not a readable .npz file"),
     ],
@@ -150,7 +171,7 @@ def test_unreadable_files_are_refused(tmp_path):
     for name in ("missing.npz", "text.npz"):
         with pytest.raises(InputError, match=f"{name}: is not a readable .npz file"):
             read_npz(tmp_path / name, "quality")
-    with pytest.raises(InputError, match="not a readable text file"):
+    with pytest.raises(InputError, match=r"missing.jsonl: cannot be read: No such file"):
         read_mix_instruct(tmp_path / "missing.jsonl")
 
 
@@ -172,14 +193,17 @@ def test_mix_instruct_is_read(tmp_path):
     ("line", "message"),
     [
         ('{"id": ', "line 2: is not JSON"),
-        ({"id": "x", "instruction": "a"}, "line 2: KeyError 'input'; a line must have instruction, input and cand"),
+        ({"id": "x", "instruction": "a"}, "line 2: input is missing, must be a text"),
         (mix_instruct_line(1, candidates=[]), "line 2: 0 candidates of 0 models"),
         (
             mix_instruct_line(1, candidates=mix_instruct_line(1)["candidates"][:1]),
             "line 2: the models are alpaca-native, must be those of the first",
         ),
         (mix_instruct_line(1, candidates=mix_instruct_line(1)["candidates"] * 2), "line 2: 4 candidates of 2 models"),
-        (mix_instruct_line(1, bertscore=float("nan")), "score nan of alpaca-native for prompt 1"),
+        (
+            mix_instruct_line(1, bertscore=float("nan")),
+            r"line 2: candidates\[0\]: scores.bertscore of alpaca-native is nan",
+        ),
     ],
 )
 def test_a_bad_line_of_mix_instruct_is_refused(tmp_path, line, message):
@@ -187,11 +211,39 @@ def test_a_bad_line_of_mix_instruct_is_refused(tmp_path, line, message):
         read_mix_instruct(write_lines(tmp_path / "mix.jsonl", [mix_instruct_line(0), line]))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ([1], r"is \[1\], must be a JSON object with instruction, input"),
+        (mix_instruct_line(1, candidates=5), "candidates is 5, must be a list"),
+        (mix_instruct_line(1, candidates=[5]), r"candidates\[0\] is 5, must be a JSON object with model"),
+        (mix_instruct_line(1, input=7), "input is 7, must be a text"),
+        (mix_instruct_line(1, input="\ud800"), "input is .*half of a surrogate pair"),
+        (answered(text=None), r"candidates\[1\]: text is None, must be a text"),
+        (answered(model=["a"]), r"candidates\[1\]: model is \['a'\], must be a text"),
+        (answered(scores={"bertscore": 10**400}), r"candidates\[1\]: scores.bertscore of chatglm-6b is 1000"),
+        (answered(scores={"bertscore": True}), "scores.bertscore of chatglm-6b is True, must be a number in"),
+        (answered(scores={"bertscore": "0.5"}), "scores.bertscore of chatglm-6b is '0.5', must be a number in"),
+        (answered(scores={"bertscore": 81.3}), "scores.bertscore of chatglm-6b is 81.3, must be a number in"),
+        (answered(scores=[]), "scores.bertscore of chatglm-6b is None, must be a number in"),
+    ],
+)
+def test_a_field_of_another_kind_is_named_with_its_line(tmp_path, line, message):
+    with pytest.raises(InputError, match=f"mix.jsonl, line 2: .*{message}|mix.jsonl, line 2: {message}"):
+        read_mix_instruct(write_lines(tmp_path / "mix.jsonl", [mix_instruct_line(0), line]))
+
+
+def test_mix_instruct_may_have_a_byte_order_mark_be_packed_and_lack_an_instruction(tmp_path):
+    text = "\ufeff" + json.dumps(mix_instruct_line(0)) + "\r\n" + json.dumps(mix_instruct_line(1, instruction=None))
+    (tmp_path / "mix.jsonl").write_bytes(gzip.compress(text.encode()))
+    assert read_mix_instruct(tmp_path / "mix.jsonl").prompts == ("Who is it?", "Who is it?")
+
+
 def test_scores_that_are_no_shares_are_refused(tmp_path):
     path = write_lines(tmp_path / "mix.jsonl", [mix_instruct_line(0)])
-    with pytest.raises(InputError, match=r"score -3\.2 of alpaca-native"):
+    with pytest.raises(InputError, match=r"scores.bartscore of alpaca-native is -3\.2, must be a number in \[0, 1\]"):
         read_mix_instruct(path, "bartscore")
-    with pytest.raises(InputError, match="with a number bleurt"):
+    with pytest.raises(InputError, match=r"scores.bleurt of alpaca-native is None, must be a number"):
         read_mix_instruct(path, "bleurt")
     with pytest.raises(InputError, match="has no prompts"):
         read_mix_instruct(write_lines(tmp_path / "empty.jsonl", []))

@@ -1,6 +1,7 @@
 """Readers of public traces; scaling, cutting and looping of a trace; its playback as an arrival process."""
 
 import datetime
+import gzip
 import json
 
 import jax
@@ -10,11 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qos_jax import InputError
+from qos_jax.io.text_files import MAX_TOKENS
 from qos_jax.workload.traces import COLUMNS, ArrivalTrace, read_trace, with_gaps
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
 PLAIN = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+def mooncake(stamps):
+    records = [{"timestamp": int(t), "input_length": j, "output_length": 1} for j, t in enumerate(stamps)]
+    return "\n".join(map(json.dumps, records))
+
+
+def line(**changes):
+    return json.dumps({"timestamp": 0, "input_length": 1, "output_length": 1} | changes)
 
 
 def trace_of(arrival_s, prompt_tokens=7, output_tokens=5):
@@ -57,25 +68,40 @@ def test_burstgpt_failures_are_left_out_and_counted(written):
     assert trace.num_skipped == 1
 
 
-def test_mooncake_times_are_spread_over_their_step_in_the_order_of_the_file(written):
+@pytest.mark.parametrize("stamps", [np.arange(10) * 3000, np.arange(10) * 2000, np.zeros(10, int)])
+def test_mooncake_times_are_as_in_the_file(written, stamps):
+    np.testing.assert_array_equal(read_trace(written(mooncake(stamps))).arrival_s, stamps / 1e3)
+
+
+def test_rounded_times_are_spread_over_their_step_in_the_order_of_the_file(written):
     stamps = np.repeat([0, 3000, 5999, 9001], 500)  # the published times are rounded to 1 ms
-    records = [{"timestamp": int(t), "input_length": j, "output_length": 1} for j, t in enumerate(stamps)]
-    path = written("\n".join(map(json.dumps, records)))
-    trace = read_trace(path)
+    path = written(mooncake(stamps))
+    trace = read_trace(path, spread_s=3.0)
     np.testing.assert_array_equal(trace.prompt_tokens, np.arange(2000))
     np.testing.assert_array_equal(trace.arrival_s // 3.0, np.repeat(np.arange(4), 500))
     within = np.histogram(trace.arrival_s % 3.0, 6)[0]
     assert within.min() > 250
-    np.testing.assert_array_equal(read_trace(path).arrival_s, trace.arrival_s)
+    np.testing.assert_array_equal(read_trace(path, spread_s=3.0).arrival_s, trace.arrival_s)
+    np.testing.assert_array_equal(read_trace(path).arrival_s, stamps / 1e3)
 
 
-def test_mooncake_times_finer_than_the_step_are_kept(written):
+def test_steps_of_any_format_and_length(written):
+    trace = read_trace(written(PLAIN + "0,1,1\n" * 3 + "60,1,1\n" * 3), spread_s=60.0)
+    np.testing.assert_array_equal(trace.arrival_s // 60.0, [0, 0, 0, 1, 1, 1])
+    assert trace.gaps_s.min() > 0
+    with pytest.raises(InputError, match=r"line 3: the time 1.5 s is no multiple of 1 s.*--trace_spread"):
+        read_trace(written(PLAIN + "0,1,1\n1.5,1,1\n"), spread_s=1.0)
+    with pytest.raises(InputError, match=r"spread_s is 0.0, must be above 0"):
+        read_trace(written(PLAIN + "0,1,1\n"), spread_s=0.0)
+
+
+def test_mooncake_lines_may_be_blank_and_have_other_fields(written):
     records = [{"timestamp": t, "input_length": 3, "output_length": 1, "hash_ids": []} for t in (0, 1234, 3000)]
     assert_holds(read_trace(written("\n".join(map(json.dumps, records)) + "\n\n")), [0.0, 1.234, 3.0], 3, 1)
 
 
 requests = st.lists(
-    st.tuples(st.floats(0, 1e9), st.integers(0, 2**31), st.integers(0, 2**31)), min_size=1, max_size=20
+    st.tuples(st.floats(0, 1e9), st.integers(0, MAX_TOKENS), st.integers(0, MAX_TOKENS)), min_size=1, max_size=20
 ).map(lambda rows: np.array(sorted(rows)).T)
 
 
@@ -104,24 +130,60 @@ def test_azure_times_are_read_back_to_the_microsecond(written, microseconds):
     [
         ("", "is empty"),
         (PLAIN, "holds no request"),
-        (BURSTGPT + "5,ChatGPT,472,0,472,API log\n", "holds no request"),
+        (BURSTGPT + "5,ChatGPT,472,0,472,API log\n", "holds no request but 1 that failed"),
+        (BURSTGPT + "5,ChatGPT,472,nan,472,API log\n", "line 2: Response tokens is 'nan', must be a whole number"),
         ("a,b,c\n1,2,3\n", "no known trace begins with 'a,b,c'; columns must be those of azure: TIMESTAMP"),
-        (PLAIN + "0,1,1\n\n1.0,two,1\n", "line 4: prompt_tokens must be a whole number, got 'two'"),
-        (PLAIN + "0,1,2.5\n", "line 2: output_tokens must be a whole number, got '2.5'"),
-        (PLAIN + f"0,1,{10**400}\n", "line 2: output_tokens must be a whole number"),
-        (PLAIN + "0,1\n", "line 2: output_tokens must be a whole number, got ''"),
-        (PLAIN + "soon,1,1\n", "line 2: arrival_s must be a time, got 'soon'"),
+        (PLAIN + "0,1,1\n\n1.0,two,1\n", "line 4: prompt_tokens is 'two', must be a whole number from 0 to 2147483647"),
+        (PLAIN + "0,1,2.5\n", "line 2: output_tokens is '2.5', must be a whole number"),
+        (PLAIN + f"0,1,{10**400}\n", "line 2: output_tokens is '1000.*, must be a whole number"),
+        (PLAIN + "0,1,\n", "line 2: output_tokens is '', must be a whole number"),
+        (PLAIN + "0,1,1\n1,1", "line 3: has 2 cells, must have 3"),
+        (PLAIN + "0,1,024,5\n", "line 2: has 4 cells, must have 3"),
+        (PLAIN + '0,"1,024",5\n', "line 2: prompt_tokens is '1,024', must be a whole number"),
+        (PLAIN + "0,1_0,5\n", "line 2: prompt_tokens is '1_0', must be a whole number"),
+        (PLAIN + "0,\u0661,5\n", "line 2: prompt_tokens is '\u0661', must be a whole number"),
+        (PLAIN + '0,1,"5\n1,1,5\n2,1,5\n', "line 2: unexpected end of data"),
+        (PLAIN + "0,1,1\n\0\0\n", "line 3: has 1 cells, must have 3"),
+        ("arrival_s," + PLAIN + "0,0,1,1\n", "has the column arrival_s twice"),
+        ("arrival_s,prompt_tokens\n0,1\n", r"lacks the column\(s\) output_tokens"),
+        (
+            "arrival_s,arrived_at,num_prefill_tokens,num_decode_tokens\n0,0,1,1\n",
+            "formats vidur, arrivals; give format",
+        ),
+        ("# a remark\n" + PLAIN + "0,1,1\n", "no known trace begins with '# a remark'"),
+        (PLAIN + "soon,1,1\n", "line 2: arrival_s is 'soon', must be a time, a number from 0"),
         (PLAIN + f"0,1,{'1' * 200_000}\n", "line 2: field larger than field limit"),
-        (AZURE + "2023-11-16 18:17,1,1\nyesterday,1,1\n", "line 3: TIMESTAMP must be a time, got 'yesterday'"),
-        (PLAIN + "0,1,1\n5,1,1\n4,1,1\n", "arrival_s of request 3 is 4.0, must be 0 or more and never before"),
-        (PLAIN + "-1,1,1\n", "arrival_s of request 1 is -1.0, must be 0 or more"),
-        (PLAIN + "0,1,1\nnan,1,1\n", "arrival_s of request 2 is nan, must be finite"),
-        (PLAIN + "0,1,1\n1,-3,1\n", "prompt_tokens of request 2 is -3, must be 0 or more"),
-        (PLAIN + "0,1,-1\n", "output_tokens of request 1 is -1, must be 0 or more"),
+        (
+            AZURE + "2023-11-16 18:17,1,1\nyesterday,1,1\n",
+            "line 3: TIMESTAMP is 'yesterday', must be an ISO time, as in 2023",
+        ),
+        (AZURE + "11/16/2023 6:15:46 PM,1,1\n", "line 2: TIMESTAMP is '11/16/2023 6:15:46 PM', must be an ISO time"),
+        (AZURE + "15:46.7,1,1\n", "line 2: TIMESTAMP is '15:46.7', must be an ISO time"),
+        (
+            PLAIN + "0,1,1\n5,1,1\n4,1,1\n",
+            r"line 4: arrival_s is before that of .*, must not decrease; sort=True \(--trace_sort\)",
+        ),
+        (PLAIN + "-1,1,1\n", "line 2: arrival_s is '-1', must be a time, a number from 0"),
+        (PLAIN + "0,1,1\nnan,1,1\n", "line 3: arrival_s is 'nan', must be a time"),
+        (PLAIN + "0,1,1\n1,-3,1\n", "line 3: prompt_tokens is '-3', must be a whole number from 0"),
+        (PLAIN + "0,1,-1\n", "line 2: output_tokens is '-1', must be a whole number from 0"),
+        (mooncake([0, 5]) + '\n{"timestamp": 7, "inpu', "line 3: is not JSON: Unterminated string"),
+        (f"[{mooncake([0])}]", "line 1: must be a JSON object with timestamp"),
+        (line(timestamp=True), "line 1: timestamp is True, must be a time"),
+        (line(timestamp=float("nan")), "line 1: timestamp is nan, must be a time"),
+        (line(timestamp=-5), "line 1: timestamp is -5, must be a time"),
+        (line(timestamp=10**400), "line 1: timestamp is 1000.*, must be a time"),
+        (line(input_length=True), "line 1: input_length is True, must be a whole number"),
+        (line(input_length=10**20), "line 1: input_length is 100000000000000000000, must be a whole number"),
+        (line(input_length=[1]), r"line 1: input_length is \[1\], must be a whole number"),
+        (line() + '\n{"session_id": 1, "delay": 9, "input_length": 1, "output_length": 1}', "line 2: has a delay"),
         ('{"timestamp": 0}\n', "line 1: must be a JSON object with timestamp, input_length, output_length"),
-        ('{"timestamp": 0,\n', "line 1: must be a JSON object"),
-        ('{"timestamp": 0, "input_length": 1.5, "output_length": 1}', "line 1: input_length must be a whole number"),
-        ('{"timestamp": null, "input_length": 1, "output_length": 1}', "line 1: timestamp must be a time, got 'None'"),
+        ('{"timestamp": 0,\n', "line 1: is not JSON: Expecting property name"),
+        (
+            '{"timestamp": 0, "input_length": 1.5, "output_length": 1}',
+            "line 1: input_length is 1.5, must be a whole number",
+        ),
+        ('{"timestamp": null, "input_length": 1, "output_length": 1}', "line 1: timestamp is None, must be a time"),
     ],
 )
 def test_bad_files_give_one_clear_error(written, text, message):
@@ -131,10 +193,73 @@ def test_bad_files_give_one_clear_error(written, text, message):
     assert str(path) in str(caught.value)
 
 
-def test_mooncake_out_of_order_is_refused(written):
-    records = [{"timestamp": t, "input_length": 3, "output_length": 1} for t in (3000, 0)]
-    with pytest.raises(InputError, match="arrival_s of request 2"):
-        read_trace(written("\n".join(map(json.dumps, records))))
+def test_rows_out_of_order_are_refused_or_sorted(written):
+    path = written(mooncake([3000, 0, 1000]))
+    with pytest.raises(InputError, match=r"line 2: timestamp is before .*--trace_sort"):
+        read_trace(path)
+    assert_holds(read_trace(path, sort=True), [0.0, 1.0, 3.0], [1, 2, 0], 1)
+    azure = written(AZURE + "2023-11-16 18:00:01,1,1\n2023-11-16 18:00:00,2,2\n2023-11-16 18:00:03,3,3\n")
+    assert_holds(read_trace(azure, sort=True), [0.0, 1.0, 3.0], [2, 1, 3], [2, 1, 3])
+
+
+LAYOUTS = {
+    "quoted": '"arrival_s","prompt_tokens","output_tokens"\n"0.5","3","4"\n"2","5","6"\n',
+    "tabs": (PLAIN + "0.5,3,4\n2,5,6\n").replace(",", "\t"),
+    "semicolons": (PLAIN + "0.5,3,4\n2,5,6\n").replace(",", ";"),
+    "spaces": (PLAIN + "0.5,3,4\n2,5,6\n").replace(",", " , "),
+    "blank lines": "\n\n" + PLAIN + "\n0.5,3,4\n\n2,5,6\n \n\n",
+    "index of pandas": f",{PLAIN}0,0.5,3,4\n1,2,5,6\n",
+    "CR LF": (PLAIN + "0.5,3,4\n2,5,6").replace("\n", "\r\n"),
+    "CR": (PLAIN + "0.5,3,4\n2,5,6\n").replace("\n", "\r"),
+    "byte order mark": "\ufeff" + PLAIN + "0.5,3,4\n2,5,6\n",
+    "floats": PLAIN + "0.5,3.0,4.\n2e0,5.00,6\n",
+    "empty cells beyond the last column": PLAIN + "0.5,3,4,\n2,5,6,,\n",
+    "texts": 'text,arrival_s,prompt_tokens,output_tokens\n"a\nb, ""c""\u2028",0.5,3,4\nd\x0b\x1c\x85\u2028d,2,5,6\n',
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_csv_of_any_layout_is_read(tmp_path, layout, packed):
+    content = LAYOUTS[layout].encode()
+    (tmp_path / "trace").write_bytes(gzip.compress(content) if packed else content)
+    assert_holds(read_trace(tmp_path / "trace"), [0.5, 2.0], [3, 5], [4, 6])
+
+
+def test_json_lines_end_at_line_feeds_only(written):
+    record = {"input_length": 1, "output_length": 2, "text": "a\u2028\x85b"}
+    lines = [json.dumps(record | {"timestamp": t}, ensure_ascii=False) for t in (0, 5.5)]
+    assert_holds(read_trace(written("\n\n" + "\r\n".join(lines))), [0.0, 0.0055], 1, 2)
+
+
+def test_time_zones_are_read_and_times_without_are_utc(written):
+    stamps = (
+        "2024-05-10 00:00:00", "2024-05-10 00:00:01 UTC", "2024-05-10 00:00:02.5 +0000", "2024-05-10T02:00:03Z",
+        "2024-05-10T03:00:04+01:00",
+    )  # fmt: skip
+    trace = read_trace(written(AZURE + "".join(f"{stamp},1,1\n" for stamp in stamps)))
+    assert_holds(trace, [0.0, 1.0, 2.5, 7203.0, 7204.0], 1, 1)
+
+
+def test_an_empty_number_of_response_tokens_is_a_failure_too(written):
+    trace = read_trace(written(BURSTGPT + "5,ChatGPT,472,,472,API log\n6,GPT-4,3,4,7,API log\n"))
+    assert_holds(trace, [6.0], [3], [4])
+    assert trace.num_skipped == 1
+
+
+def test_arrivals_alone_have_no_lengths(written):
+    trace = read_trace(written("id,arrival_s\n1,0.0\n2,0.5\n3,2.0\n"))
+    np.testing.assert_array_equal(trace.arrival_s, [0.0, 0.5, 2.0])
+    assert (trace.prompt_tokens, trace.output_tokens) == (None, None)
+    assert trace.halves()[0].looped(3).output_tokens is None
+    assert played(with_gaps(trace, random_start=False), 2).gaps_s == pytest.approx([0.5, 1.5])
+    with pytest.raises(InputError, match="has arrivals only"):
+        trace.clipped(5, 5)
+
+
+def test_microseconds_of_inference_sim(written):
+    path = written("request_id,arrival_time_us,input_tokens,output_tokens\n0,0,10,5\n1,1500,11,6\n")
+    assert_holds(read_trace(path), [0.0, 0.0015], [10, 11], [5, 6])
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
@@ -143,17 +268,30 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read_trace(tmp_path)
     (tmp_path / "latin.csv").write_bytes(PLAIN.encode() + b"\xff\xfe")
-    with pytest.raises(InputError, match="is not UTF-8 text"):
+    with pytest.raises(InputError, match=r"latin.csv, line 2: is not UTF-8 text"):
         read_trace(tmp_path / "latin.csv")
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        (tmp_path / "wide.csv").write_bytes((PLAIN + "0,1,1\n").encode(encoding))
+        with pytest.raises(InputError, match=r"wide.csv: is not UTF-8 text but UTF-16"):
+            read_trace(tmp_path / "wide.csv")
+
+
+def test_packed_files_that_are_cut_or_fill_the_memory_are_refused(tmp_path):
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress((PLAIN + "0,1,1\n").encode())[:-9])
+    with pytest.raises(InputError, match=r"cut.csv.gz: is not a whole gzip file"):
+        read_trace(tmp_path / "cut.csv.gz")
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(2**26 + 1)))
+    with pytest.raises(InputError, match=r"bomb.gz: \d+ bytes unpack to more than 67108864"):
+        read_trace(tmp_path / "bomb.gz")
 
 
 def test_a_format_that_does_not_fit_is_refused(written):
     path = written(PLAIN + "0,1,1\n")
-    with pytest.raises(InputError, match="format must be one of azure, burstgpt, mooncake, csv, got 'parquet'"):
+    with pytest.raises(InputError, match=r"format must be one of azure, .*, arrivals, got 'parquet'"):
         read_trace(path, "parquet")
     with pytest.raises(InputError, match="lacks the column"):
         read_trace(path, "azure")
-    with pytest.raises(InputError, match="must be a JSON object"):
+    with pytest.raises(InputError, match="line 1: is not JSON"):
         read_trace(path, "mooncake")
 
 
@@ -249,7 +387,7 @@ def test_azure_code_is_far_burstier_than_poisson(data_dir):
 
 
 def test_mooncake_conversations_become_nearly_poisson_once_spread(data_dir):
-    trace = read_trace(data_dir / "traces" / "mooncake_conversation_first_3000.jsonl")
+    trace = read_trace(data_dir / "traces" / "mooncake_conversation_first_3000.jsonl", spread_s=3.0)
     assert (len(trace), trace.prompt_tokens[0], trace.output_tokens[0]) == (3000, 6758, 500)
     assert trace.rate_per_s == pytest.approx(3.03, abs=0.01)
     assert trace.gap_cv == pytest.approx(1.0, abs=0.05)
@@ -257,8 +395,9 @@ def test_mooncake_conversations_become_nearly_poisson_once_spread(data_dir):
 
 def test_every_format_is_recognised_from_its_first_line(written):
     for format, columns in COLUMNS.items():
-        row = ["2023-11-16 18:15" if format == "azure" else "0", "3", "4"]
+        row = ["2023-11-16 18:15" if format == "azure" else "0", "3", "4"][: len(columns)]
         record = json.dumps(dict(zip(columns, row, strict=True)))
         text = record if format == "mooncake" else ",".join(columns) + "\n" + ",".join(row)
         trace = read_trace(written(text))
-        assert (len(trace), trace.prompt_tokens[0], trace.output_tokens[0]) == (1, 3, 4)
+        assert len(trace) == 1
+        assert format == "arrivals" or (trace.prompt_tokens[0], trace.output_tokens[0]) == (3, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ WORLDS = (
     WorldConfig(),
     WorldConfig("edge-8", arrivals="gamma:2", prediction="perfect", latency_limit_s=(0.03, 0.05), staleness_s=0.5),
     WorldConfig(experts=("alpaca-native@A40", "koala-7B-HF@A100"), trace="trace.csv", allow_drop=False),
+    WorldConfig(trace="t.jsonl", trace_format="mooncake", trace_sort=True, trace_spread_s=3.0),
 )
 
 
@@ -33,6 +35,9 @@ def test_it_builds_what_make_builds() -> None:
     [
         ({"preset": "paper-9"}, "preset 'paper-9' is unknown"),
         ({"trace_part": "third"}, "trace_part is 'third', must be one of all, first, second"),
+        ({"trace": "t.csv", "trace_format": "parquet"}, "trace_format is 'parquet', must be one of azure, burstgpt"),
+        ({"trace": "t.csv", "trace_spread_s": -1.0}, "trace_spread_s is -1.0, must be above 0 and finite, in s"),
+        ({"trace": "t.csv", "trace_sort": 1}, "trace_sort is 1, must be True or False"),
         ({"table_part": "half"}, "table_part is 'half', must be one of all, train, test"),
         ({"experts": ("alpaca-native",)}, "--experts=alpaca-native: give LLM@GPU"),
         ({"latency_limit_s": (0.0,)}, "latency_limit_s is 0.0, must be above 0"),
@@ -55,6 +60,16 @@ def test_fields_of_a_file_are_checked() -> None:
         WorldConfig.from_dict(values)
     with pytest.raises(InputError, match="world is 3, must be a table"):
         WorldConfig.from_dict(3)
+
+
+def test_a_trace_is_read_as_it_says(tmp_path: pathlib.Path) -> None:
+    lines = [json.dumps({"timestamp": t, "input_length": 1, "output_length": 1}) for t in (3000, 0, 0, 0)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    world = WorldConfig(trace=str(tmp_path / "t.jsonl"), trace_format="mooncake", trace_sort=True, trace_spread_s=3.0)
+    assert (world.whole_trace.arrival_s // 3.0).tolist() == [0, 0, 0, 1]
+    assert world.whole_trace.gaps_s.min() > 0
+    with pytest.raises(InputError, match="--trace_sort"):
+        dataclasses.replace(world, trace_sort=False).build()
 
 
 def test_training_and_held_out_requests_are_disjoint_parts() -> None:
