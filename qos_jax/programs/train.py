@@ -308,8 +308,9 @@ class _Board:
         writer.close()
 
     def _leave_out(self, why: str) -> None:
-        self.left_out = True
-        print(f"warning: TensorBoard is left out: {why}", file=sys.stderr)
+        if not self.left_out:
+            self.left_out = True
+            print(f"warning: TensorBoard is left out: {why}", file=sys.stderr)
 
 
 def _scalars(record: Mapping[str, Any], runs: Sequence[str]) -> Iterator[tuple[str, float]]:
@@ -334,7 +335,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
 
     def come(number: int, frame: object) -> None:
         if not trains:
-            os.write(sys.stderr.fileno(), b"stopped before the first chunk, so nothing is lost: go on with --resume\n")
+            os.write(2, b"stopped before the first chunk, so nothing is lost: go on with --resume\n")
             os._exit(128 + number)
         came.append(number)
         signal.signal(number, signal.SIG_DFL)

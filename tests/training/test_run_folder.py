@@ -25,6 +25,8 @@ from qos_jax.agent.networks import NetworkConfig
 from qos_jax.encoder.han import HANConfig
 from qos_jax.sim.types import Observation
 from qos_jax.training.config import TrainingConfig, runs_of
+from qos_jax.training.held_out import HeldOut
+from qos_jax.training.run import TrainingRun
 from qos_jax.training.run_folder import RunFolder, locked, make_config, read_config
 from tests.helpers.instant_env import assert_equal, instant_env, small_learner
 from tests.helpers.quick_compilation import quick_compilation
@@ -107,10 +109,10 @@ class TestRunFolder:
         assert folder.latest == 192 and not folder.checkpoint(64).exists()
 
     @pytest.mark.parametrize("name", ["a b?c#d%20e", "{x} $y 'z' \"q\"", "new\nline", "ünï", "@*]|<>;&"])
-    def test_the_folder_may_have_any_name(self, tmp_path: pathlib.Path, name: str) -> None:
-        learner = small_learner()
-        folder = saved(tmp_path / name, learner)
-        assert_equal(load_router(folder.path).params, learner.weights(state_of(learner)))
+    def test_the_folder_may_have_any_name(self, flat: RunFolder, tmp_path: pathlib.Path, name: str) -> None:
+        folder, state = RunFolder.start(tmp_path / name, flat.config), {"a": jnp.arange(2)}
+        folder.save(32, state, state)
+        assert_equal(RunFolder.reopen(folder.path).restore_weights(32, state), state)
 
     @pytest.mark.parametrize("name", ["back\\slash", "run[1]"])
     def test_but_for_those_that_orbax_cannot_use(self, flat: RunFolder, tmp_path: pathlib.Path, name: str) -> None:
@@ -193,10 +195,41 @@ class TestRunFolder:
         with pytest.raises(InputError, match=r"/proc/run cannot be written"):
             RunFolder.start("/proc/run", {})
 
+    def test_a_full_disk_is_named_by_whatever_is_written(self, copy: pathlib.Path) -> None:
+        learner, folder = small_learner(), RunFolder.reopen(copy)
+        before = (copy / "config.json").read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        try:
+            with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written: File too large"):
+                folder.append({"steps": 1, "value": "x" * 20})
+            with pytest.raises(InputError, match=r"config.json cannot be written: File too large"):
+                folder.go_on(make_config(learner, training_of(learner)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (copy / "config.json").read_bytes() == before
+        assert not list(copy.glob(".config*"))
+
     def test_two_programs_do_not_train_in_one_folder(self, copy: pathlib.Path) -> None:
         with locked(copy), pytest.raises(InputError, match="another program trains in this folder"), locked(copy):
             pass
         with locked(copy):
+            pass
+
+    def test_whoever_comes_second_changes_nothing(
+        self, flat: RunFolder, copy: pathlib.Path, tmp_path: pathlib.Path
+    ) -> None:
+        learner = small_learner()
+        longer = dataclasses.replace(training_of(learner), steps=128)
+        run = TrainingRun(learner, small_params(), HeldOut(small_params(), (0.9,), 2, 4), longer, None)
+        for path, resume in ((tmp_path / "new", False), (copy, True)):
+            path.mkdir(exist_ok=True)
+            with locked(path):
+                before = {file: file.read_bytes() for file in path.iterdir() if file.is_file()}
+                with pytest.raises(InputError, match="another program trains"), run.open_folder(path, resume=resume):
+                    pass
+            assert {file: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+        with run.open_folder(copy, resume=True), pytest.raises(InputError, match="another program"), locked(copy):
             pass
 
     def test_another_run_is_not_overwritten(self, flat: RunFolder) -> None:
