@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -74,10 +75,12 @@ def train(
     if isinstance(world, WorldConfig):
         world = world.for_training()
     run = training_run(world, training)
-    folder = None
-    if out is not None:
-        folder = run.open_folder(out, resume=os.path.exists(os.path.join(out, CONFIG)))
-    result = run.train(folder, progress_fn=progress_fn, should_stop=should_stop)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if out is not None:
+            resume = os.path.exists(os.path.join(out, CONFIG))
+            folder = stack.enter_context(run.open_folder(out, resume=resume))
+        result = run.train(folder, progress_fn=progress_fn, should_stop=should_stop)
     last = next(record for record in reversed(result.records) if record["kind"] == "evaluation")
     metrics = last | {"steps": result.steps, "compile_s": result.compile_s, "train_s": result.train_s}
     name = "learned" if folder is None else folder.path.name

@@ -99,8 +99,9 @@ def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]
     for name in ("config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json", "model.safetensors"):
         yield f"encoder {name}", encoder / name, lambda path: load_pretrained(path.parent)
     _predictor().save(folder / "predictor")
-    for name in ("config.json", "heads.safetensors"):
-        yield f"predictor {name}", folder / "predictor" / name, lambda path: load_predictor(path.parent)
+    yield "predictor config.json", folder / "predictor" / "config.json", lambda path: load_predictor(path.parent)
+    (heads,) = (folder / "predictor").glob("*/heads.safetensors")
+    yield "predictor heads.safetensors", heads, lambda path: load_predictor(path.parents[1])
 
 
 def _write_run(folder: pathlib.Path) -> pathlib.Path:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +39,8 @@ def writable_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file under a temporary name and renames it, so that it appears whole; creates its folder.
 
+    The content is on the disk before the name is, so a power cut leaves the file before it or the new one.
+
     Args:
       path: of the file.
       content: text is encoded as UTF-8.
@@ -49,13 +52,44 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        _keep_names(path.parent)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_temporaries(folder: pathlib.Path, *patterns: str) -> None:
+    """Removes what ``write_whole`` left of files of such names when it was killed; nobody may be writing them."""
+    for pattern in patterns:
+        for path in folder.glob(f".{pattern}.*"):
+            if path.suffix[1:].isdecimal():
+                remove(path)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a file, a folder or a link, not what it points to, as far as the system allows it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _keep_names(folder: pathlib.Path) -> None:
+    """Has the names in a folder outlast a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-_PACKAGES = ("qos_jax", "jax", "jaxlib", "flax", "numpy")
+_PACKAGES = ("qos_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:

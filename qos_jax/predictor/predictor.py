@@ -2,20 +2,23 @@
 
 The folder of a predictor holds
 
-* ``config.json``: names of the experts, shape of the heads, and data on their training;
-* ``heads.safetensors``: the heads, and the center and spread by which they standardise embeddings;
-* ``encoder/``: the text encoder in the layout of Hugging Face; missing if the predictor was trained on embeddings.
+* ``config.json``: names of the experts, shape of the heads, data on their training, and the name of the next folder;
+* ``weights-HASH/``, by its content: ``heads.safetensors``, the heads, and the center and spread by which they
+  standardise embeddings; and ``encoder/``, the text encoder in the layout of Hugging Face, missing if the predictor was
+  trained on embeddings. Predictors of format 1 have both beside ``config.json``.
 
-The folder is written under a hidden name and then renamed, so it appears whole or not at all.
+``config.json`` is written last, so that whatever ends the program, and whenever, the folder holds the old predictor or
+the new one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-import shutil
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,13 +31,14 @@ from flax import serialization, traverse_util
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.io.files import parse_json, writable_folder, write_whole
+from qos_jax.io.files import parse_json, remove, remove_temporaries, writable_folder, write_whole
 from qos_jax.predictor.heads import Buckets, Forecast, Head, HeadConfig, HeadNetwork, Standard
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained, read_tensor, save_pretrained
 
 RUN_SUBFOLDER = "predictor"  # of the folder that qos-jax predictor writes
-_FORMAT = 1
+_FORMAT = 2
 _CONFIG, _HEADS, _ENCODER = "config.json", "heads.safetensors", "encoder"
+_WEIGHTS, _NEW = "weights-", ".new-"  # how names of folders begin
 _FIELDS: dict[str, type] = {  # required fields of config.json
     "experts": list, "embedding_size": int, "members": int, "head": dict, "with_length": bool, "with_encoder": bool,
 }  # fmt: skip
@@ -100,25 +104,34 @@ class Predictor:
           InputError: the folder cannot be written, or holds something other than a predictor.
         """
         folder = pathlib.Path(folder).absolute()
-        if folder.exists() and not (folder / _CONFIG).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (folder / _CONFIG).exists() and not _is_begun(folder):
             raise InputError(f"{folder} is no predictor and would be overwritten: choose another folder")
-        writable_folder(folder.parent)
-        new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{age}") for age in ("new", "old"))
+        new = writable_folder(folder) / f"{_NEW}{os.getpid()}"
         try:
-            self._write(new, about)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(new, folder)
+            self._write_weights(new)
+            weights = folder / f"{_WEIGHTS}{_hash(new)}"
+            config = json.dumps(self._config(weights.name, about), indent=1, allow_nan=False)
+            if weights.exists() and _hash(weights) != _hash(new):
+                remove(weights)
+            if not weights.exists():
+                os.replace(new, weights)
+            write_whole(folder / _CONFIG, config)
         except OSError as error:
             raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
         finally:
-            for temporary in (new, old):
-                shutil.rmtree(temporary, ignore_errors=True)
+            remove(new)
+        _remove_others(folder, weights.name)
 
-    def _write(self, folder: pathlib.Path, about: dict[str, Any]) -> None:
+    def _write_weights(self, folder: pathlib.Path) -> None:
         tensors = {name: np.array(tensor, order="C") for name, tensor in _by_name(self._variables()).items()}
-        config = {
+        write_whole(folder / _HEADS, safetensors.numpy.save(tensors))
+        if self.encoder is not None:
+            save_pretrained(self.encoder, folder / _ENCODER)
+
+    def _config(self, weights: str, about: dict[str, Any]) -> dict[str, Any]:
+        return {
             "format": _FORMAT,
+            "weights": weights,
             "experts": list(self.experts),
             "embedding_size": self.center.shape[0],
             "members": len(jax.tree.leaves(self.score.weights)[0]),
@@ -127,14 +140,32 @@ class Predictor:
             "with_encoder": self.encoder is not None,
             **about,
         }
-        write_whole(folder / _HEADS, safetensors.numpy.save(tensors))
-        write_whole(folder / _CONFIG, json.dumps(config, indent=1, allow_nan=False))
-        if self.encoder is not None:
-            save_pretrained(self.encoder, folder / _ENCODER)
 
     def _variables(self) -> dict[str, Any]:
         heads = {"score": self.score} | ({} if self.length is None else {"length": self.length})
         return {"center": self.center, "spread": self.spread, **heads}
+
+
+def _is_begun(folder: pathlib.Path) -> bool:
+    """Tells whether nothing but parts of a predictor that was not written to its end is in a folder."""
+    return folder.is_dir() and all(path.name.startswith((_WEIGHTS, _NEW, f".{_CONFIG}.")) for path in folder.iterdir())
+
+
+def _hash(folder: pathlib.Path) -> str:
+    """Returns 16 digits that depend on all files below a folder."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found.update(hashlib.sha256(path.read_bytes()).digest() + str(path.relative_to(folder)).encode())
+    return found.hexdigest()[:16]
+
+
+def _remove_others(folder: pathlib.Path, used: str) -> None:
+    """Removes earlier predictors, and what killed programs left."""
+    remove_temporaries(folder, _CONFIG)
+    for path in folder.iterdir():
+        if path.name in (_HEADS, _ENCODER) or (path.name.startswith((_WEIGHTS, _NEW)) and path.name != used):
+            remove(path)
 
 
 def standardise(embeddings: Array, center: Array, spread: Array) -> Array:
@@ -156,8 +187,9 @@ def load_predictor(folder: str | os.PathLike[str]) -> Predictor:
         folder /= RUN_SUBFOLDER
     config = _read_config(folder / _CONFIG)
     like = _variables_like(folder / _CONFIG, config)
-    variables = serialization.from_state_dict(like, _read_tensors(folder / _HEADS, like))
-    encoder = load_pretrained(folder / _ENCODER) if config["with_encoder"] else None
+    weights = folder / config["weights"]
+    variables = serialization.from_state_dict(like, _read_tensors(weights / _HEADS, like))
+    encoder = load_pretrained(weights / _ENCODER) if config["with_encoder"] else None
     if encoder is not None and encoder.config.hidden_size != config["embedding_size"]:
         raise InputError(
             f"{folder / _CONFIG}: embedding_size is {config['embedding_size']}, "
@@ -172,8 +204,12 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; give the folder of a predictor") from error
     version = config.get("format") if isinstance(config, dict) else None
-    if version != _FORMAT:
-        raise InputError(f"{path}: format is {version!r}, must be {_FORMAT}")
+    if version not in (1, _FORMAT):
+        raise InputError(f"{path}: format is {version!r}, must be 1 or {_FORMAT}")
+    if version == 1:
+        config["weights"] = "."
+    elif not re.fullmatch(f"{_WEIGHTS}[0-9a-f]+", str(config.get("weights"))):
+        raise InputError(f"{path}: weights is {config.get('weights')!r}, must be {_WEIGHTS}HASH, a folder beside it")
     for field, kind in _FIELDS.items():
         value = config.get(field)
         if type(value) is not kind or (type(value) is int and value < 1):

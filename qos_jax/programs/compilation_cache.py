@@ -2,7 +2,8 @@
 
 JAX's own cache writes its files in place: a program that is killed at that moment leaves a broken one, which is never
 replaced. So each program works on a folder of its own, of hard links to the files that are shared, and what it compiled
-is linked back whole when it ends. Folders that killed programs left behind go when they are a day old.
+is linked back when it ends. A file that does not unpack, as after a full disk, is not linked, and a shared one is
+removed; what has been checked is read-only. Folders that killed programs left behind go when they are a day old.
 
 The cache lies in ``~/.cache/qos_jax``, or below ``XDG_CACHE_HOME``. Where JAX is told of another
 (``JAX_COMPILATION_CACHE_DIR``), or to keep none (``JAX_ENABLE_COMPILATION_CACHE=false``), nothing is done here.
@@ -12,15 +13,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
 import pathlib
 import shutil
+import stat
+import sys
 import tempfile
 import time
+import zlib
 
 import jax
 
 _OWN = "run-"  # how folders of single programs begin
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how its files begin
 _ABANDONED_S = 24 * 3600.0
 
 
@@ -49,11 +55,34 @@ def _give_back(own: pathlib.Path, shared: pathlib.Path) -> None:
 
 
 def _link(here: pathlib.Path, there: pathlib.Path) -> None:
-    """Links all files, but those that are there already."""
+    """Links all files, but those that are there already, and removes broken ones."""
     for file in here.iterdir():
-        if file.is_file():
-            with contextlib.suppress(FileExistsError, FileNotFoundError):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            if _is_whole(file):
                 os.link(file, there / file.name)
+            elif file.is_file():
+                file.unlink()
+
+
+def _is_whole(file: pathlib.Path) -> bool:
+    if not file.is_file():
+        return False
+    if file.name.endswith("-cache") and file.stat().st_mode & stat.S_IWUSR:
+        try:
+            _unpack(file.read_bytes())
+        except Exception:  # each of the packers has errors of its own
+            return False
+        file.chmod(0o444)
+    return True
+
+
+def _unpack(content: bytes) -> None:
+    """Unpacks by what JAX packs with: Zstandard where it is installed, otherwise zlib."""
+    if content.startswith(_ZSTANDARD):
+        module = "compression.zstd" if sys.version_info >= (3, 14) else "zstandard"
+        importlib.import_module(module).decompress(content)
+    else:
+        zlib.decompress(content)
 
 
 def _sweep(shared: pathlib.Path) -> None:

@@ -14,10 +14,13 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import queue
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,7 +45,7 @@ from qos_jax.training.run_folder import CONFIG, RunFolder
 from qos_jax.worlds.config import WorldConfig
 
 _OF_THE_MACHINE = {"devices", "distributed", "coordinator_address", "num_processes", "process_id"}
-_MAY_CHANGE = {"out", "resume", "checkpoint_minutes", "steps", "flagfile"} | _OF_THE_MACHINE  # when a run is resumed
+_MAY_CHANGE = {"out", "resume", "steps", "flagfile"} | _OF_THE_MACHINE  # when a run is resumed
 
 
 def main(values: FlagValues) -> None:
@@ -57,20 +60,20 @@ def main(values: FlagValues) -> None:
     run = training_run(world, training)
     sizes = run.sizes(devices)
     command = shlex.join(["qos-jax", "train", *app.given(values)])
-    folder = run.open_folder(values.out, resume=resume, command=command, flags=flags)
-    if leads():
-        note_failed_requests(world)
-        print(f"{values.agent} on {values.preset}: {sizes}", flush=True)
-    with _stop_asked() as should_stop, _reporter(folder, run) as report:
-        result = run.train(
-            folder,
-            devices=devices,
-            checkpoint_every_s=60 * values.checkpoint_minutes,
-            progress_fn=report,
-            should_stop=should_stop,
-        )
-    if leads():
-        _write_summary(values.agent, result, folder)
+    with run.open_folder(values.out, resume=resume, command=command, flags=flags) as folder:
+        if leads():
+            note_failed_requests(world)
+            print(f"{values.agent} on {values.preset}: {sizes}", flush=True)
+        with _stop_asked() as should_stop, _reporter(folder, run) as report:
+            result = run.train(
+                folder,
+                devices=devices,
+                checkpoint_every_s=60 * values.checkpoint_minutes,
+                progress_fn=report,
+                should_stop=should_stop,
+            )
+        if leads():
+            _write_summary(values.agent, result, folder)
     if not result.finished:
         print("stopped: go on with --resume")
         sys.exit(128 + signal.SIGTERM)
@@ -162,7 +165,7 @@ def _flags_of_the_run(values: FlagValues) -> list[str]:
 
 
 def _with_earlier_flags(values: FlagValues, folder: RunFolder) -> tuple[FlagValues, list[str]]:
-    """Returns the flags that a run began with, where they are not given again, and those of them that fix it.
+    """Returns the flags that a run has had, where they are not given again, and those of them to go on with later.
 
     Raises:
       InputError: the run was not begun by this program.
@@ -175,7 +178,7 @@ def _with_earlier_flags(values: FlagValues, folder: RunFolder) -> tuple[FlagValu
     if "steps" not in present:
         earlier.append(f"--steps={folder.training.steps}")
     merged = parsed([*earlier, *app.given(values)])
-    return merged, began
+    return merged, _flags_of_the_run(merged)
 
 
 def _set_by(flag: str) -> set[str]:
@@ -253,34 +256,62 @@ def _reporter(folder: RunFolder, run: TrainingRun) -> Iterator[Callable[[Progres
 
 
 class _Board:
-    """TensorBoard's file; training goes on without it where it cannot be written."""
+    """TensorBoard's file, which a thread writes: training goes on where that fails, or never comes to an end."""
+
+    _MOST_WAITING, _PATIENCE_S = 1000, 5.0
 
     def __init__(self, folder: RunFolder) -> None:
-        self.writer: Any = None
-        with self._outlived():
-            from tensorboardX import SummaryWriter
+        self.left_out = False
+        self.waiting: queue.Queue[tuple[list[tuple[str, float]], int] | None] = queue.Queue(self._MOST_WAITING)
+        begins = (folder.latest or 0) + 1
+        self.thread = threading.Thread(target=self._run, args=(folder.path / "tensorboard", begins), daemon=True)
+        self.thread.start()
 
-            self.writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=(folder.latest or 0) + 1)
-
-    def write(self, scalars: Iterator[tuple[str, float]], steps: int) -> None:
-        """Writes numbers by name."""
-        with self._outlived():
-            for name, value in scalars if self.writer is not None else ():
-                self.writer.add_scalar(name, value, steps)
+    def write(self, scalars: Iterable[tuple[str, float]], steps: int) -> None:
+        """Has numbers written by name."""
+        self._put((list(scalars), steps))
 
     def close(self) -> None:
         """Ends the file."""
-        with self._outlived():
-            if self.writer is not None:
-                self.writer.close()
+        self._put(None)
+        if not self.left_out:
+            self.thread.join(self._PATIENCE_S)
+            if self.thread.is_alive():
+                self._leave_out("its file cannot be ended")
 
-    @contextlib.contextmanager
-    def _outlived(self) -> Iterator[None]:
+    def _put(self, item: tuple[list[tuple[str, float]], int] | None) -> None:
+        if not self.left_out:
+            try:
+                self.waiting.put_nowait(item)
+            except queue.Full:
+                self._leave_out("its file is not written fast enough")
+
+    def _run(self, folder: pathlib.Path, begins: int) -> None:
         try:
-            yield
+            self._write_all(folder, begins)
         except Exception as error:  # whatever the writer raises, training is worth more
-            self.writer = None
-            print(f"warning: TensorBoard is left out: {error}", file=sys.stderr)
+            self._leave_out(str(error))
+
+    def _write_all(self, folder: pathlib.Path, begins: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # its SummaryWriter can block for ever
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(exist_ok=True)
+        writer = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)  # hides what is there of steps from here on
+        writer.write_event(Event(wall_time=time.time(), step=begins, session_log=start))
+        while (item := self.waiting.get()) is not None:
+            for name, value in item[0]:
+                writer.write_event(Event(wall_time=time.time(), step=item[1], summary=scalar(name, value)))
+            if self.waiting.empty():
+                writer.flush()
+        writer.close()
+
+    def _leave_out(self, why: str) -> None:
+        if not self.left_out:
+            self.left_out = True
+            print(f"warning: TensorBoard is left out: {why}", file=sys.stderr)
 
 
 def _scalars(record: Mapping[str, Any], runs: Sequence[str]) -> Iterator[tuple[str, float]]:
@@ -295,16 +326,29 @@ def _scalars(record: Mapping[str, Any], runs: Sequence[str]) -> Iterator[tuple[s
 
 @contextlib.contextmanager
 def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGTERM or Ctrl-C came; the second one ends the program at once."""
+    """Gives a function that tells whether SIGTERM or Ctrl-C came.
+
+    The second one ends the program at once, and so does the first before the function is called: programs compile then,
+    and cannot be stopped.
+    """
     came: list[int] = []
+    trains = False
 
     def come(number: int, frame: object) -> None:
+        if not trains:
+            os.write(2, b"stopped before the first chunk, so nothing is lost: go on with --resume\n")
+            os._exit(128 + number)
         came.append(number)
         signal.signal(number, signal.SIG_DFL)
 
+    def should_stop() -> bool:
+        nonlocal trains
+        trains = True
+        return bool(came)
+
     before = {number: signal.signal(number, come) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(came)
+        yield should_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from qos_jax.agent.configs import AgentConfig
 from qos_jax.agent.learner import Learner, make_learner
 from qos_jax.agent.overrides import overridden
 from qos_jax.agent.sac import Hyperparameters
+from qos_jax.io.files import writable_folder
 from qos_jax.routers.base import Router
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.training.config import DEFAULT_LOAD, HELD_OUT_LOADS, TrainingConfig
@@ -22,7 +23,7 @@ from qos_jax.training.held_out import HeldOut
 from qos_jax.training.loop import train
 from qos_jax.training.memory import available_bytes, check_fits, needed_bytes
 from qos_jax.training.progress import Progress, TrainResult
-from qos_jax.training.run_folder import RunFolder, make_config
+from qos_jax.training.run_folder import RunFolder, locked, make_config
 from qos_jax.worlds import randomization
 from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.randomization import Domain, rate_clip_per_s, sample_worlds
@@ -38,6 +39,7 @@ class TrainingRun:
     training: TrainingConfig
     world: WorldConfig | None  # None: an environment of the user's own
 
+    @contextlib.contextmanager
     def open_folder(
         self,
         out: str | os.PathLike[str],
@@ -45,19 +47,21 @@ class TrainingRun:
         resume: bool = False,
         command: str | None = None,
         flags: Sequence[str] | None = None,
-    ) -> RunFolder:
-        """Makes the folder of this run, or opens the one to go on with.
+    ) -> Iterator[RunFolder]:
+        """Makes the folder of this run, or opens the one to go on with, and keeps other programs out of it.
 
         Raises:
-          InputError: the folder holds a run and ``resume`` is False, or the run in it is another one.
+          InputError: the folder holds a run and ``resume`` is False, the run in it is another one, or another program
+            trains there.
         """
         config = make_config(self.learner, self.training, self.world, command=command, flags=flags)
-        if not resume:
-            return RunFolder.start(out, config)
-        folder = RunFolder.reopen(out)
-        folder.check_same(config)
-        folder.prolong(self.training.steps)
-        return folder
+        with locked(RunFolder.reopen(out).path if resume else writable_folder(out)):
+            if resume:
+                folder = RunFolder.reopen(out)
+                folder.go_on(config)
+            else:
+                folder = RunFolder.start(out, config)
+            yield folder
 
     def train(
         self,
@@ -70,22 +74,21 @@ class TrainingRun:
     ) -> TrainResult:
         """Trains to the end, or until asked to stop; see ``qos_jax.training.loop.train``."""
         runs = self.training.runs
-        with contextlib.nullcontext() if folder is None else folder.locked():
-            return train(
-                self.learner,
-                self.params,
-                _hyperparameters(self.learner.config, self.training),
-                self.held_out,
-                steps=self.training.steps,
-                seeds=self.training.seeds,
-                loads=[run["load"] for run in runs] if "load" in runs[0] else None,
-                devices=devices,
-                evaluate_every=self.training.evaluate_every,
-                folder=folder,
-                checkpoint_every_s=checkpoint_every_s,
-                progress_fn=progress_fn or (lambda progress: None),
-                should_stop=should_stop or (lambda: False),
-            )
+        return train(
+            self.learner,
+            self.params,
+            _hyperparameters(self.learner.config, self.training),
+            self.held_out,
+            steps=self.training.steps,
+            seeds=self.training.seeds,
+            loads=[run["load"] for run in runs] if "load" in runs[0] else None,
+            devices=devices,
+            evaluate_every=self.training.evaluate_every,
+            folder=folder,
+            checkpoint_every_s=checkpoint_every_s,
+            progress_fn=progress_fn or (lambda progress: None),
+            should_stop=should_stop or (lambda: False),
+        )
 
     def routers(self, weights: Any, name: str) -> list[Router]:
         """Returns the router of each run, from the weights of a ``TrainResult``."""

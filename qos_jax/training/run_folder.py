@@ -3,15 +3,18 @@
 The folder of a run holds
 
 * ``config.json``: the world, what is trained in it, and with which versions, see ``run_format``; the network is rebuilt
-  from it;
+  from it. ``resumed`` has the versions of each later part of the run, and the steps at which that began;
 * ``metrics.jsonl``: one record per line, see ``qos_jax.training.loop``;
 * ``checkpoints/STEPS/``: two Orbax items, ``state``, which training goes on from bit for bit, and ``weights``, which
-  is all that a router needs; and ``checksums.json`` of all their files, as a bit that has flipped would be read.
+  is all that a router needs; and ``checksums.json`` of all their files, as a bit that has flipped would be read. Files
+  that others put there, as desktops do, do not count.
 
 A checkpoint is written under a hidden name and then renamed, so that whatever ends the program, and whenever, the last
-whole checkpoint is there. Lines of metrics.jsonl are written before the checkpoint that they lead to, and those beyond
-it are dropped when the run is resumed. Of several processes each writes its part of a checkpoint, so all of them must
-see the folder. All else is written by the first.
+whole checkpoint is there. What a killed program left under hidden names goes when the run is started or resumed. After
+a power cut config.json is whole, and a checkpoint that is not is refused; the one before it is there. Lines of
+metrics.jsonl are written before the checkpoint that they lead to, and those beyond it are dropped when the run is
+resumed. Of several processes each writes its part of a checkpoint, so all of them must see the folder. All else is
+written by the first.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +36,7 @@ import orbax.checkpoint as ocp
 
 from qos_jax.agent.learner import Learner, TrainState
 from qos_jax.errors import InputError
-from qos_jax.io.files import parse_json, writable_folder, write_whole
+from qos_jax.io.files import parse_json, remove, remove_temporaries, writable_folder, write_whole
 from qos_jax.io.provenance import git_hash, versions
 from qos_jax.training.config import TrainingConfig
 from qos_jax.training.parallel import leads, wait_for_all
@@ -44,6 +47,27 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 _KEPT = 2  # checkpoints
 _ITEMS, _CHECKSUMS = ("state", "weights"), "checksums.json"
+_OF_A_PART = ("versions", "git")  # fields of config.json that may differ between the parts of a run
+_RANDOM = ("jax_default_prng_impl", "jax_threefry_partitionable")  # settings that numbers drawn depend on
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other programs from training in a folder; the system ends that with the process, however it ends.
+
+    Raises:
+      InputError: another one trains there, or the folder cannot be locked.
+    """
+    with contextlib.ExitStack() as stack:
+        if leads():
+            try:
+                file = stack.enter_context(open(folder / ".lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{folder}: another program trains in this folder: wait for it, or stop it") from error
+            except OSError as error:
+                raise InputError(f"{folder / '.lock'}: cannot be locked: {error.strerror}") from error
+        yield
 
 
 class RunFolder:
@@ -63,15 +87,17 @@ class RunFolder:
           config: what ``make_config`` returns.
 
         Raises:
-          InputError: the folder holds a run already, or cannot be written to.
+          InputError: the folder holds a run already, or cannot be written to, or Orbax cannot.
         """
-        folder = writable_folder(path).absolute()
+        _check_path(path)
+        run = cls(writable_folder(path).absolute(), config)
         if leads():
-            if (folder / CONFIG).exists():
-                raise InputError(f"{folder} holds a run already: resume it, or take another folder")
-            write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
+            if (run.path / CONFIG).exists():
+                raise InputError(f"{run.path} holds a run already: resume it, or take another folder")
+            run._remove_remains()
+            run._write_config()
         wait_for_all("run folder")
-        return cls(folder, config)
+        return run
 
     @classmethod
     def reopen(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -81,26 +107,9 @@ class RunFolder:
           InputError: there is none, or its config.json is not usable.
         """
         folder = pathlib.Path(path).absolute()
-        return cls(folder, read_config(folder))
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other programs from training in the folder; the system ends that with the process, however it ends.
-
-        Raises:
-          InputError: another one trains there.
-        """
-        if not leads():
-            yield
-            return
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(
-                    f"{self.path}: another program trains in this folder: wait for it, or stop it"
-                ) from error
-            yield
+        config = read_config(folder)
+        _check_path(folder)
+        return cls(folder, config)
 
     @property
     def training(self) -> TrainingConfig:
@@ -131,6 +140,33 @@ class RunFolder:
         """All steps are done."""
         return self.latest is not None and self.latest >= self.training.steps
 
+    def go_on(self, config: Mapping[str, Any]) -> None:
+        """Begins another part of the run, with more steps if these are asked for, and writes that down.
+
+        Args:
+          config: what ``make_config`` returns now.
+
+        Raises:
+          InputError: the run is another one, see ``check_same``, or config.json cannot be written.
+        """
+        self.check_same(config)
+        steps = config["training"]["steps"]
+        begins, part = self.latest or 0, {name: config[name] for name in _OF_A_PART}
+        try:
+            earlier = [each for each in self.config.get("resumed", []) if each["steps"] < begins]
+            changes = _changes((earlier or [self.config])[-1], part)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{self.path / CONFIG}: versions or resumed are not what was written: {error}") from error
+        if changes and leads():
+            print(f"note: {self.path} goes on after {begins} steps with {changes}", file=sys.stderr)
+        resumed = {"resumed": [*earlier, {"steps": begins, **part}]} if begins < steps else {}
+        flags = {} if config["flags"] is None else {"flags": config["flags"]}
+        training = {**self.config["training"], "steps": steps}
+        self.config = {**self.config, **flags, **resumed, "training": training}
+        if leads():
+            self._remove_remains()
+            self._write_config()
+
     def check_same(self, config: Mapping[str, Any]) -> None:
         """Compares what fixes a run with the configuration that it shall go on with; only ``steps`` may be larger.
 
@@ -142,8 +178,9 @@ class RunFolder:
                 f"{self.path / CONFIG}: was written in format {self.config['began_as']}: "
                 "its router can be loaded, but training cannot go on"
             )
-        for field in ("spec", "world"):
-            _check_same(f"{self.path / CONFIG}: {field}", self.config[field], config[field])
+        for field in ("spec", "world", "random"):
+            if field in self.config and field in config:  # earlier versions did not write all
+                _check_same(f"{self.path / CONFIG}: {field}", self.config[field], config[field])
         before, after = (dict(each["training"]) for each in (self.config, config))
         if after.pop("steps") < before["steps"]:
             raise InputError(
@@ -152,13 +189,6 @@ class RunFolder:
             )
         del before["steps"]
         _check_same(f"{self.path / CONFIG}: training", before, after)
-
-    def prolong(self, steps: int) -> None:
-        """Writes down that the run has so many steps, if these are more than before."""
-        if steps > self.training.steps:
-            self.config = {**self.config, "training": {**self.config["training"], "steps": steps}}
-            if leads():
-                write_whole(self.path / CONFIG, json.dumps(self.config, indent=1, allow_nan=False))
 
     @property
     def latest(self) -> int | None:
@@ -186,21 +216,20 @@ class RunFolder:
             state = state.replace(replay=None)
         hidden = self._hidden(steps)
         if leads():
-            shutil.rmtree(hidden, ignore_errors=True)
+            remove(hidden)
         wait_for_all(f"before checkpoint {steps}")
         try:
             with ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
                 checkpointer.save(hidden / "weights", weights)
                 checkpointer.save(hidden / "state", state)
+            if leads():
+                write_whole(hidden / _CHECKSUMS, json.dumps({item: _checksums(hidden / item) for item in _ITEMS}))
+                os.replace(hidden, self.checkpoint(steps))
         except Exception as error:  # Orbax and TensorStore raise whatever they like on full disks
             kept = f"the last one is {self.checkpoint(self.latest)}" if self.latest is not None else "there is none"
             raise InputError(f"{hidden}: checkpoint cannot be written ({_first_line(error)}); {kept}") from error
         if leads():
-            write_whole(hidden / _CHECKSUMS, json.dumps({item: _checksums(hidden / item) for item in _ITEMS}))
-            os.replace(hidden, self.checkpoint(steps))
-            for old in self._saved()[:-_KEPT]:
-                os.replace(self.checkpoint(old), self._hidden(old))
-                shutil.rmtree(self._hidden(old))
+            self._remove_old()
         wait_for_all(f"checkpoint {steps}")
 
     def restore_state(self, steps: int, like: TrainState) -> TrainState:
@@ -252,6 +281,23 @@ class RunFolder:
             write_whole(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
+    def _write_config(self) -> None:
+        write_whole(self.path / CONFIG, json.dumps(self.config, indent=1, allow_nan=False))
+
+    def _remove_remains(self) -> None:
+        remove_temporaries(self.path, CONFIG, METRICS, "learning_curve*")
+        for path in self._hidden(0).parent.glob(".*"):
+            if path.name[1:].isdecimal():
+                remove(path)
+
+    def _remove_old(self) -> None:
+        for old in self._saved()[:-_KEPT]:
+            hidden = self._hidden(old)
+            remove(hidden)
+            with contextlib.suppress(OSError):  # it stays then, which does no harm
+                os.replace(self.checkpoint(old), hidden)
+            remove(hidden)
+
     def _hidden(self, steps: int) -> pathlib.Path:
         return self.path / "checkpoints" / f".{steps}"
 
@@ -277,11 +323,13 @@ class RunFolder:
         try:
             text = (path / _CHECKSUMS).read_text(encoding="utf-8", errors="replace")
             expected = dict(parse_json(text, str(path / _CHECKSUMS))[item].items())
+            found = _checksums(path / item, expected)
         except (OSError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path / _CHECKSUMS}: cannot be read: {_otherwise(path)}") from error
-        found = _checksums(path / item)
-        for name in sorted({*expected, *found}):
-            if expected.get(name) != found.get(name):
+        if not expected:
+            raise InputError(f"{path / _CHECKSUMS}: {item} is empty: {_otherwise(path)}")
+        for name in sorted(expected):
+            if expected[name] != found.get(name):
                 raise InputError(f"{path / item / name}: is not what was written: {_otherwise(path)}")
 
     def _saved(self) -> list[int]:
@@ -315,8 +363,9 @@ def make_config(
         "training": resolved.to_dict(),
         "command": command,
         "flags": None if flags is None else list(flags),
-        "versions": versions() | {"orbax-checkpoint": ocp.__version__},
+        "versions": versions(),
         "git": git_hash(),
+        "random": {name: getattr(jax.config, name) for name in _RANDOM},
     }
     return dict(json.loads(json.dumps(config)))
 
@@ -335,18 +384,36 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return upgraded(config, str(file))
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file below a folder."""
+def _check_path(path: str | os.PathLike[str]) -> None:
+    folder = pathlib.Path(path).absolute()
+    if found := next((character for character in "\\[" if character in str(folder)), None):
+        raise InputError(f"{folder}: Orbax cannot keep checkpoints below a path with {found!r}: take another folder")
+
+
+def _checksums(folder: pathlib.Path, expected: Container[str] | None = None) -> dict[str, str]:
+    """Returns the SHA-256 of each expected file below a folder; by default of all but hidden ones."""
     sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        counts = name in expected if expected is not None else not path.name.startswith(".")
+        if counts and path.is_file():
             with path.open("rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
 
 def _otherwise(checkpoint: pathlib.Path) -> str:
-    return f"delete {checkpoint} to take the checkpoint before it"
+    return f"move {checkpoint} out of the run's folder to take the checkpoint before it"
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns what differs between two parts of a run, as far as both say it."""
+    old, new = ({**each.get("versions", {}), "git": each.get("git")} for each in (before, now))
+    return ", ".join(
+        f"{name} {new[name]} (was {old[name]})"
+        for name in new
+        if None not in (old.get(name), new[name]) and old[name] != new[name]
+    )
 
 
 def _first_line(error: Exception) -> str:

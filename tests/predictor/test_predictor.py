@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -52,6 +53,11 @@ def folder(saved, tmp_path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(saved, tmp_path / "predictor"))
 
 
+def weights_of(folder: pathlib.Path) -> pathlib.Path:
+    """The folder that config.json names."""
+    return folder / json.loads((folder / "config.json").read_text())["weights"]
+
+
 class TestPredictions:
     def test_shapes_and_ranges(self, on_texts):
         score, output_tokens = on_texts.predict(TEXTS)
@@ -97,10 +103,8 @@ class TestFolder:
 
     def test_a_predictor_on_embeddings_needs_no_encoder(self, on_embeddings, tmp_path):
         on_embeddings.save(tmp_path / "new" / "predictor")
-        assert {path.name for path in (tmp_path / "new" / "predictor").iterdir()} == {
-            "config.json",
-            "heads.safetensors",
-        }
+        files = [path for path in (tmp_path / "new" / "predictor").rglob("*") if path.is_file()]
+        assert {path.name for path in files} == {"config.json", "heads.safetensors"}
         embeddings = made_up_table().embeddings
         score, output_tokens = load_predictor(tmp_path / "new" / "predictor").predict_embeddings(embeddings)
         np.testing.assert_array_equal(score, on_embeddings.predict_embeddings(embeddings)[0])
@@ -110,7 +114,9 @@ class TestFolder:
         assert json.loads((saved / "config.json").read_text())["command"] == "a test"
 
     def test_the_encoder_can_be_used_for_itself(self, on_texts, saved):
-        np.testing.assert_array_equal(load_pretrained(saved / "encoder").embed(TEXTS), on_texts.encoder.embed(TEXTS))
+        np.testing.assert_array_equal(
+            load_pretrained(weights_of(saved) / "encoder").embed(TEXTS), on_texts.encoder.embed(TEXTS)
+        )
 
     def test_the_folder_of_a_run_will_do(self, saved):
         assert load_predictor(saved.parent).experts == EXPERTS
@@ -119,12 +125,55 @@ class TestFolder:
         on_embeddings.save(folder)
         assert load_predictor(folder).encoder is None
         assert [path.name for path in folder.parent.iterdir()] == ["predictor"]
+        assert {path.name for path in folder.iterdir()} == {"config.json", weights_of(folder).name}
 
     def test_the_old_predictor_stays_when_the_new_one_cannot_be_written(self, on_embeddings, folder):
         with pytest.raises(TypeError):
             on_embeddings.save(folder, command=object())
         assert load_predictor(folder).encoder is not None
         assert [path.name for path in folder.parent.iterdir()] == ["predictor"]
+
+    @pytest.mark.parametrize("step", range(3))
+    def test_whatever_ends_the_program_leaves_a_predictor(self, on_embeddings, on_texts, folder, monkeypatch, step):
+        """The program ends at each renaming of a save; afterwards another save works."""
+
+        class EndError(BaseException):
+            pass
+
+        real, left = os.replace, [step]
+
+        def replace(*paths):
+            if left[0] == 0:
+                raise EndError
+            left[0] -= 1
+            real(*paths)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(EndError):
+                on_embeddings.save(folder)
+        assert load_predictor(folder).encoder is not None
+        on_embeddings.save(folder)
+        assert {path.name for path in folder.iterdir()} == {"config.json", weights_of(folder).name}
+        assert load_predictor(folder).encoder is None
+
+    def test_one_that_was_begun_only_is_replaced(self, on_embeddings, tmp_path):
+        (tmp_path / ".new-12").mkdir()
+        (tmp_path / "weights-0123456789abcdef").mkdir()
+        on_embeddings.save(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", weights_of(tmp_path).name}
+
+    def test_one_of_format_1_is_read_and_replaced(self, on_texts, on_embeddings, folder):
+        weights = weights_of(folder)
+        for path in weights.iterdir():
+            path.rename(folder / path.name)
+        weights.rmdir()
+        config = json.loads((folder / "config.json").read_text())
+        del config["weights"]
+        (folder / "config.json").write_text(json.dumps(config | {"format": 1}))
+        np.testing.assert_array_equal(load_predictor(folder).predict(TEXTS)[0], on_texts.predict(TEXTS)[0])
+        on_embeddings.save(folder)
+        assert {path.name for path in folder.iterdir()} == {"config.json", weights_of(folder).name}
 
     def test_anything_else_is_not_overwritten(self, on_embeddings, tmp_path):
         (tmp_path / "diary.txt").write_text("Dear diary")
@@ -138,9 +187,10 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format": 0}, "format is 0, must be 1"),
+            ({"format": 0}, "format is 0, must be 1 or 2"),
             ({"experts": "small"}, "experts is 'small', must be of type list"),
             ({"experts": ["small", "small", "large"]}, "must be different names"),
+            ({"weights": "../elsewhere"}, "weights is '../elsewhere', must be weights-HASH"),
             ({"members": 0}, "members is 0"),
             ({"members": True}, "members is True"),
             ({"head": {"form": "ranking"}}, "form is 'ranking'"),
@@ -176,14 +226,15 @@ class TestDamage:
         ],
     )
     def test_a_tensor_that_is_missing_or_wrong(self, folder, name, tensor, message):
-        tensors = load_file(folder / "heads.safetensors") | {name: tensor}
-        save_file({key: value for key, value in tensors.items() if value is not None}, folder / "heads.safetensors")
+        tensors = load_file(weights_of(folder) / "heads.safetensors") | {name: tensor}
+        tensors = {key: value for key, value in tensors.items() if value is not None}
+        save_file(tensors, weights_of(folder) / "heads.safetensors")
         with pytest.raises(InputError, match=message):
             load_predictor(folder)
 
     @pytest.mark.parametrize("kept", [0, 1, 100, None])
     def test_a_file_that_is_cut_off_or_missing(self, folder, kept):
-        path = folder / "heads.safetensors"
+        path = weights_of(folder) / "heads.safetensors"
         content = path.read_bytes()
         path.unlink()
         if kept is not None:
@@ -192,7 +243,7 @@ class TestDamage:
             load_predictor(folder)
 
     def test_an_encoder_that_is_missing_or_another(self, folder):
-        shutil.rmtree(folder / "encoder")
+        shutil.rmtree(weights_of(folder) / "encoder")
         with pytest.raises(InputError, match=r"config\.json is missing"):
             load_predictor(folder)
 

@@ -7,8 +7,11 @@ import pathlib
 import signal
 import subprocess
 import sys
+import zlib
 
 import pytest
+
+from qos_jax.programs import compilation_cache
 
 PROGRAM = """
 import sys
@@ -53,6 +56,21 @@ def test_a_killed_program_adds_nothing(tmp_path):
     program.send_signal(signal.SIGKILL)
     program.communicate()
     assert compiled(tmp_path) == before
+
+
+def test_only_what_reads_back_whole_is_shared(tmp_path):
+    """As after a full disk: files that are empty or cut, its own and shared ones."""
+    own, shared, whole = tmp_path / "own", tmp_path / "shared", zlib.compress(bytes(range(256)) * 20)
+    for folder in (own, shared):
+        folder.mkdir()
+        for name, content in (("whole", whole), ("empty", b""), ("cut", whole[:-9]), ("other", b"\x28\xb5\x2f\xfd..")):
+            (folder / f"{folder.name}-{name}-cache").write_bytes(content)
+        (folder / "both-cache").write_bytes(whole)
+    compilation_cache._link(shared, own)
+    assert {file.name for file in shared.iterdir()} == {"shared-whole-cache", "both-cache"}
+    compilation_cache._link(own, shared)
+    assert {file.name for file in shared.iterdir()} == {"own-whole-cache", "shared-whole-cache", "both-cache"}
+    assert all(file.read_bytes() == whole for file in shared.iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

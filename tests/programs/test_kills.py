@@ -1,4 +1,4 @@
-"""Sweeps and studies that are killed at random moments, with all that they have started, go on where they were."""
+"""Sweeps, studies and predictors that are killed at random moments, with all that they have started, go on."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
+from qos_jax.io.files import remove
+from qos_jax.predictor import load_predictor
+from tests.helpers.prediction_tables import made_up_table, write_npz
 from tests.helpers.quick_compilation import quick_compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
-KILLS = 13  # of each; with those of the training program more than 50
+KILLS = 20  # of each
 SIZES = (
     "--agent=baseline_rl --set=chunk=8,updates=2,batch_size=16,capacity=128,prefill=4,hidden=8x8 --num_envs=4 "
     "--evaluation_envs=2 --evaluation_steps=20 --steps=512 --evaluate_every=64 --checkpoint_minutes=0"
 )
-SWEEP = ("qos_jax.programs.sweep", "--grid=seed=0,1", f"--each={SIZES}")
+SWEEP = ("qos_jax.programs", "sweep", "--grid=seed=0,1", f"--each={SIZES}")
 STUDY = ("tests.helpers.small_study",)
+PREDICTOR = ("qos_jax.programs", "predictor", "--data={table}", "--score_column=quality", "--folds=2", "--hidden=4")
 
 pytestmark = pytest.mark.slow
 
@@ -54,25 +58,39 @@ def whole_files(folder: pathlib.Path) -> None:
             json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(("command", "part"), [(SWEEP, "seed=1"), (STUDY, "runs")], ids=["sweep", "reproduce"])
+def results(folder: pathlib.Path) -> Any:
+    """What a program has found, but for what differs from one time to the next."""
+    found = json.loads(next(path for path in folder.glob("*.json")).read_text())
+    for row in found.get("rows", []):
+        row.pop("seconds", None)
+    return {name: value for name, value in found.items() if name not in ("command", "versions")}
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [(SWEEP, "seed=1"), (STUDY, "runs"), (PREDICTOR, "metrics.json")],
+    ids=["sweep", "reproduce", "predictor"],
+)
 def test_killed_again_and_again(
     command: Sequence[str], part: str, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
+    table = write_npz(tmp_path / "table.npz", made_up_table(40, r2=0.9))
+    command = [each.format(table=table) for each in command]
     finish(start(command, tmp_path / "whole", variables))
-    kills = 0
+    kills, saved = 0, False
     while kills < KILLS:
         process = start(command, tmp_path / "killed", variables)
         try:
-            printed = process.communicate(timeout=random.uniform(1, 15))[0].decode()
+            printed = process.communicate(timeout=random.uniform(1, 10))[0].decode()
             assert process.returncode == 0, printed
-            shutil.rmtree(tmp_path / "killed" / part)  # all was done: there must be something to do
+            remove(tmp_path / "killed" / part)  # all was done: there must be something to do
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             kills += 1
         whole_files(tmp_path / "killed")
+        saved = saved or (tmp_path / "killed" / "predictor" / "config.json").exists()
+        if saved:
+            load_predictor(tmp_path / "killed")
     finish(start(command, tmp_path / "killed", variables))
-    results = [json.loads(next((tmp_path / name).glob("s*.json")).read_text())["rows"] for name in ("whole", "killed")]
-    for row in (*results[0], *results[1]):
-        row.pop("seconds", None)
-    assert results[0] == results[1]
+    assert results(tmp_path / "whole") == results(tmp_path / "killed")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
+from absl.flags import FlagValues
 
 from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.overrides import leaves
 from qos_jax.predictor.fitting import FineTuning
 from qos_jax.programs import choices
+from qos_jax.programs.app import run_program
 from qos_jax.programs.main import PROGRAMS, flags_reference
 from qos_jax.programs.studies import BUDGETS, STUDIES
 from qos_jax.routers import PLANNERS, router_names
@@ -87,6 +91,17 @@ def test_an_unknown_program_is_refused_in_one_line() -> None:
     assert done.stderr.startswith("error: program 'tran' is unknown; choose from train, ")
     assert run("-m", "qos_jax.programs").returncode == 0
     assert run("-m", "qos_jax.programs", "--version").stdout.startswith("qos_jax ")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_ends_any_program_in_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(values: FlagValues) -> None:
+        raise OSError(number, os.strerror(number), "runs/here")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(lambda values: None, fails, name="program", summary="", arguments=[])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: runs/here cannot be written: {os.strerror(number)}\n"
 
 
 def test_launchers_of_the_checkout_are_the_same_programs() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,10 +22,12 @@ import qos_jax
 from qos_jax import InputError, load_router
 from qos_jax.agent import AGENTS
 from qos_jax.agent.overrides import overridden
+from qos_jax.programs import train
 from qos_jax.programs.train import configs_of, parsed
+from qos_jax.training.config import TrainingConfig
 from qos_jax.training.run_folder import RunFolder
 from tests.helpers.instant_env import assert_equal
-from tests.helpers.programs import Program, assert_refused, program_of, start_training
+from tests.helpers.programs import ROOT, Program, assert_refused, program_of, start_training
 from tests.helpers.quick_compilation import quick_compilation
 
 CHUNKS = 8
@@ -160,7 +167,7 @@ def test_what_is_killed_again_and_again_goes_on_bit_for_bit(
     whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
 ) -> None:
     folder, arguments = tmp_path / "killed", TINY
-    for kill in range(25):
+    for kill in range(10):
         process = start_training(folder, variables, *arguments)
         lines = (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
         wait_for_lines(folder, lines + 1 if kill % 2 else lines, process)
@@ -172,6 +179,113 @@ def test_what_is_killed_again_and_again_goes_on_bit_for_bit(
     process.wait()
     assert process.returncode == 0
     assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_compilation_at_once(variables: dict[str, str], tmp_path: pathlib.Path) -> None:
+    process = start_training(tmp_path / "run", variables | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, *TINY)
+    while not (tmp_path / "run" / "tensorboard").exists():  # compilation begins then
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    *_, last = process.communicate()[0].decode().splitlines()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped before the first chunk, so nothing is lost: go on with --resume" in last
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_training_in_one_line(
+    whole: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    """Files may not become longer than a checkpoint's, as on a disk of its own for each; room comes, and it goes on."""
+    limit = 8 * 1024
+    command = [sys.executable, "-m", "qos_jax.programs", "train", *TINY, f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(
+        command, env=variables | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [done.stderr.splitlines()[-1]]
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    process = start_training(tmp_path / "run", variables, "--resume")
+    printed = process.communicate()[0].decode()
+    assert process.returncode == 0, printed
+    assert_same_run(tmp_path / "run", whole)
+
+
+class TestBoard:
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the file stays open
+    @pytest.mark.parametrize("writes", [0, 1, 5])
+    def test_training_outlives_a_writer_that_fails(
+        self, writes: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        left = [writes]
+
+        def write(self: Any, event: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        self.written(tmp_path, monkeypatch, write)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line == "warning: TensorBoard is left out: [Errno 28] No space left on device"
+
+    @pytest.mark.parametrize(("most", "why"), [(1000, "cannot be ended"), (3, "not written fast enough")])
+    def test_training_outlives_a_writer_that_blocks(
+        self, most: int, why: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        released = threading.Event()
+        monkeypatch.setattr(train._Board, "_MOST_WAITING", most)
+        self.written(tmp_path, monkeypatch, lambda self, event: released.wait())
+        released.set()
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "TensorBoard is left out: its file" in line and why in line
+
+    def test_what_is_written_can_be_read(self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written(tmp_path, monkeypatch)
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        content = file.read_bytes()
+        assert content.count(b"train/loss") == 10
+
+    def written(self, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, write: Any = None) -> None:
+        monkeypatch.setattr(train._Board, "_PATIENCE_S", 0.5 if write else 60.0)
+        if write:
+            monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", write)
+        board = train._Board(RunFolder(folder, {}))
+        for steps in range(10):
+            board.write([("train/loss", 0.5)], steps)
+        board.close()
+
+
+class TestStopAsked:
+    def test_it_ends_at_once_before_training(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        with pytest.raises(SystemExit) as raised, train._stop_asked():
+            signal.raise_signal(signal.SIGTERM)
+        assert raised.value.code == 143
+        assert capfd.readouterr().err.count("\n") == 1
+
+    def test_it_is_told_while_training(self) -> None:
+        with train._stop_asked() as should_stop:
+            assert not should_stop()
+            signal.raise_signal(signal.SIGTERM)
+            assert should_stop()
+
+
+def test_flags_are_kept_when_a_run_goes_on(tmp_path: pathlib.Path) -> None:
+    config = {"training": TrainingConfig().to_dict(), "flags": ["--seed=3", "--checkpoint_minutes=7"]}
+    folder = RunFolder(tmp_path, config)
+    values, flags = train._with_earlier_flags(parsed(["--resume"]), folder)
+    assert (values.checkpoint_minutes, values.seed) == (7.0, 3)
+    assert set(flags) == {"--seed=3", "--checkpoint_minutes=7.0"}
+    values, flags = train._with_earlier_flags(parsed(["--resume", "--checkpoint_minutes=0.5"]), folder)
+    assert values.checkpoint_minutes == 0.5
+    assert "--checkpoint_minutes=0.5" in flags
 
 
 @pytest.mark.slow

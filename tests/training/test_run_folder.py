@@ -25,7 +25,9 @@ from qos_jax.agent.networks import NetworkConfig
 from qos_jax.encoder.han import HANConfig
 from qos_jax.sim.types import Observation
 from qos_jax.training.config import TrainingConfig, runs_of
-from qos_jax.training.run_folder import RunFolder, make_config, read_config
+from qos_jax.training.held_out import HeldOut
+from qos_jax.training.run import TrainingRun
+from qos_jax.training.run_folder import RunFolder, locked, make_config, read_config
 from tests.helpers.instant_env import assert_equal, instant_env, small_learner
 from tests.helpers.quick_compilation import quick_compilation
 from tests.helpers.small_env import small_params
@@ -94,6 +96,86 @@ class TestRunFolder:
         folder.save(96, state, state)
         assert_equal(folder.restore_weights(96, state), state)
 
+    def test_files_of_others_do_not_count(self, copy: pathlib.Path) -> None:
+        folder, state = RunFolder.reopen(copy), {"a": jnp.zeros(2)}
+        for place in [copy / "checkpoints", *(copy / "checkpoints" / "64").rglob("*")]:
+            for name in (".DS_Store", "Thumbs.db", ".nfs0000000000a1", "desktop.ini") if place.is_dir() else ():
+                (place / name).write_text("of a desktop")
+        load_router(copy)
+        before = state_of(small_learner())
+        assert_equal(folder.restore_state(64, jax.eval_shape(lambda: before)), before)
+        for steps in (128, 192):
+            folder.save(steps, state, state)
+        assert folder.latest == 192 and not folder.checkpoint(64).exists()
+
+    @pytest.mark.parametrize("name", ["a b?c#d%20e", "{x} $y 'z' \"q\"", "new\nline", "ünï", "@*]|<>;&"])
+    def test_the_folder_may_have_any_name(self, flat: RunFolder, tmp_path: pathlib.Path, name: str) -> None:
+        folder, state = RunFolder.start(tmp_path / name, flat.config), {"a": jnp.arange(2)}
+        folder.save(32, state, state)
+        assert_equal(RunFolder.reopen(folder.path).restore_weights(32, state), state)
+
+    @pytest.mark.parametrize("name", ["back\\slash", "run[1]"])
+    def test_but_for_those_that_orbax_cannot_use(self, flat: RunFolder, tmp_path: pathlib.Path, name: str) -> None:
+        with pytest.raises(InputError, match=r"Orbax cannot keep checkpoints below a path with '(\\|\[)"):
+            RunFolder.start(tmp_path / name / "run", flat.config)
+        assert not list(tmp_path.iterdir())
+        shutil.copytree(flat.path, tmp_path / name)
+        with pytest.raises(InputError, match="take another folder"):
+            load_router(tmp_path / name)
+
+    def test_an_old_checkpoint_may_be_a_link(self, copy: pathlib.Path, tmp_path: pathlib.Path) -> None:
+        folder, state = RunFolder.reopen(copy), {"a": jnp.zeros(2)}
+        elsewhere = folder.checkpoint(64).rename(tmp_path / "elsewhere")
+        folder.checkpoint(64).symlink_to(elsewhere)
+        load_router(copy)
+        for steps in (128, 192):
+            folder.save(steps, state, state)
+        assert sorted(os.listdir(copy / "checkpoints")) == ["128", "192"]
+        assert (elsewhere / "checksums.json").exists()
+
+    def test_what_killed_programs_left_goes_when_the_run_goes_on(self, copy: pathlib.Path) -> None:
+        learner = small_learner()
+        (copy / "checkpoints" / ".192" / "weights").mkdir(parents=True)
+        for name in (".config.json.123", ".metrics.jsonl.5", ".learning_curve.png.77", ".mine.7", ".config.json.old"):
+            (copy / name).write_text("{")
+        RunFolder.reopen(copy).go_on(make_config(learner, training_of(learner)))
+        assert {path.name for path in copy.glob(".*")} == {".mine.7", ".config.json.old"}
+        assert os.listdir(copy / "checkpoints") == ["64"]
+
+    def test_each_part_of_a_run_has_its_versions(self, copy: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+        learner = small_learner()
+        now = make_config(learner, dataclasses.replace(training_of(learner), steps=128))
+        RunFolder.reopen(copy).go_on(now)
+        assert capsys.readouterr().err == ""
+        older = {**now, "versions": {**now["versions"], "jax": "0.9.9"}, "git": "f" * 40}
+        for config in (older, now, now):
+            RunFolder.reopen(copy).go_on(config)
+        (note,) = capsys.readouterr().err.splitlines()
+        jax_now, git_now = now["versions"]["jax"], now["git"]
+        assert f"goes on after 64 steps with jax 0.9.9 (was {jax_now}), git {'f' * 40} (was {git_now})" in note
+        RunFolder.reopen(copy).save(96, {"a": jnp.zeros(2)}, {"a": jnp.zeros(2)})
+        RunFolder.reopen(copy).go_on(older)
+        assert f"goes on after 96 steps with jax 0.9.9 (was {jax_now})" in capsys.readouterr().err
+        parts = [(part["steps"], part["versions"]["jax"], part["git"]) for part in read_config(copy)["resumed"]]
+        assert parts == [(64, jax_now, git_now), (96, "0.9.9", "f" * 40)]
+
+    def test_other_random_numbers_are_refused(self, copy: pathlib.Path) -> None:
+        learner, folder = small_learner(), RunFolder.reopen(copy)
+        asked = make_config(learner, training_of(learner))
+        assert asked["random"] == {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True}
+        for name, other in (("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)):
+            with pytest.raises(InputError, match=rf"random.{name} is .*, but {other!r} is asked for"):
+                folder.check_same({**asked, "random": {**asked["random"], name: other}})
+        del folder.config["random"]  # as in runs of version 0.1
+        folder.check_same(asked)
+
+    @pytest.mark.parametrize("resumed", [5, [3], [{"steps": "a", "versions": {}}], [{"steps": 1, "versions": 3}]])
+    def test_parts_that_were_edited_are_refused(self, copy: pathlib.Path, resumed: Any) -> None:
+        changed(resumed=resumed)(copy)
+        learner = small_learner()
+        with pytest.raises(InputError, match=r"config.json: versions or resumed are not what was written"):
+            RunFolder.reopen(copy).go_on(make_config(learner, training_of(learner)))
+
     def test_a_full_disk_leaves_the_checkpoints_that_are_there(self, copy: pathlib.Path) -> None:
         folder, state = RunFolder.reopen(copy), {"a": jnp.arange(300_000.0)}
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -113,11 +195,41 @@ class TestRunFolder:
         with pytest.raises(InputError, match=r"/proc/run cannot be written"):
             RunFolder.start("/proc/run", {})
 
+    def test_a_full_disk_is_named_by_whatever_is_written(self, copy: pathlib.Path) -> None:
+        learner, folder = small_learner(), RunFolder.reopen(copy)
+        before = (copy / "config.json").read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        try:
+            with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written: File too large"):
+                folder.append({"steps": 1, "value": "x" * 20})
+            with pytest.raises(InputError, match=r"config.json cannot be written: File too large"):
+                folder.go_on(make_config(learner, training_of(learner)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (copy / "config.json").read_bytes() == before
+        assert not list(copy.glob(".config*"))
+
     def test_two_programs_do_not_train_in_one_folder(self, copy: pathlib.Path) -> None:
-        first, second = RunFolder.reopen(copy), RunFolder.reopen(copy)
-        with first.locked(), pytest.raises(InputError, match="another program trains in this folder"), second.locked():
+        with locked(copy), pytest.raises(InputError, match="another program trains in this folder"), locked(copy):
             pass
-        with second.locked():
+        with locked(copy):
+            pass
+
+    def test_whoever_comes_second_changes_nothing(
+        self, flat: RunFolder, copy: pathlib.Path, tmp_path: pathlib.Path
+    ) -> None:
+        learner = small_learner()
+        longer = dataclasses.replace(training_of(learner), steps=128)
+        run = TrainingRun(learner, small_params(), HeldOut(small_params(), (0.9,), 2, 4), longer, None)
+        for path, resume in ((tmp_path / "new", False), (copy, True)):
+            path.mkdir(exist_ok=True)
+            with locked(path):
+                before = {file: file.read_bytes() for file in path.iterdir() if file.is_file()}
+                with pytest.raises(InputError, match="another program trains"), run.open_folder(path, resume=resume):
+                    pass
+            assert {file: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+        with run.open_folder(copy, resume=True), pytest.raises(InputError, match="another program"), locked(copy):
             pass
 
     def test_another_run_is_not_overwritten(self, flat: RunFolder) -> None:
@@ -139,8 +251,7 @@ class TestRunFolder:
         learner, folder = small_learner(), RunFolder.reopen(copy)
         assert folder.finished
         longer = dataclasses.replace(training_of(learner), steps=128)
-        folder.check_same(make_config(learner, longer))
-        folder.prolong(128)
+        folder.go_on(make_config(learner, longer))
         assert RunFolder.reopen(copy).training == dataclasses.replace(longer, agent=learner.config)
         assert not RunFolder.reopen(copy).finished
         with pytest.raises(InputError, match=r"training.steps is 128, but fewer are asked for"):
@@ -277,6 +388,10 @@ SPOILED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "no checkpoint": (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds no checkpoint yet"),
     "no weights": (lambda folder: shutil.rmtree(folder / "checkpoints" / "64" / "weights"), "is not what was written"),
     "no checksums": (lambda folder: os.remove(folder / "checkpoints/64/checksums.json"), "sums.json: cannot be read"),
+    "checksums of nothing": (
+        lambda folder: (folder / "checkpoints/64/checksums.json").write_text('{"state": {}, "weights": {}}'),
+        "checksums.json: weights is empty",
+    ),
     "truncated weights": (truncated, "is not what was written"),
     "a bit that flipped": (flipped, "is not what was written"),
     "foreign folder": (
@@ -296,3 +411,4 @@ def test_what_cannot_be_used_is_refused_in_one_line(copy: pathlib.Path, name: st
     assert message in str(raised.value)
     assert str(copy) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert "delete" not in str(raised.value)
