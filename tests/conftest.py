@@ -14,16 +14,18 @@ settings.load_profile("jit")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has the default suite compile fast and not well, and each program once in all its processes.
+    """Has programs compile fast and not well: most tests run one for a moment after compiling it for seconds.
 
-    Most tests run a program for a moment after compiling it for seconds. Without XLA's fusion emitters compilation
-    takes three quarters of the time. Slow tests run long, so they are compiled as users compile. The folder of compiled
-    programs belongs to this run of the suite alone.
+    Without XLA's fusion emitters compilation takes three quarters of the time. The default suite leaves out nearly all
+    optimisation too, and compiles each program once in all its processes, in a folder that belongs to this run alone.
+    Slow tests run longer, so they are optimised, but not to the utmost.
     """
-    if config.option.markexpr == "slow":
+    slow = config.option.markexpr == "slow"
+    flags = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join((*flags, "--xla_backend_optimization_level=2") if slow else flags)
+    if slow:
         return
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit that of the process that starts them
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash.setdefault(_CACHE, tempfile.TemporaryDirectory()).name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"

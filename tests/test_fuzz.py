@@ -44,7 +44,7 @@ from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_in
 from tests.helpers.small_env import small_params
 from tests.helpers.tiny_encoder import write_tiny_encoder
 
-EXAMPLES = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+EXAMPLES = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ODD = (
     b"null", b"NaN", b"-1", b"1e999", b"99999999999999999999999", b"[]", b"{}", b'""', b"true", b"0.5", b",", b"\n",
     b'"', b"\x00", b"\xff\xfe", "é".encode(), b"{", b"[" * 3000, b"0" * 5000, b"2023-13-45", b"../../etc/passwd",

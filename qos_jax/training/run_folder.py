@@ -24,6 +24,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -219,7 +220,7 @@ class RunFolder:
             remove(hidden)
         wait_for_all(f"before checkpoint {steps}")
         try:
-            with ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
+            with _raising_only(), ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
                 checkpointer.save(hidden / "weights", weights)
                 checkpointer.save(hidden / "state", state)
             if leads():
@@ -335,6 +336,23 @@ class RunFolder:
     def _saved(self) -> list[int]:
         folder = self.path / "checkpoints"
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+@contextlib.contextmanager
+def _raising_only() -> Iterator[None]:
+    """Keeps threads of Orbax and TensorStore from printing what goes wrong; it is raised in this one.
+
+    Some threads outlive an error, so they stay silent after one.
+    """
+    logger, printing = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+    sys.unraisablehook = printing
 
 
 def make_config(

@@ -58,12 +58,11 @@ def trained(name: str, **numbers: float) -> tuple[TrainState, TrainState, dict[s
     return run(tiny(name), jax.random.key(0), params, hyper)
 
 
-QUICK = ("mvr", "baseline_rl")
-EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in AGENTS]
+QUICK, SLOW = ("mvr", "baseline_rl"), ("mvr_no_graph", "mvr_no_impact", "sac", "paper")
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_agent_trains(name: str) -> None:
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_agents_train(name: str) -> None:
     before, after, metrics = trained(name)
     chex.assert_tree_all_finite((after.learner, metrics))
     assert {"qos", "critic_loss", "actor_loss", "entropy", "alpha"} <= set(metrics)
@@ -72,6 +71,16 @@ def test_every_agent_trains(name: str) -> None:
     changed = jax.tree.map(lambda x, y: bool(np.any(x != y)), before.learner.params, after.learner.params)
     assert all(any(jax.tree.leaves(part)) for part in changed["params"].values())
     chex.assert_trees_all_equal(tiny(name).weights(after), after.learner.average)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(AGENTS) - {*QUICK, *SLOW}))
+def test_variants_of_agents_have_a_training_step(name: str) -> None:
+    """They differ from others in numbers only, so they are traced and not compiled."""
+    params = stacked([small_params(NUM_EXPERTS, rate_per_s=rate) for rate in RATES])
+    before, after, metrics = run.eval_shape(tiny(name), jax.random.key(0), params, arrays(AGENTS[name].hyper))
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    assert {"qos", "critic_loss"} <= set(metrics)
 
 
 def test_targets_are_stored_when_their_probes_finish() -> None:

@@ -40,7 +40,11 @@ SHARED = (*RUN, f"--set=chunk=4,updates=2,batch_size=16,capacity=128,warm_up=4,h
 def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment variables by which other processes have eight devices."""
     with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
-        yield os.environ | variables | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
+        yield os.environ | variables | {"XLA_FLAGS": devices_flag(DEVICES)}
+
+
+def devices_flag(devices: int) -> str:
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -85,7 +89,7 @@ def test_processes_share_the_devices(alone: pathlib.Path, variables: dict[str, s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    four = variables | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // 2}"}
+    four = variables | {"XLA_FLAGS": devices_flag(DEVICES // 2)}
     here = ("--distributed", f"--coordinator_address={address}", "--num_processes=2")
     processes = [start_training(tmp_path / "run", four, *SHARED, *here, f"--process_id={i}") for i in range(2)]
     for process in processes:
