@@ -28,6 +28,7 @@ import logging
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -350,6 +351,9 @@ def _raising_only() -> Iterator[None]:
     sys.unraisablehook = lambda unraisable: None
     try:
         yield
+    except Exception:
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        raise
     finally:
         logger.setLevel(level)
     sys.unraisablehook = printing
