@@ -80,6 +80,7 @@ def solved(request: pytest.FixtureRequest) -> dict[str, Solved]:
     return decision_processes.solve(request.param, problems(), CHUNKS)
 
 
+@pytest.mark.slow
 class TestSmallProcesses:
     def test_a_constant_reward_is_valued(self, solved: dict[str, Solved]) -> None:
         np.testing.assert_allclose(solved["constant"].q[0], 1.0, atol=0.02)

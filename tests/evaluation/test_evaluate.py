@@ -109,6 +109,7 @@ def same_decisions(one: RouterRun, other: RouterRun, up_to: int | None = None) -
     return np.array_equal(one.assignment[:up_to], other.assignment[:up_to])
 
 
+@pytest.mark.slow
 def test_every_router_gets_the_same_requests_with_any_other_routers() -> None:
     many = run_all(random_start=True)
     for (_, seed), run in many.items():

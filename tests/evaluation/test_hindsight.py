@@ -69,6 +69,7 @@ def qos_of_all(seed: int) -> np.ndarray:
 SEEDS = range(8)
 
 
+@pytest.mark.slow
 def test_the_tiny_worlds_are_no_walkover() -> None:
     """Nobody may have all, and to send each request to its best score earns clearly less than the optimum."""
     greedy, optimum, all_of_it = [], [], []
@@ -81,6 +82,7 @@ def test_the_tiny_worlds_are_no_walkover() -> None:
     assert np.mean(optimum) < 0.8 * np.mean(all_of_it)
 
 
+@pytest.mark.slow
 def test_the_optimum_lies_between_plan_and_bound() -> None:
     optimal, bites = 0, 0
     for seed in SEEDS:

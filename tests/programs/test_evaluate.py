@@ -148,7 +148,7 @@ BAD_ARGUMENTS = {
     "arrivals": ("--arrivals=weekly", "'weekly'"),
     "arrivals and trace": ("--arrivals=poisson --trace={here}/azure.csv", "/azure.csv are both given"),
     "no trace": ("--trace={here}/absent.csv", "/absent.csv: cannot be read"),
-    "table for a trace": ("--trace={here}/table.npz", "/table.npz: is not UTF-8"),
+    "table for a trace": ("--trace={here}/table.npz", "/table.npz, line 1: is not UTF-8"),
     "no table": ("--quality_table={here}/absent.npz", "/absent.npz"),
     "scores": (f"{TABLE_EXPERTS} --quality_table={{here}}/nan.npz", "score nan of vicuna-7b"),
     "table of other LLMs": ("--quality_table={here}/table.npz", "'alpaca-native'"),

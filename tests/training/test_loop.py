@@ -186,6 +186,7 @@ def test_seeds_side_by_side_are_the_seeds_alone(tmp_path: pathlib.Path, whole: t
     assert any(not np.array_equal(leaf[0], leaf[1]) for leaf in jax.tree.leaves(together.weights))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
     hyper = HYPER.replace(learning_rate=math.nan)
     with pytest.raises(InputError, match=r"diverged: .*_loss is \[nan\] after 32 steps; there is no checkpoint"):
