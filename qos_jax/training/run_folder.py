@@ -345,16 +345,17 @@ def _raising_only() -> Iterator[None]:
 
     Some threads outlive an error, so they stay silent after one.
     """
-    logger, printing = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, printing = [logger.level for logger in loggers], sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     try:
         yield
     except Exception:
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise
-    finally:
+    for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
     sys.unraisablehook = printing
 
