@@ -44,6 +44,7 @@ from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_in
 from tests.helpers.small_env import small_params
 from tests.helpers.tiny_encoder import write_tiny_encoder
 
+TEXTS = ("mix_instruct", "prompts", "profile", "run", "checksums", "metrics")
 EXAMPLES = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ODD = (
     b"null", b"NaN", b"-1", b"1e999", b"99999999999999999999999", b"[]", b"{}", b'""', b"true", b"0.5", b",", b"\n",
@@ -165,17 +166,7 @@ def test_a_damaged_file_is_read_or_refused(kind: str, files: dict, data: st.Data
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "azure",
-        "npz",
-        "mix_instruct",
-        "prompts",
-        "profile",
-        "run",
-        "checksums",
-        "metrics",
-        "predictor heads.safetensors",
-    ],
+    ["azure", "npz", *TEXTS, "predictor heads.safetensors"],
 )
 @EXAMPLES
 @given(content=st.binary(max_size=200))
@@ -201,17 +192,7 @@ VALUES = st.recursive(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    [
-        "mooncake",
-        "mix_instruct",
-        "prompts",
-        "profile",
-        "run",
-        "checksums",
-        "metrics",
-        "predictor config.json",
-        "encoder config.json",
-    ],
+    ["mooncake", *TEXTS, "predictor config.json", "encoder config.json"],
 )
 @EXAMPLES
 @given(data=st.data())

@@ -49,13 +49,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def _unpacked(path: str | os.PathLike[str], content: bytes) -> bytes:
     most, size = most_unpacked(len(content)), 0
+    chunks: list[bytes] = []
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             while chunk := file.read(2**20):
+                chunks.append(chunk)
                 size += len(chunk)
                 if size > most:
                     raise InputError(f"{path}: {len(content)} bytes unpack to more than {most}, the most that is read")
-        return gzip.decompress(content)
+        return b"".join(chunks)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: is not a whole gzip file: {error}") from error
 
