@@ -169,11 +169,7 @@ def evaluate(
             _route_scenarios(env.spec, together, jnp.int32(which), world, gaps_s, with_truths(router, requests), keys)
         )
         assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
-        engine_spec = env.spec.engine
-        replays = replay_many(
-            experts, traces, assignments,
-            token_budget=engine_spec.token_budget, block_size=engine_spec.block_size,
-        )  # fmt: skip
+        replays = replay_many(experts, traces, assignments, block_size=env.spec.engine.block_size)
         runs = [
             RouterRun(router, *each, metrics_of(experts, *each[1:], warmup))
             for each in zip(scenarios, traces, assignments, replays, strict=True)

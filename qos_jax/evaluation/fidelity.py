@@ -53,7 +53,7 @@ def simulate(run: MeasuredRun, timing: Mapping[str, float]) -> SimulatedRun:
     experts, trace = _expert(run, timing), _trace(run)
     iterations = iterations_of(
         experts, trace, np.zeros(len(run.arrival_s), int), 0, 0.0, np.inf,
-        token_budget=run.token_budget, block_size=run.block_size,
+        block_size=run.block_size,
     )  # fmt: skip
     cached = _cached_tokens(iterations)
     present = iterations.activity != Activity.ABSENT
@@ -73,7 +73,7 @@ def replay_run(run: MeasuredRun, timing: Mapping[str, float]) -> RequestLog:
     """Returns the log of the requests of a measured run in the simulator; see ``simulate``."""
     log = replay(
         _expert(run, timing), _trace(run), np.zeros(len(run.arrival_s), int),
-        token_budget=run.token_budget, block_size=run.block_size,
+        block_size=run.block_size,
     )  # fmt: skip
     if log.dropped.any():
         raise InputError(

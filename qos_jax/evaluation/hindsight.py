@@ -39,7 +39,7 @@ from qos_jax.evaluation.metrics import qos_of
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.replay import replay_many
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, AnyArray, ExpertProfile, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
 from qos_jax.sim.world import slot_latency_per_token_s
 
@@ -67,7 +67,6 @@ def plan(
     prices: Sequence[float] = PRICES,
     restarts: int = 0,
     seed: int = 0,
-    token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
     progress: Callable[[Plan], None] = lambda plan: None,
 ) -> Plan:
@@ -80,14 +79,13 @@ def plan(
       prices: of slack, one for each sweep over the trace.
       restarts: number of further searches, from the best plan so far with some requests moved at random.
       seed: of these random moves.
-      token_budget: tokens per iteration.
       block_size: tokens per KV block.
       progress: called with the best plan so far after each sweep.
 
     Raises:
       InputError: a field of the arguments is not usable.
     """
-    search = _Search(experts, trace, token_budget, block_size)
+    search = _Search(experts, trace, block_size)
     best = max((search.evaluated(start) for start in (*starts, search.best_scores())), key=lambda plan: plan.qos)
     rng = np.random.default_rng(seed)
     for restart in range(restarts + 1):
@@ -139,13 +137,13 @@ class _Requests(struct.PyTreeNode):
 class _Search:
     """The data that all sweeps over one trace share."""
 
-    def __init__(self, experts: ExpertProfile, trace: RequestTrace, token_budget: int, block_size: int) -> None:
+    def __init__(self, experts: ExpertProfile, trace: RequestTrace, block_size: int) -> None:
         self.experts = checked_experts(experts)
         self.num_experts = len(self.experts.step_base_s)
         self.trace = known_trace(trace, self.num_experts)
         self.num_requests = len(self.trace.arrival_s)
         capacity = int((self.experts.max_running + self.experts.max_waiting).max())
-        self.spec = EngineSpec(_round_up(min(capacity, self.num_requests)), token_budget, block_size)
+        self.spec = EngineSpec(_round_up(min(capacity, self.num_requests)), block_size)
         allowed_s = float(np.mean(self.trace.latency_limit_s[:, None] * self.trace.output_tokens))
         self.apart_s, self.near_s = _APART * allowed_s, _NEAR * allowed_s
         self.ranges = _ranges(self.trace.arrival_s, allowed_s)
@@ -193,10 +191,7 @@ class _Search:
 
     def _qos(self, assignment: np.ndarray) -> np.ndarray:
         """Returns the QoS [J] of each request in an exact replay."""
-        (replayed,) = replay_many(
-            self.experts, [self.trace], [assignment],
-            token_budget=self.spec.token_budget, block_size=self.spec.block_size,
-        )  # fmt: skip
+        (replayed,) = replay_many(self.experts, [self.trace], [assignment], block_size=self.spec.block_size)
         return qos_of(self.experts, self.trace, assignment, replayed).astype(np.float64)
 
 

@@ -62,11 +62,7 @@ def outcome_of(env: Environment, params: EnvParams, run: RouterRun, *, warmup: i
         )
     removed = sent[np.linspace(0, len(sent) - 1, min(removals, len(sent))).round().astype(int)]
     others = [np.where(np.arange(len(run.assignment)) == j, -1, run.assignment) for j in removed]
-    engine_spec = env.spec.engine
-    replays = replay_many(
-        experts, [run.trace] * len(removed), others,
-        token_budget=engine_spec.token_budget, block_size=engine_spec.block_size,
-    )  # fmt: skip
+    replays = replay_many(experts, [run.trace] * len(removed), others, block_size=env.spec.engine.block_size)
 
     def in_time(replayed: ReplayResult) -> np.ndarray:
         with np.errstate(invalid="ignore"):

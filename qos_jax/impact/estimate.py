@@ -27,7 +27,7 @@ from qos_jax.impact.imagined_world import LENGTH_CV, expected_remaining_tokens, 
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.engine import EngineSpec, Slots
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, Observation
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation
 from qos_jax.sim.validation import check_shapes
 from qos_jax.sim.world import payload_of, slot_latency_per_token_s
 
@@ -59,6 +59,7 @@ class _Load(struct.PyTreeNode):
     length: Array  # [N, S] tokens emitted and expected
     cost_s: Array  # [N, S] s that each request adds to an iteration
     wait: Array  # [N] iterations until a place and memory are free for one more request
+    ahead: Array  # [N] iterations that are scheduled already, and which the arrived request cannot join
     share: Array  # [N] of the requests that are in the batch at a time
     stall_before_s: Array  # [N] s of outstanding prefill
     stall_after_s: Array  # [N] s of outstanding prefill, with the arrived request
@@ -165,7 +166,7 @@ def _load(obs: Observation, length_cv: float) -> _Load:
     left = jnp.where(present, expected_remaining_tokens(requests, length_cv), 0.0)
     known_tokens = requests.prompt_tokens + requests.generated_tokens
     uncached_tokens = known_tokens - requests.computed_tokens
-    decoding = (emitted > 0) & (uncached_tokens == 1)
+    decoding = (emitted > 0) & (uncached_tokens <= 1)  # 0 if its next token is scheduled already
     prefill_tokens = jnp.sum(jnp.where(present & ~decoding, uncached_tokens, 0), -1)
     cost_s = _over_slots(profile.per_sequence_s) + _over_slots(profile.per_kv_token_s) * (known_tokens - 1)
 
@@ -186,6 +187,7 @@ def _load(obs: Observation, length_cv: float) -> _Load:
         length=emitted + left,
         cost_s=jnp.where(present, cost_s, 0.0),
         wait=jnp.maximum(wait_for_place, wait_for_memory),
+        ahead=jnp.where(profile.async_scheduling & (count > 0), 1.0, 0.0),
         share=jnp.clip(share, 0.0, 1.0),
         stall_before_s=_prefill_s(profile, prefill_tokens),
         stall_after_s=_prefill_s(profile, prefill_tokens + obs.arrived.prompt_tokens),
@@ -203,8 +205,10 @@ def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:
     growth_s = profile.per_kv_token_s * jnp.sum(jnp.where(load.present, stay * (stay - 1.0) / 2.0, 0.0), -1)
     others_s = horizon * all_cost_s + growth_s
     own_s = profile.per_sequence_s * tokens + profile.per_kv_token_s * (tokens - 1.0) * (prompt + (tokens - 2.0) / 2.0)
-    latency_s = load.stall_after_s + horizon * profile.step_base_s + load.share * others_s + own_s + profile.network_s
-    delay_s = load.stall_after_s + load.wait * (profile.step_base_s + load.share * all_cost_s)
+    iteration_s = profile.step_base_s + load.share * all_cost_s
+    lag_s = load.stall_after_s + load.ahead * iteration_s
+    latency_s = lag_s + horizon * profile.step_base_s + load.share * others_s + own_s + profile.network_s
+    delay_s = lag_s + load.wait * iteration_s
     return latency_s / tokens, delay_s / tokens
 
 
@@ -234,9 +238,10 @@ def _prefill_s(profile: ExpertProfile, tokens: Array) -> Array:
         prefill_s = profile.prefill_base_s + profile.prefill_per_token_s * tokens
         return jnp.maximum(profile.step_base_s, jnp.where(jnp.asarray(tokens) > 0, prefill_s, 0.0))
 
-    full = jnp.maximum(jnp.ceil(tokens / TOKEN_BUDGET) - 1.0, 0.0)  # iterations that use the whole budget
-    last = jnp.maximum(tokens - full * TOKEN_BUDGET, 0.0)
-    return full * step_s(TOKEN_BUDGET) + step_s(last) - profile.step_base_s
+    budget = profile.token_budget
+    full = jnp.maximum(jnp.ceil(tokens / budget) - 1.0, 0.0)  # iterations that use the whole budget
+    last = jnp.maximum(tokens - full * budget, 0.0)
+    return full * step_s(budget) + step_s(last) - profile.step_base_s
 
 
 def _over_slots(per_expert: Array) -> Array:

@@ -1,7 +1,7 @@
 """Belief states: worlds that agree with an observation, with sampled or expected lengths for the hidden true ones.
 
 A router does not observe how far an expert is within its iteration; in a belief state the next iteration starts at
-once.
+once. Where iterations are scheduled one ahead, those requests take part in it that have nothing left to schedule.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
+from qos_jax.sim.cost import iteration_s
 from qos_jax.sim.engine import ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
 from qos_jax.sim.world import SlotPayload, Telemetry, World
@@ -33,23 +34,30 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
       length_cv: coefficient of variation of an output length given its prediction; at 0 predictions are exact.
       key: random key of the output lengths; None for the expected lengths.
     """
-    requests = obs.requests
+    requests, profile = obs.requests, obs.experts.profile
     emitted = requests.generated_tokens
     if key is None:
         total = emitted + expected_remaining_tokens(requests, length_cv)
     else:
         total = _sample_tokens(key, requests.predicted_tokens, emitted, length_cv)
     # An expert admits only requests that fit in its memory; a sampled length beyond that would never finish.
-    max_tokens = jnp.asarray(obs.experts.profile.kv_blocks)[:, None] * BLOCK_SIZE_TOKENS - requests.prompt_tokens
+    max_tokens = jnp.asarray(profile.kv_blocks)[:, None] * BLOCK_SIZE_TOKENS - requests.prompt_tokens
     output_tokens = jnp.minimum(_round_tokens(total, emitted + 1), max_tokens)
 
     no_tokens, no_time_s = jnp.zeros_like(emitted), jnp.zeros_like(requests.age_s)
+    computed = jnp.where(requests.running, requests.computed_tokens, 0)
+    is_async = jnp.asarray(profile.async_scheduling)[:, None]
+    emitting = is_async & requests.running & (computed == requests.prompt_tokens + emitted)
     score, limit_s, tokens = requests.predicted_score, requests.latency_limit_s, requests.predicted_tokens
     slots = Slots(
         prompt_tokens=requests.prompt_tokens,
         output_tokens=output_tokens,
         generated=emitted,
-        computed=jnp.where(requests.running, requests.computed_tokens, 0),
+        computed=computed,
+        emitting=emitting,
+        decoding=emitting,
+        cached_blocks=no_tokens,
+        taken_at=no_tokens,
         preemptions=no_tokens,
         arrival_s=-requests.age_s,
         first_token_s=no_time_s,
@@ -58,9 +66,13 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     )
     occupied = (requests.running | requests.waiting) & (output_tokens > emitted)
     slots = jax.tree.map(lambda x: jnp.where(occupied, x, jnp.zeros_like(x)), slots)
-    zero_s, passes = no_time_s[:, 0], no_tokens[:, 0]
+    zero_s, zero = no_time_s[:, 0], no_tokens[:, 0]
+    emitting = slots.emitting & slots.live
+    scheduled_s = iteration_s(profile, zero, jnp.sum(emitting, -1), jnp.sum(jnp.where(emitting, computed - 1, 0), -1))
+    scheduled_s = jnp.where(jnp.any(emitting, -1), scheduled_s, 0.0)
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
-    return World(ExpertState(slots, zero_s, zero_s, zero_s, passes), Telemetry(arrivals, None))
+    experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero)
+    return World(experts, Telemetry(arrivals, None))
 
 
 def sample_request(obs: Observation, length_cv: float = LENGTH_CV, key: Array | None = None) -> Request:

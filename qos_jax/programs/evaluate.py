@@ -154,9 +154,8 @@ def _figures(
 def _iterations(
     env: Environment, experts: ExpertProfile, run: RouterRun, expert: int, start_s: float, **options: Any
 ) -> Figure:
-    engine = env.spec.engine
     window = iterations_of(
         experts, run.trace, run.assignment, expert, start_s, start_s + _WINDOW_S,
-        token_budget=engine.token_budget, block_size=engine.block_size,
+        block_size=env.spec.engine.block_size,
     )  # fmt: skip
     return plots.iteration_gantt(window, env.expert_names[expert], **options)

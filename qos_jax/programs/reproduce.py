@@ -198,10 +198,10 @@ def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[RouterRu
         trace = done[0].trace
         best = plan(
             experts, trace, [run.assignment for run in done],
-            token_budget=spec.token_budget, block_size=spec.block_size,
+            block_size=spec.block_size,
         )  # fmt: skip
         (replayed,) = replay_many(
-            experts, [trace], [best.assignment], token_budget=spec.token_budget, block_size=spec.block_size
+            experts, [trace], [best.assignment], block_size=spec.block_size
         )
         planned = metrics_of(experts, trace, best.assignment, replayed, 0)
         return planned, dict.fromkeys(planned, math.nan) | {"qos": upper_bound(experts, trace)}

@@ -73,8 +73,7 @@ def saturation_rates(
     order = np.argsort(arrival_s, kind="stable")
     assignment = (np.arange(count) % num_experts)[order]
     trace = RequestTrace(arrival_s[order], np.asarray(requests.prompt_tokens), output_tokens)
-    spec = env.spec.engine
-    log = replay(experts, trace, assignment, token_budget=spec.token_budget, block_size=spec.block_size)
+    log = replay(experts, trace, assignment, block_size=env.spec.engine.block_size)
     return [_middle_rate(log.finish_s[assignment == expert]) for expert in range(num_experts)]
 
 

@@ -30,7 +30,7 @@ from flax import struct
 from jax import Array, lax
 
 from qos_jax.sim.cost import blocks_of, blocks_summed, iteration_s, iterations_started, stretch_s
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,6 @@ class EngineSpec:
     """Sizes that are static under jit; a change recompiles."""
 
     slots: int  # S, requests on one expert, running and waiting
-    token_budget: int = TOKEN_BUDGET  # tokens per iteration
     block_size: int = BLOCK_SIZE_TOKENS  # tokens per KV block
 
 
@@ -48,7 +47,11 @@ class Slots(struct.PyTreeNode):
     prompt_tokens: Array  # [L, S] int32
     output_tokens: Array  # [L, S] int32
     generated: Array  # [L, S] int32 tokens emitted
-    computed: Array  # [L, S] int32 tokens in the KV cache; 0 while waiting
+    computed: Array  # [L, S] int32 tokens in the KV cache, those of scheduled iterations included; 0 while waiting
+    emitting: Array  # [L, S] bool: the scheduled iteration will emit a token; asynchronous scheduling only
+    decoding: Array  # [L, S] bool: ... by decoding, so that the newest token is not in the prefix cache yet
+    cached_blocks: Array  # [L, S] int32 blocks that a preempted request would find again; 0 while it runs
+    taken_at: Array  # [L, S] int32 value of ``taken_blocks`` at which the last of these is taken
     preemptions: Array  # [L, S] int32
     arrival_s: Array  # [L, S] s, relative to now
     first_token_s: Array  # [L, S] s since arrival; set once generated > 0
@@ -81,6 +84,8 @@ class ExpertState(struct.PyTreeNode):
 
     slots: Slots
     clock_s: Array  # [L] s, relative to now: when the next iteration may start
+    scheduled_s: Array  # [L] s that the scheduled iteration will take, 0 if none is; asynchronous scheduling only
+    taken_blocks: Array  # [L] int32 blocks taken from the head of the free queue, less those put there; may wrap around
     busy_s: Array  # [L] s of iterations
     kv_block_s: Array  # [L] blocks x s held during iterations
     passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
@@ -98,11 +103,11 @@ def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtyp
     shape = (*lanes, spec.slots)
     tokens, times = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, dtype)
     slots = Slots(
-        tokens, tokens, tokens, tokens, tokens, times, times, times,
+        tokens, tokens, tokens, tokens, tokens > 0, tokens > 0, tokens, tokens, tokens, times, times, times,
         jax.tree.map(lambda leaf: jnp.zeros(shape, jnp.asarray(leaf).dtype), payload),
     )  # fmt: skip
-    zero = jnp.zeros(lanes, dtype)
-    return ExpertState(slots, zero, zero, zero, jnp.zeros(lanes, jnp.int32))
+    zero_s, zero = jnp.zeros(lanes, dtype), jnp.zeros(lanes, jnp.int32)
+    return ExpertState(slots, zero_s, zero_s, zero, zero_s, zero_s, zero)
 
 
 def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, duration_s: Array) -> ExpertState:
@@ -170,6 +175,9 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
         output_tokens=put(slots.output_tokens, output_tokens),
         generated=put(slots.generated, 0),
         computed=put(slots.computed, 0),
+        emitting=put(slots.emitting, False),
+        decoding=put(slots.decoding, False),
+        cached_blocks=put(slots.cached_blocks, 0),
         preemptions=put(slots.preemptions, 0),
         arrival_s=put(slots.arrival_s, 0.0),
         payload=jax.tree.map(put, slots.payload, payload),
@@ -240,73 +248,108 @@ def _rebase(state: ExpertState, now_s: Array) -> ExpertState:
 def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array) -> tuple[ExpertState, Array]:
     """Runs one iteration on the ``active`` [L] lanes, with every rule of the scheduler.
 
+    A lane with asynchronous scheduling runs the iteration that was scheduled when the one before it started, and
+    schedules the next; if none was, it schedules one and takes no time.
+
     Returns the state and [L] bool: the lane will only decode until a request finishes or memory runs out.
     """
     slots = state.slots
-    known_tokens = slots.prompt_tokens + slots.generated
-    uncached_tokens = known_tokens - slots.computed
+    is_async, token_budget = _of_slots(experts.async_scheduling), _of_slots(experts.token_budget)
     live = slots.live & active[..., None]
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
+    # A token in flight counts as known, although it is not: the request decodes on as if it were there.
+    known_tokens = slots.prompt_tokens + slots.generated + slots.emitting
+    uncached_tokens = known_tokens - slots.computed
 
     # Running requests are scheduled first. All but the last one decode: a prompt is cut only where the budget ends, and
-    # no request is admitted behind a cut prompt. The last one gets what the others leave, at least 1 token.
-    queued_tokens = jnp.where(waiting, jnp.minimum(known_tokens, spec.token_budget), 0)
-    count, queued_tokens_so_far = _prefix_sums(live, queued_tokens)
-    max_tokens = spec.token_budget + 1 - _total(running)[..., None]
-    new_tokens = jnp.where(running, jnp.minimum(uncached_tokens, max_tokens), 0)
-    budget_left = (spec.token_budget - _total(new_tokens))[..., None] - (queued_tokens_so_far - queued_tokens)
+    # no request is admitted behind a cut prompt. The last one gets what the others leave, at least 1 token. A request
+    # whose last token is in flight is not scheduled, but keeps its place and its blocks.
+    decodes_on = running & (slots.generated + slots.emitting < slots.output_tokens)
+    max_tokens = token_budget + 1 - _total(decodes_on)[..., None]
+    new_tokens = jnp.where(decodes_on, jnp.minimum(uncached_tokens, max_tokens), 0)
 
     # Preemption from the tail keeps the longest prefix whose blocks, with those of this iteration, fit in memory.
     # Nothing fits behind a preempted request, so no request is admitted in the same iteration.
     next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
-    (blocks_so_far,) = _prefix_sums(jnp.where(live, blocks_of(next_tokens, spec.block_size), 0))
-    fits = blocks_so_far <= jnp.asarray(experts.kv_blocks)[..., None]
+    next_blocks = jnp.where(live, blocks_of(next_tokens, spec.block_size), 0)
+    wanted_tokens = jnp.where(waiting, jnp.minimum(known_tokens, token_budget), new_tokens)
+    count, blocks_so_far, tokens_so_far = _prefix_sums(live, next_blocks, wanted_tokens)
+    fits = blocks_so_far <= _of_slots(experts.kv_blocks)
     preempted = running & ~fits
-    eligible = waiting & (budget_left > 0) & (count <= jnp.asarray(experts.max_running)[..., None])
+    may_reuse = waiting & (slots.cached_blocks > 0)
+    reused_blocks, wanted_tokens, tokens_so_far = lax.cond(
+        jnp.any(may_reuse),
+        lambda: _find_own_blocks(spec, experts, state, waiting, wanted_tokens, next_blocks, blocks_so_far),
+        lambda: (jnp.zeros_like(wanted_tokens), wanted_tokens, tokens_so_far),
+    )
+    uncached_tokens = uncached_tokens - reused_blocks * spec.block_size
+    budget_left = token_budget - (tokens_so_far - wanted_tokens)
+    eligible = waiting & (budget_left > 0) & (count <= _of_slots(experts.max_running))
     admitted = eligible & fits
-    admitted_tokens = jnp.minimum(known_tokens, budget_left)
+    admitted_tokens = jnp.minimum(uncached_tokens, budget_left)
     new_tokens = jnp.where(admitted, admitted_tokens, jnp.where(preempted, 0, new_tokens))
 
     scheduled = new_tokens > 0
-    decoding = scheduled & (slots.generated > 0) & (uncached_tokens == 1)
-    requests = _total(scheduled)
-    duration_s = iteration_s(
-        experts,
-        prefill_tokens=_total(jnp.where(decoding, 0, new_tokens)),
-        requests=requests,
-        kv_tokens=_total(jnp.where(decoding, slots.computed, 0)),
-    )
-    duration_s = jnp.where(active, duration_s, 0.0)
-    clock_s = state.clock_s + duration_s
-
-    computed = jnp.where(preempted, 0, slots.computed + new_tokens)
-    emitted = scheduled & (computed == known_tokens)
+    cached_tokens = slots.computed + jnp.where(admitted, reused_blocks * spec.block_size, 0)
+    decoding = scheduled & (slots.generated + slots.emitting > 0) & (uncached_tokens == 1)
+    computed = jnp.where(preempted, 0, cached_tokens + new_tokens)
+    will_emit = scheduled & (computed == known_tokens)
+    emitted = jnp.where(is_async, slots.emitting & live, will_emit)
     generated = slots.generated + emitted
     finished = emitted & (generated == slots.output_tokens)
-    age_s = clock_s[..., None] - slots.arrival_s
-    first_token_s = jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s)
-    finish_s = jnp.where(finished, age_s, slots.finish_s)
-    held_blocks = _total(jnp.where(live, blocks_of(computed, spec.block_size), 0))
 
-    completions = _total(finished)
-    full = requests - completions >= experts.max_running
-    no_memory = jnp.any(eligible & ~fits, -1) & (completions == 0)
-    admits_none = ~jnp.any(waiting & ~admitted, -1) | full | no_memory
-    steady = admits_none & jnp.all(emitted | ~(running | admitted), -1)
+    has_place = (running & ~preempted) | admitted
+    held_blocks, next_blocks = (
+        jnp.where(mask, blocks_of(tokens, spec.block_size), 0)
+        for mask, tokens in ((running, slots.computed), (has_place, computed))
+    )
+    partly_filled = finished & has_place & (computed % spec.block_size > 0)
+    requests, prefill_tokens, kv_tokens, blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady = (
+        _totals(
+            scheduled,
+            jnp.where(decoding, 0, new_tokens),
+            jnp.where(decoding, cached_tokens, 0),
+            next_blocks,
+            next_blocks - held_blocks - partly_filled,  # those of a finished request that are not full are taken next
+            finished,
+            has_place & ~finished,
+            waiting & ~admitted,
+            eligible & ~fits,
+            (running | admitted) & ~(will_emit | finished),
+        )
+    )
+    next_s = iteration_s(experts, prefill_tokens, requests, kv_tokens)
+    duration_s = jnp.where(active, jnp.where(experts.async_scheduling, state.scheduled_s, next_s), 0.0)
+    next_s = jnp.where(requests > 0, next_s, 0.0)
+    clock_s = state.clock_s + duration_s
+    age_s = clock_s[..., None] - slots.arrival_s
+    taken_blocks = state.taken_blocks + new_blocks
+    cached_blocks, taken_at, taken_blocks = lax.cond(
+        jnp.any(preempted | may_reuse),
+        lambda: _keep_cached(spec, experts, state, preempted, admitted, reused_blocks, partly_filled, taken_blocks),
+        lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
+    )
+    admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
     state = ExpertState(
         slots=slots.replace(
             generated=generated,
             computed=computed,
+            emitting=jnp.where(active[..., None], will_emit & is_async, slots.emitting),
+            decoding=jnp.where(active[..., None], will_emit & decoding & is_async, slots.decoding),
+            cached_blocks=cached_blocks,
+            taken_at=taken_at,
             preemptions=slots.preemptions + preempted,
-            first_token_s=first_token_s,
-            finish_s=finish_s,
+            first_token_s=jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s),
+            finish_s=jnp.where(finished, age_s, slots.finish_s),
         ),
         clock_s=clock_s,
+        scheduled_s=jnp.where(active & experts.async_scheduling, next_s, state.scheduled_s),
+        taken_blocks=taken_blocks,
         busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * held_blocks,
+        kv_block_s=state.kv_block_s + duration_s * blocks,
         passes=state.passes + 1,
     )
-    return state, steady
+    return state, admits_none & (unsteady == 0)
 
 
 def _decode_stretch(
@@ -315,21 +358,23 @@ def _decode_stretch(
     """Runs the ``active`` [L] lanes to the next completion, to the horizon, or until the KV memory is full.
 
     On an active lane every running request decodes and none can be admitted. The ``kv_block_s`` integral takes all
-    iterations at the mean duration of the stretch.
+    iterations at the mean duration of the stretch. With asynchronous scheduling the first iteration is the scheduled
+    one, in which prompts may end; a request that finishes takes no part in the iteration that is scheduled last.
 
     Returns:
       The state, and [L] bool: another stretch follows if no request waits.
     """
     slots = state.slots
     running = slots.running & active[..., None]
+    is_async = experts.async_scheduling & active
     left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
-    requests = _total(running)
-    kv_tokens = _total(jnp.where(running, slots.computed, 0))
+    requests, kv_tokens = _totals(running, jnp.where(running, slots.computed, 0))
     first_s = iteration_s(experts, jnp.zeros_like(requests), requests, kv_tokens)
     growth_s = experts.per_kv_token_s * requests
-    duration_s = jnp.where(active, horizon_s - state.clock_s, 1.0)
-    iterations = iterations_started(first_s, growth_s, duration_s, jnp.min(left_tokens, -1))
-    iterations = jnp.where(active, iterations, 0)
+    lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
+    duration_s = jnp.where(active, horizon_s - state.clock_s - lead_s, 1.0)
+    iterations = iterations_started(first_s, growth_s, jnp.maximum(duration_s, 1e-9), jnp.min(left_tokens, -1) - lead)
+    iterations = jnp.where(active, lead + jnp.where(duration_s > 0, iterations, 0), 0)
     max_blocks = requests + (kv_tokens + requests * iterations) // spec.block_size
     iterations = lax.cond(
         jnp.any(max_blocks > experts.kv_blocks),
@@ -337,27 +382,146 @@ def _decode_stretch(
         lambda: iterations,
     )
 
-    duration_s = stretch_s(first_s, growth_s, iterations)
+    runs = iterations > 0
+    duration_s = jnp.where(runs, lead_s + stretch_s(first_s, growth_s, iterations - lead), 0.0)
     clock_s = state.clock_s + duration_s
-    tokens = jnp.where(running, iterations[..., None], 0)
-    computed, generated = slots.computed + tokens, slots.generated + tokens
+    generated = slots.generated + jnp.where(running, iterations[..., None], 0)
     finished = running & (generated == slots.output_tokens)
+    is_last = finished & is_async[..., None]
+    computed = slots.computed + jnp.where(running, iterations[..., None], 0) - is_last
+    first_token_s = (state.clock_s + lead_s)[..., None] - slots.arrival_s
+    decodes = running & ~finished
+
+    held_blocks, next_blocks = (blocks_of(tokens, spec.block_size) for tokens in (slots.computed, computed))
     block_iterations = blocks_summed(computed, spec.block_size) - blocks_summed(slots.computed, spec.block_size)
-    block_iterations = _total(jnp.where(running, block_iterations, 0))
-    completions = _total(finished)
-    decodes_on = (completions > 0) & (completions < requests) & (clock_s < horizon_s)
+    partly_filled = finished & (computed % spec.block_size > 0)
+    new_blocks, block_iterations, decoding, kv_tokens = _totals(
+        jnp.where(running, next_blocks - held_blocks, 0) - partly_filled,
+        jnp.where(running, block_iterations + jnp.where(is_last, next_blocks, 0), 0),
+        decodes,
+        jnp.where(decodes, computed - 1, 0),
+    )
+    next_s = iteration_s(experts, jnp.zeros_like(requests), decoding, kv_tokens)
+    taken_blocks = state.taken_blocks + new_blocks
+    waits_for_own = slots.waiting & (slots.cached_blocks > 0)
+    cached_blocks = lax.cond(
+        jnp.any(waits_for_own),
+        lambda: jnp.where(
+            waits_for_own, _not_yet_taken(slots, (taken_blocks + _total(partly_filled))[..., None]), slots.cached_blocks
+        ),
+        lambda: slots.cached_blocks,
+    )
     state = ExpertState(
         slots=slots.replace(
             generated=generated,
             computed=computed,
+            decoding=(running & is_async[..., None] & runs[..., None]) | slots.decoding,
+            cached_blocks=cached_blocks,
+            first_token_s=jnp.where(running & (slots.generated == 0), first_token_s, slots.first_token_s),
             finish_s=jnp.where(finished, clock_s[..., None] - slots.arrival_s, slots.finish_s),
         ),
         clock_s=clock_s,
+        scheduled_s=jnp.where(is_async & runs, jnp.where(decoding > 0, next_s, 0.0), state.scheduled_s),
+        taken_blocks=taken_blocks,
         busy_s=state.busy_s + duration_s,
         kv_block_s=state.kv_block_s + duration_s * block_iterations / jnp.maximum(iterations, 1),
         passes=state.passes + 1,
     )
-    return state, decodes_on
+    return state, (0 < decoding) & (decoding < requests) & (clock_s < horizon_s)
+
+
+def _not_yet_taken(slots: Slots, taken_blocks: Array) -> Array:
+    """Returns the cached blocks [L, S] that are left once ``taken_blocks`` [L, S] are taken in all."""
+    return jnp.clip(slots.taken_at - taken_blocks, 0, slots.cached_blocks)
+
+
+def _find_own_blocks(
+    spec: EngineSpec,
+    experts: ExpertProfile,
+    state: ExpertState,
+    waiting: Array,
+    wanted_tokens: Array,
+    next_blocks: Array,
+    blocks_so_far: Array,
+) -> tuple[Array, Array, Array]:
+    """Returns which of its own blocks each waiting request would find again, and what it then has to compute.
+
+    Running requests take their new blocks first, then the requests before it in the queue. It is assumed that these
+    find all their blocks. If one does not, then those of the requests behind it, which lie before its own in the free
+    queue, are gone anyway.
+
+    Args:
+      spec: static sizes.
+      experts: profile [L].
+      state: before the iteration is scheduled.
+      waiting: [L, S] bool.
+      wanted_tokens: [L, S], that each request would compute, as if none found any block.
+      next_blocks: [L, S], that each request would hold after the iteration.
+      blocks_so_far: [L, S], their inclusive prefix sums.
+
+    Returns:
+      The blocks found [L, S], the tokens wanted then [L, S], and their inclusive prefix sums [L, S].
+    """
+    slots = state.slots
+    held_blocks = _total(jnp.where(slots.running, blocks_of(slots.computed, spec.block_size), 0))
+    reusable = jnp.where(waiting, slots.cached_blocks, 0)
+    (reusable_so_far,) = _prefix_sums(reusable)
+    blocks_before = blocks_so_far - next_blocks - (reusable_so_far - reusable) - held_blocks[..., None]
+    found = jnp.where(waiting, _not_yet_taken(slots, state.taken_blocks[..., None] + blocks_before), 0)
+    left_tokens = slots.prompt_tokens + slots.generated - found * spec.block_size
+    wanted_tokens = jnp.where(waiting, jnp.minimum(left_tokens, _of_slots(experts.token_budget)), wanted_tokens)
+    return found, wanted_tokens, _prefix_sums(wanted_tokens)[0]
+
+
+def _keep_cached(
+    spec: EngineSpec,
+    experts: ExpertProfile,
+    state: ExpertState,
+    preempted: Array,
+    admitted: Array,
+    reused_blocks: Array,
+    partly_filled: Array,
+    taken_blocks: Array,
+) -> tuple[Array, Array, Array]:
+    """Returns ``cached_blocks``, ``taken_at`` and ``taken_blocks`` after preemptions and admissions.
+
+    The full blocks of a preempted request go to the end of the free queue and are known to the prefix cache; the others
+    go to its head. Requests are preempted from the tail, each because the queue is empty, so that all but the one
+    preempted last find none of theirs.
+
+    Args:
+      spec: static sizes.
+      experts: profile [L].
+      state: before the iteration was scheduled.
+      preempted: [L, S] bool.
+      admitted: [L, S] bool.
+      reused_blocks: [L, S], that the admitted requests found.
+      partly_filled: [L, S] bool: the request finished with a block that is not full.
+      taken_blocks: [L], as if each request had held its blocks throughout and no admitted one had found any.
+    """
+    slots = state.slots
+    held = jnp.where(slots.running, blocks_of(slots.computed, spec.block_size), 0)
+    full = jnp.where(preempted, (slots.computed - slots.decoding) // spec.block_size, 0)
+    lost = jnp.where(preempted, held, 0)
+    held, full_blocks, lost_blocks, reused, at_head = _totals(
+        held, full, lost, jnp.where(admitted, reused_blocks, 0), partly_filled
+    )
+    most_taken = taken_blocks + lost_blocks - reused + at_head  # before blocks are put at the head
+    waiting = slots.waiting & ~admitted
+    left = jnp.where(waiting, _not_yet_taken(slots, most_taken[..., None]), 0)
+
+    last = preempted & (jnp.arange(preempted.shape[-1]) == jnp.argmax(preempted, -1, keepdims=True))
+    end_of_queue = state.taken_blocks + experts.kv_blocks - held + full_blocks
+    taken_at = jnp.where(last, end_of_queue[..., None], slots.taken_at)
+    taken_blocks = most_taken - (lost_blocks - full_blocks)
+    kept = jnp.maximum(end_of_queue - taken_blocks, 0)[..., None]
+    kept = jnp.where(last & _of_slots(experts.prefix_cache), jnp.minimum(full, kept), 0)
+    return jnp.where(preempted, kept, left), taken_at, taken_blocks - at_head
+
+
+def _of_slots(values: Any) -> Array:
+    """Returns values of the lanes [L] as [L, 1], to broadcast over the slots."""
+    return jnp.asarray(values)[..., None]
 
 
 def _limit_to_memory(
@@ -385,6 +549,11 @@ def _prefix_sums(*columns: Array) -> list[Array]:
     triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, jnp.float32))
     sums = jnp.matmul(stacked, triangle, precision=lax.Precision.HIGHEST)
     return list(sums.astype(jnp.int32))
+
+
+def _totals(*columns: Array) -> list[Array]:
+    """Returns the sum over the slots of each column [L, S], as one program for all of them."""
+    return list(jnp.sum(jnp.stack([column.astype(jnp.int32) for column in columns]), -1, dtype=jnp.int32))
 
 
 def _total(values: Array) -> Array:

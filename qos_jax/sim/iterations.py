@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState, Slots
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
 
 
@@ -54,7 +54,6 @@ def iterations_of(
     start_s: float,
     end_s: float,
     *,
-    token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
 ) -> IterationLog:
     """Returns the iterations of one expert in a window of time.
@@ -66,7 +65,6 @@ def iterations_of(
       expert: index of the expert, 0 .. N - 1.
       start_s: begin of the window; iterations that start earlier are not logged.
       end_s: end of the window; iterations that start at this time or later are not logged.
-      token_budget: maximum tokens per iteration.
       block_size: tokens per KV block.
 
     Returns:
@@ -88,7 +86,7 @@ def iterations_of(
     max_live = min(len(request), int(max_running[expert]) + int(max_waiting[expert]))
     slots = 1 << max_live.bit_length()  # powers of two, so that few shapes are compiled
     profile = jax.tree.map(lambda x: jnp.asarray(x[expert : expert + 1]), fleet)
-    stepper = _Stepper(EngineSpec(slots, token_budget, block_size), profile, trace, request, expert)
+    stepper = _Stepper(EngineSpec(slots, block_size), profile, trace, request, expert)
     stepper.skip_to(start_s)
     records = []
     while stepper.reach_next_iteration() and stepper.boundary_s < end_s:

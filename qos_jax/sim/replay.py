@@ -20,7 +20,7 @@ from jax import Array, lax
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, AnyArray, ExpertProfile, RequestLog, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestLog, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
 
 _CHUNK = 64  # requests of one lane between two compactions
@@ -59,7 +59,7 @@ def replay(
     trace: RequestTrace,
     assignment: AnyArray,
     *,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     block_size: int = BLOCK_SIZE_TOKENS,
     dtype: Any = np.float64,
 ) -> RequestLog:
@@ -69,7 +69,7 @@ def replay(
       experts: profile of the N experts, NumPy or JAX arrays [N].
       trace: J requests in order of arrival; only arrivals and tokens are read.
       assignment: [J] int, expert of each request; -1 drops the request.
-      token_budget: maximum tokens per iteration.
+      token_budget: maximum tokens per iteration of all experts, in place of their own.
       block_size: tokens per KV block.
       dtype: of the engine's times, float64 or float32, independent of ``jax_enable_x64``. In float32, as in an
         environment, rounding may shift a request to the iteration before or after.
@@ -91,7 +91,7 @@ def replay_many(
     traces: Sequence[RequestTrace],
     assignments: Sequence[AnyArray],
     *,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     block_size: int = BLOCK_SIZE_TOKENS,
     dtype: Any = np.float64,
 ) -> list[ReplayResult]:
@@ -101,7 +101,7 @@ def replay_many(
       experts: profile of the N experts.
       traces: see ``replay``; traces may differ in length.
       assignments: one for each trace.
-      token_budget: maximum tokens per iteration.
+      token_budget: maximum tokens per iteration of all experts, in place of their own.
       block_size: tokens per KV block.
       dtype: see ``replay``.
 
@@ -111,11 +111,12 @@ def replay_many(
     Raises:
       InputError: an argument has a wrong shape or an illegal value.
     """
-    for name, value in (("token_budget", token_budget), ("block_size", block_size)):
-        if value < 1:
-            raise InputError(f"{name} is {value}, must be at least 1")
+    if block_size < 1:
+        raise InputError(f"block_size is {block_size}, must be at least 1")
     if len(traces) != len(assignments):
         raise InputError(f"assignments has {len(assignments)} entries, must have {len(traces)}, one for each trace")
+    if token_budget is not None:
+        experts = experts.replace(token_budget=token_budget)
     experts = checked_experts(experts)
     num_experts = len(experts.step_base_s)
     traces = [checked_trace(trace, num_experts) for trace in traces]
@@ -128,7 +129,7 @@ def replay_many(
     lanes = [_sort_into_lanes(*args, num_experts, length) for args in zip(traces, assignments, positions, strict=True)]
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *lanes)
     fleets = jax.tree.map(lambda x: np.tile(x, len(traces)), experts)
-    log = replay_lanes(fleets, requests, token_budget=token_budget, block_size=block_size, dtype=dtype)
+    log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype)
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
     ]
@@ -175,7 +176,6 @@ def replay_lanes(
     experts: ExpertProfile,
     requests: LaneRequests,
     *,
-    token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
     dtype: Any = np.float64,
 ) -> LaneLog:
@@ -186,7 +186,6 @@ def replay_lanes(
     Args:
       experts: profile with one entry per lane, fields [L].
       requests: of each lane.
-      token_budget: maximum tokens per iteration.
       block_size: tokens per KV block.
       dtype: of the engine's times.
 
@@ -198,7 +197,7 @@ def replay_lanes(
     requests = jax.tree.map(lambda x: _split_into_chunks(x, chunks), requests)
     max_live = _MIN_LIVE
     while True:
-        spec = EngineSpec(max_live + _CHUNK, token_budget, block_size)
+        spec = EngineSpec(max_live + _CHUNK, block_size)
         with jax.enable_x64(np.dtype(dtype) == np.float64):
             rows, dropped, integrals, overflow = _replay(spec, experts, requests)
         if not overflow:
@@ -232,7 +231,7 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) ->
       integrals of each chunk [chunks + 1, L], and [] bool: the slots did not suffice.
     """
     dtype = jnp.result_type(float)
-    experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else jnp.int32), experts)
+    experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), experts)
     requests = requests.replace(gap_s=requests.gap_s.astype(dtype))
     lanes = requests.gap_s.shape[2:]
 

@@ -39,6 +39,9 @@ class ExpertProfile(struct.PyTreeNode):
     idle_w: AnyArray = 0.0  # [N] W while no iteration runs
     busy_w: AnyArray = 0.0  # [N] W while an iteration runs
     kv_block_gb: AnyArray = LLAMA_7B_BLOCK_GB  # [N] GB (10^9 bytes) of one KV block
+    token_budget: AnyArray = TOKEN_BUDGET  # [N] tokens in one iteration
+    async_scheduling: AnyArray = False  # [N] bool: an iteration is scheduled when the one before it starts
+    prefix_cache: AnyArray = False  # [N] bool: a preempted request finds those of its blocks that nobody took since
 
 
 class Request(struct.PyTreeNode):

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from qos_jax.errors import InputError
 from qos_jax.sim.types import ExpertProfile, RequestTrace
 
-_COUNTS = ("kv_blocks", "max_running", "max_waiting")
+_COUNTS = ("kv_blocks", "max_running", "max_waiting", "token_budget")
+_SWITCHES = ("async_scheduling", "prefix_cache")
 _MAX_COUNT = 2**30  # the sum of two counts fits in int32
 
 
@@ -51,8 +52,13 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
     for name, values in fields.items():
         if values.shape not in ((), (num_experts,)):
             raise InputError(f"experts.{name} has shape {values.shape}, must be [{num_experts}], one value per expert")
+        if name in _SWITCHES:
+            if values.dtype != np.bool_:
+                raise InputError(f"experts.{name} is {values.tolist()}, must be true or false")
+            checked[name] = np.broadcast_to(values, (num_experts,))
+            continue
         values = np.broadcast_to(values, (num_experts,)).astype(np.float64)
-        lowest = 1 if name in ("kv_blocks", "max_running") else 0
+        lowest = 0 if name == "max_waiting" or name not in _COUNTS else 1
         bad = ~np.isfinite(values) | (values < lowest)
         if bad.any():
             raise InputError(

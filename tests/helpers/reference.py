@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, RequestLog, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestLog, RequestTrace
 
 DROPPED_BY_ROUTER = -1
 
@@ -27,8 +27,9 @@ class Job:
     prompt_tokens: int
     output_tokens: int
     generated: int = 0  # tokens emitted
-    computed: int = 0  # tokens whose keys and values are cached
-    blocks: int = 0  # KV blocks held
+    in_flight: int = 0  # tokens that scheduled iterations will emit
+    computed: int = 0  # tokens whose keys and values are cached, or will be after the scheduled iterations
+    blocks: list[int] = dataclasses.field(default_factory=list)  # KV blocks held, in order
     first_token_s: float = math.nan
     finish_s: float = math.nan
     preemptions: int = 0
@@ -37,7 +38,15 @@ class Job:
     @property
     def known(self) -> int:
         """Tokens of the prompt and emitted tokens: all must be computed before the next one is emitted."""
-        return self.prompt_tokens + self.generated
+        return self.prompt_tokens + self.generated + self.in_flight
+
+
+class Batch(NamedTuple):
+    """What one iteration computes, as it was scheduled."""
+
+    jobs: list[tuple[Job, bool]]  # requests, and whether each emits a token
+    prefill_tokens: int
+    decoded_kv_tokens: int  # cached tokens that its decoding requests read
 
 
 class Iteration(NamedTuple):
@@ -54,7 +63,7 @@ class Iteration(NamedTuple):
 class ReferenceExpert:
     """One expert: a clock at the next iteration boundary, running requests in admission order, a waiting queue."""
 
-    def __init__(self, experts: ExpertProfile, n: int, token_budget: int, block_size: int) -> None:
+    def __init__(self, experts: ExpertProfile, n: int, token_budget: int | None, block_size: int) -> None:
         """Takes expert ``n`` of the profile."""
         self.step_base_s, self.prefill_base_s, self.prefill_per_token_s, self.per_sequence_s, self.per_kv_token_s = (
             float(np.asarray(field, np.float64)[n])
@@ -69,11 +78,17 @@ class ReferenceExpert:
         self.kv_blocks, self.max_running, self.max_waiting = (
             int(np.asarray(field)[n]) for field in (experts.kv_blocks, experts.max_running, experts.max_waiting)
         )
-        self.token_budget, self.block_size = token_budget, block_size
+        self.async_scheduling, self.prefix_cache, budget = (
+            np.broadcast_to(field, np.shape(experts.kv_blocks))[n].item()
+            for field in (experts.async_scheduling, experts.prefix_cache, experts.token_budget)
+        )
+        self.token_budget, self.block_size = token_budget or budget, block_size
         self.clock_s = -math.inf
-        self.free_blocks = self.kv_blocks
+        self.free_blocks = collections.deque(range(self.kv_blocks))  # the first one is taken first
+        self.content: dict[int, tuple[Job, int]] = {}  # which full block of which request a block still holds
         self.running: list[Job] = []
         self.waiting: collections.deque[Job] = collections.deque()
+        self.scheduled: Batch | None = None  # with asynchronous scheduling: the iteration that starts next
         self.iterations: list[Iteration] = []
 
     @property
@@ -97,85 +112,133 @@ class ReferenceExpert:
         self.waiting.append(job)
 
     def iterate(self) -> None:
-        """Runs one iteration: schedules requests, advances the clock, emits tokens."""
-        scheduled = self.schedule()
-        prefill_tokens = decoded_kv_tokens = 0
-        for job, take in scheduled:
-            if job.generated >= 1 and job.known - job.computed == 1:
-                decoded_kv_tokens += job.computed
-            else:
-                prefill_tokens += take
-        duration_s = self.duration(prefill_tokens, len(scheduled), decoded_kv_tokens)
-        blocks_held = self.kv_blocks - self.free_blocks
+        """Runs one iteration, which asynchronous scheduling has chosen when the one before it started."""
+        batch = self.scheduled or self.schedule()
+        self.scheduled = None
+        if self.async_scheduling:
+            following = self.schedule()
+            self.scheduled = following if following.jobs else None
+        duration_s = self.duration(batch)
+        blocks_held = self.kv_blocks - len(self.free_blocks)
         self.iterations.append(
-            Iteration(self.clock_s, duration_s, prefill_tokens, len(scheduled), decoded_kv_tokens, blocks_held)
+            Iteration(
+                self.clock_s, duration_s, batch.prefill_tokens, len(batch.jobs), batch.decoded_kv_tokens, blocks_held
+            )
         )
         self.clock_s += duration_s
-        for job, take in scheduled:
-            job.computed += take
-            if job.computed == job.known:
+        for job, emits in batch.jobs:
+            if emits:
                 self.emit(job)
         self.running = [job for job in self.running if job.generated < job.output_tokens]
+        self.waiting = collections.deque(job for job in self.waiting if job.generated < job.output_tokens)
 
-    def schedule(self) -> list[tuple[Job, int]]:
-        """Chooses the requests of the next iteration and their tokens; allocates, preempts and admits."""
-        scheduled: list[tuple[Job, int]] = []
+    def schedule(self) -> Batch:
+        """Chooses the requests of an iteration and their tokens; allocates, preempts and admits."""
+        chosen: list[tuple[Job, int]] = []
         budget = self.token_budget
         preempted = False
 
         position = 0
         while position < len(self.running) and budget > 0:
             job = self.running[position]
+            if job.generated + job.in_flight == job.output_tokens:  # its last token is under way
+                position += 1
+                continue
             take = min(job.known - job.computed, budget)
             target = self.blocks_for(job.computed + take)
-            while position < len(self.running) and target - job.blocks > self.free_blocks:
+            while position < len(self.running) and target - len(job.blocks) > len(self.free_blocks):
                 self.preempt_last()
                 preempted = True
             if position == len(self.running):  # it preempted itself
                 break
-            self.hold(job, target)
+            self.allocate(job, target)
             budget -= take
-            scheduled.append((job, take))
+            chosen.append((job, take))
             position += 1
 
         while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_running:
             job = self.waiting[0]
-            if self.blocks_for(job.known) > self.free_blocks:
+            if self.blocks_for(job.known) > len(self.free_blocks):
                 break
-            take = min(job.known, budget)
-            self.hold(job, self.blocks_for(take))
+            self.find_own_blocks(job)
+            take = min(job.known - job.computed, budget)
+            self.allocate(job, self.blocks_for(job.computed + take))
             budget -= take
             self.running.append(self.waiting.popleft())
-            scheduled.append((job, take))
-        return scheduled
+            chosen.append((job, take))
+        return self.started(chosen)
+
+    def started(self, chosen: list[tuple[Job, int]]) -> Batch:
+        """Counts the chosen tokens as computed."""
+        prefill_tokens = decoded_kv_tokens = 0
+        jobs = []
+        for job, take in chosen:
+            if job.generated + job.in_flight >= 1 and job.known - job.computed == 1:
+                decoded_kv_tokens += job.computed
+            else:
+                prefill_tokens += take
+            job.computed += take
+            self.note_full_blocks(job, min(job.computed, job.prompt_tokens + job.generated))
+            emits = job.computed == job.known
+            jobs.append((job, emits))
+            job.in_flight += emits
+        return Batch(jobs, prefill_tokens, decoded_kv_tokens)
+
+    def note_full_blocks(self, job: Job, tokens: int) -> None:
+        """Notes which full blocks hold the first ``tokens`` of a request; a token must be known for that."""
+        for index in range(tokens // self.block_size):
+            self.content[job.blocks[index]] = (job, index)
 
     def preempt_last(self) -> None:
-        """Preempts the last admitted request; it keeps its tokens but must recompute all of them."""
+        """Preempts the last admitted request; it keeps its tokens but must compute them again."""
         job = self.running.pop()
-        self.hold(job, 0)
+        self.free(job)
         job.computed = 0
         job.preemptions += 1
         self.waiting.appendleft(job)
 
-    def hold(self, job: Job, blocks: int) -> None:
-        """Changes the memory that a request holds."""
-        self.free_blocks += job.blocks - blocks
-        job.blocks = blocks
+    def allocate(self, job: Job, blocks: int) -> None:
+        """Gives a request free blocks until it holds ``blocks``; what they held is forgotten."""
+        while len(job.blocks) < blocks:
+            block = self.free_blocks.popleft()
+            self.content.pop(block, None)
+            job.blocks.append(block)
+
+    def free(self, job: Job) -> None:
+        """Frees the blocks of a request: full ones are taken last, of these its last one first."""
+        for block in job.blocks:
+            if block not in self.content:
+                self.free_blocks.appendleft(block)
+        self.free_blocks.extend(block for block in reversed(job.blocks) if block in self.content)
+        job.blocks = []
+
+    def find_own_blocks(self, job: Job) -> None:
+        """Takes back those of a preempted request's full blocks, from the first, that nobody has taken since."""
+        held = {content: block for block, content in self.content.items()} if self.prefix_cache else {}
+        while (block := held.get((job, len(job.blocks)))) is not None:
+            self.free_blocks.remove(block)
+            job.blocks.append(block)
+        job.computed = len(job.blocks) * self.block_size
 
     def emit(self, job: Job) -> None:
         """Emits one token at the clock."""
         job.generated += 1
+        job.in_flight -= 1
+        if job.blocks:
+            self.note_full_blocks(job, job.computed - job.in_flight)
         if job.generated == 1:
             job.first_token_s = self.clock_s
         if job.generated == job.output_tokens:
             job.finish_s = self.clock_s
-            self.hold(job, 0)
+            self.free(job)
 
-    def duration(self, prefill_tokens: int, scheduled: int, decoded_kv_tokens: int) -> float:
+    def duration(self, batch: Batch) -> float:
         """Seconds of one iteration."""
-        prefill_s = self.prefill_base_s + self.prefill_per_token_s * prefill_tokens if prefill_tokens > 0 else 0.0
+        prefill_s = self.prefill_base_s + self.prefill_per_token_s * batch.prefill_tokens
         return (
-            max(self.step_base_s, prefill_s) + self.per_sequence_s * scheduled + self.per_kv_token_s * decoded_kv_tokens
+            max(self.step_base_s, prefill_s if batch.prefill_tokens > 0 else 0.0)
+            + self.per_sequence_s * len(batch.jobs)
+            + self.per_kv_token_s * batch.decoded_kv_tokens
         )
 
     def blocks_for(self, tokens: int) -> int:
@@ -209,7 +272,7 @@ def replay_reference(
     trace: RequestTrace,
     assignment: np.ndarray,
     *,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     block_size: int = BLOCK_SIZE_TOKENS,
 ) -> ReferenceRun:
     """Serves every request on its expert in ``assignment`` [J]; -1 is a drop by the router."""
