@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -29,8 +29,19 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from qos_jax.sim.cost import blocks_of, blocks_summed, iteration_s, iterations_started, stretch_s
+from qos_jax.sim.cost import (
+    blocks_of,
+    fits_in_memory,
+    iteration_s,
+    iterations_started,
+    max_kv_blocks,
+    mean_blocks,
+    stretch_s,
+)
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile
+from qos_jax.sim.validation import checked_whole
+
+_MAX_SIZE = 2**24  # tokens; ``_prefix_sums`` counts exactly to here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +51,16 @@ class EngineSpec:
     slots: int  # S, requests on one expert, running and waiting
     token_budget: int = TOKEN_BUDGET  # tokens per iteration
     block_size: int = BLOCK_SIZE_TOKENS  # tokens per KV block
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+          InputError: one is no whole number, or out of range.
+        """
+        checked_whole("slots", self.slots, 1)
+        checked_whole("token_budget", self.token_budget, 1, _MAX_SIZE)
+        checked_whole("block_size", self.block_size, 1, _MAX_SIZE)
 
 
 class Slots(struct.PyTreeNode):
@@ -125,7 +146,7 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     """Moves the live requests to the front, in order, and removes the finished ones."""
     slots = state.slots
     order = jnp.argsort(~slots.live, axis=-1, stable=True)
-    used = jnp.arange(spec.slots) < jnp.sum(slots.live, -1, dtype=jnp.int32, keepdims=True)
+    used = _numbers(slots.live) < _total(slots.live)[..., None]
     slots = jax.tree.map(lambda x: jnp.where(used, jnp.take_along_axis(x, order, -1), jnp.zeros_like(x)), slots)
     return state.replace(slots=slots)
 
@@ -137,8 +158,8 @@ def admissible(
 
     A request that is not admissible is dropped on arrival (docs/guide/simulator.md).
     """
-    fits = blocks_of(prompt_tokens + output_tokens, spec.block_size) <= experts.kv_blocks
-    return fits & (jnp.sum(state.slots.waiting, -1) < experts.max_waiting)
+    fits = fits_in_memory(experts, prompt_tokens, output_tokens, spec.block_size)
+    return fits & (_total(state.slots.waiting) < experts.max_waiting)
 
 
 def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
@@ -158,7 +179,7 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
     """
     slots = state.slots
     occupied = slots.output_tokens > 0
-    slot = jnp.arange(occupied.shape[-1], dtype=jnp.int32)
+    slot = _numbers(occupied)
     tail = jnp.max(jnp.where(occupied, slot + 1, 0), -1)
     target = (slot == tail[..., None]) & lane[..., None]
 
@@ -260,7 +281,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     # Nothing fits behind a preempted request, so no request is admitted in the same iteration.
     next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
     (blocks_so_far,) = _prefix_sums(jnp.where(live, blocks_of(next_tokens, spec.block_size), 0))
-    fits = blocks_so_far <= jnp.asarray(experts.kv_blocks)[..., None]
+    fits = blocks_so_far <= max_kv_blocks(experts, spec.block_size)[..., None]
     preempted = running & ~fits
     eligible = waiting & (budget_left > 0) & (count <= jnp.asarray(experts.max_running)[..., None])
     admitted = eligible & fits
@@ -281,7 +302,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 
     computed = jnp.where(preempted, 0, slots.computed + new_tokens)
     emitted = scheduled & (computed == known_tokens)
-    generated = slots.generated + emitted
+    generated = slots.generated + emitted.astype(jnp.int32)
     finished = emitted & (generated == slots.output_tokens)
     age_s = clock_s[..., None] - slots.arrival_s
     first_token_s = jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s)
@@ -297,13 +318,13 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         slots=slots.replace(
             generated=generated,
             computed=computed,
-            preemptions=slots.preemptions + preempted,
+            preemptions=slots.preemptions + preempted.astype(jnp.int32),
             first_token_s=first_token_s,
             finish_s=finish_s,
         ),
         clock_s=clock_s,
         busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * held_blocks,
+        kv_block_s=state.kv_block_s + duration_s * held_blocks.astype(duration_s.dtype),
         passes=state.passes + 1,
     )
     return state, steady
@@ -326,13 +347,15 @@ def _decode_stretch(
     requests = _total(running)
     kv_tokens = _total(jnp.where(running, slots.computed, 0))
     first_s = iteration_s(experts, jnp.zeros_like(requests), requests, kv_tokens)
-    growth_s = experts.per_kv_token_s * requests
+    as_time = partial(jnp.asarray, dtype=first_s.dtype)
+    growth_s = experts.per_kv_token_s * as_time(requests)
     duration_s = jnp.where(active, horizon_s - state.clock_s, 1.0)
     iterations = iterations_started(first_s, growth_s, duration_s, jnp.min(left_tokens, -1))
     iterations = jnp.where(active, iterations, 0)
-    max_blocks = requests + (kv_tokens + requests * iterations) // spec.block_size
+    # In floating point, as the stretch may go far beyond the memory, and beyond int32.
+    max_blocks = as_time(requests) + (as_time(kv_tokens) + as_time(requests) * as_time(iterations)) / spec.block_size
     iterations = lax.cond(
-        jnp.any(max_blocks > experts.kv_blocks),
+        jnp.any(max_blocks > as_time(max_kv_blocks(experts, spec.block_size))),
         lambda: _limit_to_memory(spec, experts, slots, running, iterations),
         lambda: iterations,
     )
@@ -342,8 +365,7 @@ def _decode_stretch(
     tokens = jnp.where(running, iterations[..., None], 0)
     computed, generated = slots.computed + tokens, slots.generated + tokens
     finished = running & (generated == slots.output_tokens)
-    block_iterations = blocks_summed(computed, spec.block_size) - blocks_summed(slots.computed, spec.block_size)
-    block_iterations = _total(jnp.where(running, block_iterations, 0))
+    blocks = mean_blocks(slots.computed, jnp.maximum(tokens, 1), spec.block_size, first_s.dtype)
     completions = _total(finished)
     decodes_on = (completions > 0) & (completions < requests) & (clock_s < horizon_s)
     state = ExpertState(
@@ -354,7 +376,7 @@ def _decode_stretch(
         ),
         clock_s=clock_s,
         busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * block_iterations / jnp.maximum(iterations, 1),
+        kv_block_s=state.kv_block_s + duration_s * jnp.sum(jnp.where(running, blocks, 0.0), -1),
         passes=state.passes + 1,
     )
     return state, decodes_on
@@ -366,8 +388,9 @@ def _limit_to_memory(
     """Halves ``iterations`` [L] until the blocks of the running requests fit in memory; 0 if one iteration does not."""
 
     def exceed_memory(iterations: Array) -> Array:
-        blocks = blocks_of(slots.computed + iterations[..., None], spec.block_size)
-        return (_total(jnp.where(running, blocks, 0)) > experts.kv_blocks) & (iterations > 0)
+        blocks = jnp.where(running, blocks_of(slots.computed + iterations[..., None], spec.block_size), 0)
+        total = jnp.sum(blocks.astype(jnp.float32), -1)  # may exceed int32; exact below 2^24
+        return (total > max_kv_blocks(experts, spec.block_size).astype(jnp.float32)) & (iterations > 0)
 
     return lax.while_loop(
         lambda iterations: jnp.any(exceed_memory(iterations)),
@@ -381,10 +404,15 @@ def _prefix_sums(*columns: Array) -> list[Array]:
 
     On CPUs, the product with a triangular matrix of ones is many times faster than a scan; on GPUs it is as fast.
     """
-    stacked = jnp.stack(columns).astype(jnp.float32)
+    stacked = jnp.stack([column.astype(jnp.float32) for column in columns])
     triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, jnp.float32))
     sums = jnp.matmul(stacked, triangle, precision=lax.Precision.HIGHEST)
-    return list(sums.astype(jnp.int32))
+    return list(sums.astype(jnp.int32))  # larger ones become the largest int32
+
+
+def _numbers(slots: Array) -> Array:
+    """Returns the number of each slot in an array of that shape [L, S], int32."""
+    return lax.broadcasted_iota(jnp.int32, slots.shape, slots.ndim - 1)
 
 
 def _total(values: Array) -> Array:

@@ -111,9 +111,6 @@ def replay_many(
     Raises:
       InputError: an argument has a wrong shape or an illegal value.
     """
-    for name, value in (("token_budget", token_budget), ("block_size", block_size)):
-        if value < 1:
-            raise InputError(f"{name} is {value}, must be at least 1")
     if len(traces) != len(assignments):
         raise InputError(f"assignments has {len(assignments)} entries, must have {len(traces)}, one for each trace")
     experts = checked_experts(experts)
@@ -192,7 +189,12 @@ def replay_lanes(
 
     Returns:
       The log of each lane.
+
+    Raises:
+      InputError: a size or the type is not legal.
     """
+    if dtype not in (np.float64, np.float32):
+        raise InputError(f"dtype is {dtype!r}, must be np.float64 or np.float32")
     length, lanes = requests.gap_s.shape
     chunks = 1 << (-(-length // _CHUNK) - 1).bit_length()  # powers of two, so that few shapes are compiled
     requests = jax.tree.map(lambda x: _split_into_chunks(x, chunks), requests)
