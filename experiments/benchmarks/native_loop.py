@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from jax.typing import ArrayLike
 
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, RequestLog, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestLog, RequestTrace
 
 STEP_BASE_S, PREFILL_BASE_S, PREFILL_PER_TOKEN_S, PER_SEQUENCE_S, PER_KV_TOKEN_S = range(5)
 KV_BLOCKS, MAX_RUNNING, MAX_WAITING, HEAD, TAIL, RUNNING, FREE, STEPS_LEFT, STEPS_DONE, KV_TOKENS = range(10)
@@ -40,7 +40,7 @@ class LoopState(NamedTuple):
     times: np.ndarray  # [J, 2] s
     dropped: np.ndarray  # [J] bool
     new_blocks: np.ndarray  # [block_size] scratch
-    token_budget: int
+    token_budget: np.ndarray  # [N] tokens
     block_size: int
 
 
@@ -49,17 +49,17 @@ def simulate(
     trace: RequestTrace,
     assignment: np.ndarray | None = None,
     *,
-    token_budget: int = TOKEN_BUDGET,
     block_size: int = BLOCK_SIZE_TOKENS,
 ) -> tuple[np.ndarray, RequestLog]:
     """Serves a trace; a request that its expert cannot take is dropped. Input is not checked.
+
+    Scheduling is synchronous and nothing is found in a prefix cache, whatever the profile says.
 
     Args:
       experts: profile of the N experts.
       trace: J requests.
       assignment: [J] expert of each request, -1 for a drop. Without it each request joins the shortest queue (running +
         waiting); ties go to the lowest index.
-      token_budget: of an iteration.
       block_size: tokens of a KV block.
 
     Returns:
@@ -88,7 +88,7 @@ def simulate(
         times=np.full((n_requests, 2), np.nan),
         dropped=np.zeros(n_requests, bool),
         new_blocks=np.zeros(block_size, np.int64),
-        token_budget=token_budget,
+        token_budget=np.broadcast_to(experts.token_budget, n_experts).astype(np.int64),
         block_size=block_size,
     )
     w.jobs[:, PROMPT] = np.asarray(trace.prompt_tokens)
@@ -177,7 +177,7 @@ def _find_stretch(w: LoopState, n: int) -> None:
     The stretch ends with the next completion, or before memory runs out.
     """
     running = w.state[n, RUNNING]
-    if running == 0 or running > w.token_budget or _may_admit(w, n, w.token_budget - running):
+    if running == 0 or running > w.token_budget[n] or _may_admit(w, n, w.token_budget[n] - running):
         return
     steps, kv_tokens = FOREVER, 0
     w.new_blocks[:] = 0  # [iteration] number of requests whose last block is full then
@@ -287,7 +287,7 @@ def _emit(w: LoopState, n: int, scheduled: int) -> None:
 @_compiled
 def _schedule(w: LoopState, n: int) -> int:
     """Gives tokens and memory to a prefix of the batch, preempts from its tail, admits; returns the prefix's length."""
-    scheduled, budget, preempted = 0, w.token_budget, False
+    scheduled, budget, preempted = 0, w.token_budget[n], False
     while scheduled < w.state[n, RUNNING] and budget > 0:
         j = w.batch[n, scheduled]
         take = min(_missing(w, j), budget)

@@ -17,7 +17,7 @@ from experiments.benchmarks.timing import timed
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RequestTrace
 from qos_jax.worlds.presets import make
 from tests.helpers.reference import Job, ReferenceExpert
 
@@ -124,7 +124,7 @@ def _python_rate(env: Environment, params: EnvParams) -> float:
     """Returns the requests/s of the plain-Python loop, iteration by iteration, on one core."""
     trace = _trace(params, _PYTHON_REQUESTS)
     experts = jax.tree.map(lambda x: np.asarray(x).tolist(), params.experts)
-    fleet = [ReferenceExpert(experts, n, TOKEN_BUDGET, BLOCK_SIZE_TOKENS) for n in range(env.spec.num_experts)]
+    fleet = [ReferenceExpert(experts, n, None, BLOCK_SIZE_TOKENS) for n in range(env.spec.num_experts)]
 
     def serve() -> None:
         for j in range(_PYTHON_REQUESTS):

@@ -28,9 +28,9 @@ from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import ReplayResult, replay_many
 from qos_jax.sim.types import Request, RequestTrace
+from qos_jax.sim.validation import MAX_SEED, checked_whole
 from qos_jax.sim.world import WorldSpec, advance, dispatch, empty_world, observe
 
-_NUM_SEEDS = 2**32  # of jax.random.key
 _REAL = (int, float, np.integer, np.floating)
 
 
@@ -61,8 +61,7 @@ def scenarios(params: EnvParams, loads: Sequence[float], seeds: Iterable[int]) -
         if isinstance(load, bool) or not isinstance(load, _REAL) or not 0 < load < math.inf:
             raise InputError(f"load is {load!r}, must be a finite number above 0")
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < _NUM_SEEDS:
-            raise InputError(f"seed is {seed!r}, must be a whole number from 0 to {_NUM_SEEDS - 1}")
+        checked_whole("seed", seed, 0, MAX_SEED)
     return [Scenario(float(load), float(load) * saturation_per_s, int(seed)) for load in loads for seed in seeds]
 
 
@@ -154,7 +153,12 @@ def evaluate(
 
     Returns:
       The runs, router by router, each in the order of the scenarios.
+
+    Raises:
+      InputError: a number is out of range.
     """
+    num_requests = checked_whole("num_requests", num_requests, 1)
+    warmup = checked_whole("warmup", warmup, 0, num_requests - 1)
     rates = np.array([scenario.rate_per_s for scenario in scenarios])
     keys = jnp.stack([jax.random.key(scenario.seed) for scenario in scenarios])
     gaps_s, requests = _sample_scenarios(params, rates, keys, num_requests)

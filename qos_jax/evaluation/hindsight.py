@@ -40,7 +40,7 @@ from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestTrace
-from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
+from qos_jax.sim.validation import MAX_SEED, checked_assignment, checked_experts, checked_trace, checked_whole
 from qos_jax.sim.world import slot_latency_per_token_s
 
 PRICES = (0.3, 0.2, 0.15, 0.1, 0.04)  # of slack, one for each sweep
@@ -85,6 +85,7 @@ def plan(
     Raises:
       InputError: a field of the arguments is not usable.
     """
+    restarts, seed = checked_whole("restarts", restarts, 0), checked_whole("seed", seed, 0, MAX_SEED)
     search = _Search(experts, trace, block_size)
     best = max((search.evaluated(start) for start in (*starts, search.best_scores())), key=lambda plan: plan.qos)
     rng = np.random.default_rng(seed)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from qos_jax.errors import InputError
 
@@ -35,6 +36,38 @@ def from_dict(default: Config, values: Any, path: str) -> Config:
         raise InputError(f"{path}.{name} is {'unknown' if name in values else 'missing'}")
     rebuilt = {name: _value(getattr(default, name), values[name], f"{path}.{name}") for name in fields}
     return type(default)(**rebuilt)
+
+
+def check_types(config: Any) -> None:
+    """Checks the values of a dataclass of plain fields against their declared types; a list may stand for a tuple.
+
+    Raises:
+      InputError: a value has another type.
+    """
+    for name, declared in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _has_type(value, declared):
+            raise InputError(f"{name} is {value!r}, must be {_in_words(declared)}")
+
+
+def _has_type(value: Any, declared: Any) -> bool:
+    inner = get_args(declared)
+    if get_origin(declared) is types.UnionType:
+        return any(_has_type(value, each) for each in inner)
+    if get_origin(declared) is tuple:
+        return isinstance(value, tuple | list) and all(_has_type(each, inner[0]) for each in value)
+    if isinstance(value, bool):
+        return declared is bool
+    return isinstance(value, int | float if declared is float else declared)
+
+
+def _in_words(declared: Any) -> str:
+    inner = get_args(declared)
+    if get_origin(declared) is types.UnionType:
+        return " or ".join(_in_words(each) for each in inner)
+    if get_origin(declared) is tuple:
+        return f"a tuple, each {_in_words(inner[0])}"
+    return {str: "a string", float: "a number", bool: "True or False", types.NoneType: "None"}[declared]
 
 
 def _value(default: Any, value: Any, path: str) -> Any:

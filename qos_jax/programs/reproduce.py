@@ -200,9 +200,7 @@ def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[RouterRu
             experts, trace, [run.assignment for run in done],
             block_size=spec.block_size,
         )  # fmt: skip
-        (replayed,) = replay_many(
-            experts, [trace], [best.assignment], block_size=spec.block_size
-        )
+        (replayed,) = replay_many(experts, [trace], [best.assignment], block_size=spec.block_size)
         planned = metrics_of(experts, trace, best.assignment, replayed, 0)
         return planned, dict.fromkeys(planned, math.nan) | {"qos": upper_bound(experts, trace)}
 

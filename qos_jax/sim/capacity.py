@@ -12,7 +12,7 @@ from jax import Array, lax
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import Request, RequestTrace, Workload
-from qos_jax.sim.validation import checked_experts
+from qos_jax.sim.validation import MAX_SEED, checked_experts, checked_whole
 
 
 @partial(jax.jit, static_argnums=2)
@@ -61,8 +61,13 @@ def saturation_rates(
 
     Returns:
       N rates [requests/s].
+
+    Raises:
+      InputError: the profile is not legal, or a number is out of range.
     """
     num_experts = env.spec.num_experts
+    requests_per_expert = checked_whole("requests_per_expert", requests_per_expert, 2)
+    seed = checked_whole("seed", seed, 0, MAX_SEED)
     experts = checked_experts(params.experts)
     count = requests_per_expert * num_experts
     _, requests = sample_requests(params.workload, jax.random.key(seed), count)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -29,8 +29,17 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from qos_jax.sim.cost import blocks_of, blocks_summed, iteration_s, iterations_started, stretch_s
+from qos_jax.sim.cost import (
+    blocks_of,
+    fits_in_memory,
+    iteration_s,
+    iterations_started,
+    max_kv_blocks,
+    mean_blocks,
+    stretch_s,
+)
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
+from qos_jax.sim.validation import MAX_SIZE, checked_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +48,15 @@ class EngineSpec:
 
     slots: int  # S, requests on one expert, running and waiting
     block_size: int = BLOCK_SIZE_TOKENS  # tokens per KV block
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+          InputError: one is no whole number, or out of range.
+        """
+        checked_whole("slots", self.slots, 1)
+        checked_whole("block_size", self.block_size, 1, MAX_SIZE)
 
 
 class Slots(struct.PyTreeNode):
@@ -130,7 +148,7 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     """Moves the live requests to the front, in order, and removes the finished ones."""
     slots = state.slots
     order = jnp.argsort(~slots.live, axis=-1, stable=True)
-    used = jnp.arange(spec.slots) < jnp.sum(slots.live, -1, dtype=jnp.int32, keepdims=True)
+    used = _numbers(slots.live) < _total(slots.live)[..., None]
     slots = jax.tree.map(lambda x: jnp.where(used, jnp.take_along_axis(x, order, -1), jnp.zeros_like(x)), slots)
     return state.replace(slots=slots)
 
@@ -142,8 +160,8 @@ def admissible(
 
     A request that is not admissible is dropped on arrival (docs/guide/simulator.md).
     """
-    fits = blocks_of(prompt_tokens + output_tokens, spec.block_size) <= experts.kv_blocks
-    return fits & (jnp.sum(state.slots.waiting, -1) < experts.max_waiting)
+    fits = fits_in_memory(experts, prompt_tokens, output_tokens, spec.block_size)
+    return fits & (_total(state.slots.waiting) < experts.max_waiting)
 
 
 def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
@@ -163,7 +181,7 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
     """
     slots = state.slots
     occupied = slots.output_tokens > 0
-    slot = jnp.arange(occupied.shape[-1], dtype=jnp.int32)
+    slot = _numbers(occupied)
     tail = jnp.max(jnp.where(occupied, slot + 1, 0), -1)
     target = (slot == tail[..., None]) & lane[..., None]
 
@@ -258,13 +276,14 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     live = slots.live & active[..., None]
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
     # A token in flight counts as known, although it is not: the request decodes on as if it were there.
-    known_tokens = slots.prompt_tokens + slots.generated + slots.emitting
+    in_flight = slots.emitting.astype(jnp.int32)
+    known_tokens = slots.prompt_tokens + slots.generated + in_flight
     uncached_tokens = known_tokens - slots.computed
 
     # Running requests are scheduled first. All but the last one decode: a prompt is cut only where the budget ends, and
     # no request is admitted behind a cut prompt. The last one gets what the others leave, at least 1 token. A request
     # whose last token is in flight is not scheduled, but keeps its place and its blocks.
-    decodes_on = running & (slots.generated + slots.emitting < slots.output_tokens)
+    decodes_on = running & (slots.generated + in_flight < slots.output_tokens)
     max_tokens = token_budget + 1 - _total(decodes_on)[..., None]
     new_tokens = jnp.where(decodes_on, jnp.minimum(uncached_tokens, max_tokens), 0)
 
@@ -274,7 +293,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     next_blocks = jnp.where(live, blocks_of(next_tokens, spec.block_size), 0)
     wanted_tokens = jnp.where(waiting, jnp.minimum(known_tokens, token_budget), new_tokens)
     count, blocks_so_far, tokens_so_far = _prefix_sums(live, next_blocks, wanted_tokens)
-    fits = blocks_so_far <= _of_slots(experts.kv_blocks)
+    fits = blocks_so_far <= _of_slots(max_kv_blocks(experts, spec.block_size))
     preempted = running & ~fits
     may_reuse = waiting & (slots.cached_blocks > 0)
     reused_blocks, wanted_tokens, tokens_so_far = lax.cond(
@@ -291,11 +310,11 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 
     scheduled = new_tokens > 0
     cached_tokens = slots.computed + jnp.where(admitted, reused_blocks * spec.block_size, 0)
-    decoding = scheduled & (slots.generated + slots.emitting > 0) & (uncached_tokens == 1)
+    decoding = scheduled & (slots.generated + in_flight > 0) & (uncached_tokens == 1)
     computed = jnp.where(preempted, 0, cached_tokens + new_tokens)
     will_emit = scheduled & (computed == known_tokens)
     emitted = jnp.where(is_async, slots.emitting & live, will_emit)
-    generated = slots.generated + emitted
+    generated = slots.generated + emitted.astype(jnp.int32)
     finished = emitted & (generated == slots.output_tokens)
 
     has_place = (running & ~preempted) | admitted
@@ -304,13 +323,14 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         for mask, tokens in ((running, slots.computed), (has_place, computed))
     )
     partly_filled = finished & has_place & (computed % spec.block_size > 0)
+    # A block of a finished request that is not full goes to the head of the free queue, and counts as not taken.
     requests, prefill_tokens, kv_tokens, blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady = (
         _totals(
             scheduled,
             jnp.where(decoding, 0, new_tokens),
             jnp.where(decoding, cached_tokens, 0),
             next_blocks,
-            next_blocks - held_blocks - partly_filled,  # those of a finished request that are not full are taken next
+            next_blocks - held_blocks - partly_filled.astype(jnp.int32),
             finished,
             has_place & ~finished,
             waiting & ~admitted,
@@ -338,7 +358,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
             decoding=jnp.where(active[..., None], will_emit & decoding & is_async, slots.decoding),
             cached_blocks=cached_blocks,
             taken_at=taken_at,
-            preemptions=slots.preemptions + preempted,
+            preemptions=slots.preemptions + preempted.astype(jnp.int32),
             first_token_s=jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s),
             finish_s=jnp.where(finished, age_s, slots.finish_s),
         ),
@@ -346,7 +366,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         scheduled_s=jnp.where(active & experts.async_scheduling, next_s, state.scheduled_s),
         taken_blocks=taken_blocks,
         busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * blocks,
+        kv_block_s=state.kv_block_s + duration_s * blocks.astype(duration_s.dtype),
         passes=state.passes + 1,
     )
     return state, admits_none & (unsteady == 0)
@@ -370,14 +390,16 @@ def _decode_stretch(
     left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
     requests, kv_tokens = _totals(running, jnp.where(running, slots.computed, 0))
     first_s = iteration_s(experts, jnp.zeros_like(requests), requests, kv_tokens)
-    growth_s = experts.per_kv_token_s * requests
+    as_time = partial(jnp.asarray, dtype=first_s.dtype)
+    growth_s = experts.per_kv_token_s * as_time(requests)
     lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
     duration_s = jnp.where(active, horizon_s - state.clock_s - lead_s, 1.0)
     iterations = iterations_started(first_s, growth_s, jnp.maximum(duration_s, 1e-9), jnp.min(left_tokens, -1) - lead)
     iterations = jnp.where(active, lead + jnp.where(duration_s > 0, iterations, 0), 0)
-    max_blocks = requests + (kv_tokens + requests * iterations) // spec.block_size
+    # In floating point, as the stretch may go far beyond the memory, and beyond int32.
+    max_blocks = as_time(requests) + (as_time(kv_tokens) + as_time(requests) * as_time(iterations)) / spec.block_size
     iterations = lax.cond(
-        jnp.any(max_blocks > experts.kv_blocks),
+        jnp.any(max_blocks > as_time(max_kv_blocks(experts, spec.block_size))),
         lambda: _limit_to_memory(spec, experts, slots, running, iterations),
         lambda: iterations,
     )
@@ -388,16 +410,16 @@ def _decode_stretch(
     generated = slots.generated + jnp.where(running, iterations[..., None], 0)
     finished = running & (generated == slots.output_tokens)
     is_last = finished & is_async[..., None]
-    computed = slots.computed + jnp.where(running, iterations[..., None], 0) - is_last
+    tokens = jnp.where(running, iterations[..., None], 0) - is_last.astype(jnp.int32)
+    computed = slots.computed + tokens
     first_token_s = (state.clock_s + lead_s)[..., None] - slots.arrival_s
     decodes = running & ~finished
 
     held_blocks, next_blocks = (blocks_of(tokens, spec.block_size) for tokens in (slots.computed, computed))
-    block_iterations = blocks_summed(computed, spec.block_size) - blocks_summed(slots.computed, spec.block_size)
+    mean = mean_blocks(slots.computed, jnp.maximum(tokens, 1), spec.block_size, first_s.dtype)
     partly_filled = finished & (computed % spec.block_size > 0)
-    new_blocks, block_iterations, decoding, kv_tokens = _totals(
-        jnp.where(running, next_blocks - held_blocks, 0) - partly_filled,
-        jnp.where(running, block_iterations + jnp.where(is_last, next_blocks, 0), 0),
+    new_blocks, decoding, kv_tokens = _totals(
+        jnp.where(running, next_blocks - held_blocks, 0) - partly_filled.astype(jnp.int32),
         decodes,
         jnp.where(decodes, computed - 1, 0),
     )
@@ -424,10 +446,10 @@ def _decode_stretch(
         scheduled_s=jnp.where(is_async & runs, jnp.where(decoding > 0, next_s, 0.0), state.scheduled_s),
         taken_blocks=taken_blocks,
         busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * block_iterations / jnp.maximum(iterations, 1),
+        kv_block_s=state.kv_block_s + duration_s * jnp.sum(jnp.where(running, mean, 0.0), -1),
         passes=state.passes + 1,
     )
-    return state, (0 < decoding) & (decoding < requests) & (clock_s < horizon_s)
+    return state, (decoding > 0) & (decoding < requests) & (clock_s < horizon_s)
 
 
 def _not_yet_taken(slots: Slots, taken_blocks: Array) -> Array:
@@ -501,7 +523,7 @@ def _keep_cached(
     """
     slots = state.slots
     held = jnp.where(slots.running, blocks_of(slots.computed, spec.block_size), 0)
-    full = jnp.where(preempted, (slots.computed - slots.decoding) // spec.block_size, 0)
+    full = jnp.where(preempted, (slots.computed - slots.decoding.astype(jnp.int32)) // spec.block_size, 0)
     lost = jnp.where(preempted, held, 0)
     held, full_blocks, lost_blocks, reused, at_head = _totals(
         held, full, lost, jnp.where(admitted, reused_blocks, 0), partly_filled
@@ -510,8 +532,8 @@ def _keep_cached(
     waiting = slots.waiting & ~admitted
     left = jnp.where(waiting, _not_yet_taken(slots, most_taken[..., None]), 0)
 
-    last = preempted & (jnp.arange(preempted.shape[-1]) == jnp.argmax(preempted, -1, keepdims=True))
-    end_of_queue = state.taken_blocks + experts.kv_blocks - held + full_blocks
+    last = preempted & (_numbers(preempted) == jnp.argmax(preempted, -1, keepdims=True).astype(jnp.int32))
+    end_of_queue = state.taken_blocks + max_kv_blocks(experts, spec.block_size) - held + full_blocks
     taken_at = jnp.where(last, end_of_queue[..., None], slots.taken_at)
     taken_blocks = most_taken - (lost_blocks - full_blocks)
     kept = jnp.maximum(end_of_queue - taken_blocks, 0)[..., None]
@@ -530,8 +552,9 @@ def _limit_to_memory(
     """Halves ``iterations`` [L] until the blocks of the running requests fit in memory; 0 if one iteration does not."""
 
     def exceed_memory(iterations: Array) -> Array:
-        blocks = blocks_of(slots.computed + iterations[..., None], spec.block_size)
-        return (_total(jnp.where(running, blocks, 0)) > experts.kv_blocks) & (iterations > 0)
+        blocks = jnp.where(running, blocks_of(slots.computed + iterations[..., None], spec.block_size), 0)
+        total = jnp.sum(blocks.astype(jnp.float32), -1)  # may exceed int32; exact below 2^24
+        return (total > max_kv_blocks(experts, spec.block_size).astype(jnp.float32)) & (iterations > 0)
 
     return lax.while_loop(
         lambda iterations: jnp.any(exceed_memory(iterations)),
@@ -545,10 +568,15 @@ def _prefix_sums(*columns: Array) -> list[Array]:
 
     On CPUs, the product with a triangular matrix of ones is many times faster than a scan; on GPUs it is as fast.
     """
-    stacked = jnp.stack(columns).astype(jnp.float32)
+    stacked = jnp.stack([column.astype(jnp.float32) for column in columns])
     triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, jnp.float32))
     sums = jnp.matmul(stacked, triangle, precision=lax.Precision.HIGHEST)
-    return list(sums.astype(jnp.int32))
+    return list(sums.astype(jnp.int32))  # larger ones become the largest int32
+
+
+def _numbers(slots: Array) -> Array:
+    """Returns the number of each slot in an array of that shape [L, S], int32."""
+    return lax.broadcasted_iota(jnp.int32, slots.shape, slots.ndim - 1)
 
 
 def _totals(*columns: Array) -> list[Array]:

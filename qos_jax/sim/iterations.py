@@ -20,7 +20,7 @@ from qos_jax.errors import InputError
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestTrace
-from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
+from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace, checked_whole
 
 
 class Activity(enum.IntEnum):
@@ -78,8 +78,7 @@ def iterations_of(
     trace = checked_trace(trace, len(max_running))
     arrival_s = np.asarray(trace.arrival_s)
     expert_of_request = checked_assignment(assignment, len(arrival_s), len(max_running))
-    if not 0 <= expert < len(max_running):
-        raise InputError(f"expert is {expert}, must be one of 0 .. {len(max_running) - 1}")
+    expert = checked_whole("expert", expert, 0, len(max_running) - 1)
     if not start_s < end_s:
         raise InputError(f"the window is {start_s} .. {end_s} s, must end after it starts")
     request = np.flatnonzero((expert_of_request == expert) & (arrival_s < end_s))

@@ -21,7 +21,7 @@ from qos_jax.errors import InputError
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestLog, RequestTrace
-from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace
+from qos_jax.sim.validation import MAX_SIZE, checked_assignment, checked_experts, checked_trace, checked_whole
 
 _CHUNK = 64  # requests of one lane between two compactions
 _MIN_LIVE = 64  # requests on one expert, for which slots are allocated first
@@ -111,12 +111,10 @@ def replay_many(
     Raises:
       InputError: an argument has a wrong shape or an illegal value.
     """
-    if block_size < 1:
-        raise InputError(f"block_size is {block_size}, must be at least 1")
     if len(traces) != len(assignments):
         raise InputError(f"assignments has {len(assignments)} entries, must have {len(traces)}, one for each trace")
     if token_budget is not None:
-        experts = experts.replace(token_budget=token_budget)
+        experts = experts.replace(token_budget=checked_whole("token_budget", token_budget, 1, MAX_SIZE))
     experts = checked_experts(experts)
     num_experts = len(experts.step_base_s)
     traces = [checked_trace(trace, num_experts) for trace in traces]
@@ -191,7 +189,12 @@ def replay_lanes(
 
     Returns:
       The log of each lane.
+
+    Raises:
+      InputError: a size or the type is not legal.
     """
+    if dtype not in (np.float64, np.float32):
+        raise InputError(f"dtype is {dtype!r}, must be np.float64 or np.float32")
     length, lanes = requests.gap_s.shape
     chunks = 1 << (-(-length // _CHUNK) - 1).bit_length()  # powers of two, so that few shapes are compiled
     requests = jax.tree.map(lambda x: _split_into_chunks(x, chunks), requests)

@@ -12,9 +12,27 @@ from jax.typing import ArrayLike
 from qos_jax.errors import InputError
 from qos_jax.sim.types import ExpertProfile, RequestTrace
 
+MAX_COUNT = 2**30 - 1  # the sum of two counts fits in int32
+MAX_TOKENS = 2**29  # of a prompt or an answer: both together are at most what a KV memory holds
+MAX_SEED = 2**32 - 1  # of jax.random.key
+MAX_SIZE = 2**24  # tokens of a budget or a block; prefix sums over the slots count exactly to here
 _COUNTS = ("kv_blocks", "max_running", "max_waiting", "token_budget")
 _SWITCHES = ("async_scheduling", "prefix_cache")
-_MAX_COUNT = 2**30  # the sum of two counts fits in int32
+_TIMES = ("step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s", "network_s")
+_MAX_TIME_S = 1e6  # of a field of a profile; the engine takes 1e30 s, the longest of runs of such iterations, for never
+_MAX_ARRIVAL_S = 1e15
+
+
+def checked_whole(name: str, value: Any, lowest: int, highest: int = MAX_COUNT) -> int:
+    """Returns a whole number as an int.
+
+    Raises:
+      InputError: the value is no whole number, or out of range.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not lowest <= value <= highest:
+        raise InputError(f"{name} is {value!r}, must be a whole number from {lowest} to {highest}")
+    return int(value)
 
 
 def check_shapes(arrays: Mapping[str, tuple[Any, str]], **lengths: int) -> None:
@@ -43,8 +61,11 @@ def check_shapes(arrays: Mapping[str, tuple[Any, str]], **lengths: int) -> None:
 def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertProfile:
     """Returns the profile with every field as a NumPy array [N]: times as ``dtype``, counts as int32.
 
+    Counts beyond ``MAX_COUNT`` become ``MAX_COUNT``, which limits nothing.
+
     Raises:
-      InputError: a field has a wrong shape, is NaN, infinite or negative, or an iteration of an expert takes no time.
+      InputError: a field has a wrong shape, is NaN, infinite or negative, a time is above 1e6 s, or an iteration of an
+        expert takes no time.
     """
     fields = {f.name: np.asarray(getattr(experts, f.name)) for f in dataclasses.fields(experts)}
     num_experts = max((x.shape[0] for x in fields.values() if x.ndim == 1), default=1)
@@ -58,16 +79,18 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
             checked[name] = np.broadcast_to(values, (num_experts,))
             continue
         values = np.broadcast_to(values, (num_experts,)).astype(np.float64)
-        lowest = 0 if name == "max_waiting" or name not in _COUNTS else 1
-        bad = ~np.isfinite(values) | (values < lowest)
+        lowest = 1 if name in _COUNTS and name != "max_waiting" else 0
+        highest = _MAX_TIME_S if name in _TIMES else MAX_SIZE if name == "token_budget" else np.inf
+        legal = f" and <= {highest:g}" if highest < np.inf else ""
+        bad = ~np.isfinite(values) | (values < lowest) | (values > highest)
         if bad.any():
             raise InputError(
-                f"experts.{name} is {values[bad][0]} for expert {bad.argmax()}, must be finite and >= {lowest}"
+                f"experts.{name} is {values[bad][0]} for expert {bad.argmax()}, must be finite and >= {lowest}{legal}"
             )
         if name in _COUNTS:
             if (values != np.floor(values)).any():
                 raise InputError(f"experts.{name} is {values.tolist()}, must be whole numbers")
-            checked[name] = np.minimum(values, _MAX_COUNT).astype(np.int32)
+            checked[name] = np.minimum(values, MAX_COUNT).astype(np.int32)
         else:
             checked[name] = values.astype(dtype)
     timeless = (checked["step_base_s"] + checked["per_sequence_s"] + checked["per_kv_token_s"]) <= 0
@@ -83,14 +106,17 @@ def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
     """Returns the trace with NumPy arrays: arrivals as float64, tokens as int32.
 
     Raises:
-      InputError: a field has a wrong shape, a time is not finite, arrivals decrease, or a token count is below 1.
+      InputError: a field has a wrong shape, a time is not finite or beyond 1e15 s, arrivals decrease, or a number of
+        tokens is not within 1 .. ``MAX_TOKENS``.
     """
     arrival_s = np.asarray(trace.arrival_s, np.float64)
     if arrival_s.ndim != 1:
         raise InputError(f"trace.arrival_s has shape {arrival_s.shape}, must be [J], one time per request")
-    if not np.isfinite(arrival_s).all():
-        index = int(np.isfinite(arrival_s).argmin())
-        raise InputError(f"trace.arrival_s[{index}] is {arrival_s[index]}, must be finite")
+    bad = ~(np.abs(arrival_s) <= _MAX_ARRIVAL_S)
+    if bad.any():
+        index = int(bad.argmax())
+        legal = f"finite and within -{_MAX_ARRIVAL_S:g} .. {_MAX_ARRIVAL_S:g}"
+        raise InputError(f"trace.arrival_s[{index}] is {arrival_s[index]}, must be {legal}")
     decreasing = np.diff(arrival_s) < 0
     if decreasing.any():
         index = int(decreasing.argmax()) + 1
@@ -127,9 +153,9 @@ def _checked_tokens(name: str, tokens: ArrayLike, shape: tuple[int, ...]) -> np.
     values = np.asarray(tokens)
     if values.shape != shape:
         raise InputError(f"trace.{name} has shape {values.shape}, must be {list(shape)}")
-    bad = ~((values >= 1) & (values <= _MAX_COUNT) & (values == np.floor(values)))
+    bad = ~((values >= 1) & (values <= MAX_TOKENS) & (values == np.floor(values)))
     if bad.any():
         index = tuple(int(i) for i in np.argwhere(bad)[0])
-        legal = f"a whole number of tokens, at least 1 and at most {_MAX_COUNT}"
+        legal = f"a whole number of tokens, at least 1 and at most {MAX_TOKENS}"
         raise InputError(f"trace.{name}{list(index)} is {values[index]}, must be {legal}")
     return values.astype(np.int32)

@@ -48,11 +48,12 @@ class WorldConfig:
     allow_drop: bool | None = None
 
     def __post_init__(self) -> None:
-        """Checks that the fields go together.
+        """Checks the fields, and that they go together.
 
         Raises:
-          InputError: a field is out of range, or two of them exclude each other.
+          InputError: a field has a wrong type or is out of range, or two of them exclude each other.
         """
+        dataclass_json.check_types(self)
         presets.preset_named(self.preset)
         for name, legal in (("trace_part", TRACE_PARTS), ("table_part", TABLE_PARTS)):
             if getattr(self, name) not in legal:
@@ -74,11 +75,8 @@ class WorldConfig:
     def _check_trace(self) -> None:
         if self.trace_format not in (None, *COLUMNS):
             raise InputError(f"trace_format is {self.trace_format!r}, must be one of {', '.join(COLUMNS)}")
-        if not isinstance(self.trace_sort, bool):
-            raise InputError(f"trace_sort is {self.trace_sort!r}, must be True or False")
-        step_s = self.trace_spread_s
-        if step_s is not None and not (isinstance(step_s, int | float) and 0 < step_s < math.inf):
-            raise InputError(f"trace_spread_s is {step_s!r}, must be above 0 and finite, in s")
+        if self.trace_spread_s is not None and not 0 < self.trace_spread_s < math.inf:
+            raise InputError(f"trace_spread_s is {self.trace_spread_s!r}, must be above 0 and finite, in s")
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -174,8 +172,7 @@ class WorldConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in sorted(known.symmetric_difference(values)):
             raise InputError(f"world.{name} is {'unknown' if name in values else 'missing'}")
-        lists = {name: tuple(values[name]) for name in ("experts", "latency_limit_s") if values[name] is not None}
-        return cls(**(values | lists))
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def _part_of_trace(self, trace: ArrivalTrace) -> ArrivalTrace:
         return trace if self.trace_part == "all" else trace.halves()[0 if self.trace_part == "first" else 1]

@@ -20,7 +20,7 @@ from qos_jax.fleet.profiles import expert_profile
 from qos_jax.sim.capacity import saturation_rate
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.sim.validation import checked_experts
+from qos_jax.sim.validation import checked_experts, checked_whole
 from qos_jax.sim.world import WorldSpec
 from qos_jax.workload.arrivals import ArrivalProcess, Arrivals, parse_arrivals
 from qos_jax.workload.content import RequestContent, generated_content, latency_limits, sharegpt_run_content
@@ -79,7 +79,6 @@ PRESETS = {
 }
 
 _DEFAULT_LOAD = 0.8
-_MAX_COUNT = 2**30  # the sum of two counts fits in int32
 _FLEET_FIELDS = {"experts", "max_running", "content"}  # fields on which the saturation rate depends
 
 
@@ -173,10 +172,8 @@ def _preset(name: str, overrides: dict[str, Any]) -> Preset:
         raise InputError(f"preset field {unknown[0]!r} is unknown; choose from {', '.join(sorted(fields))}")
     preset = dataclasses.replace(base, **overrides)
     for field, lowest in (("max_running", 1), ("max_waiting", 1), ("requests", 1), ("history", 0)):
-        value = getattr(preset, field)
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and lowest <= value <= _MAX_COUNT
-        if not whole and not (field == "history" and value is None):
-            raise InputError(f"{field} is {value!r}, must be a whole number from {lowest} to {_MAX_COUNT}")
+        if field != "history" or preset.history is not None:
+            checked_whole(field, getattr(preset, field), lowest)
     _positive("staleness_s", preset.staleness_s, or_zero=True)
     _check_type("allow_drop", preset.allow_drop, (bool, np.bool_), "True or False")
     return dataclasses.replace(preset, experts=_pairs(preset.experts))

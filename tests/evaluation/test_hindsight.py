@@ -143,7 +143,7 @@ def test_whatever_is_answered_in_time_fits_every_window(kind: str) -> None:
     """Every limit is what the request took, so that all are in time without a moment to spare."""
     world = workloads.KINDS[kind](np.random.default_rng(7))
     experts, assignment = checked_experts(world.experts), world.assignment.astype(np.int32)
-    (replayed,) = replay_many(experts, [world.trace], [assignment], token_budget=world.token_budget)
+    (replayed,) = replay_many(experts, [world.trace], [assignment])
     took_s = latency_per_token_s(experts, world.trace, assignment, replayed)
     served = np.flatnonzero(~replayed.log.dropped)
     trace = world.trace.replace(latency_limit_s=np.nan_to_num(took_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -13,9 +14,15 @@ from tests.helpers.reference import Job, ReferenceExpert, replay_reference
 from tests.helpers.workloads import KINDS, World, calm, full_queue, small_worlds
 
 
+def synchronous(world: World) -> World:
+    switches = dict.fromkeys(("async_scheduling", "prefix_cache"), np.zeros_like(world.experts.kv_blocks, bool))
+    return dataclasses.replace(world, experts=world.experts.replace(**switches))
+
+
 def assert_same(world: World) -> None:
-    expected = replay_reference(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
-    _, log = simulate(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
+    world = synchronous(world)
+    expected = replay_reference(world.experts, world.trace, world.assignment)
+    _, log = simulate(world.experts, world.trace, world.assignment)
     np.testing.assert_array_equal(log.dropped, expected.dropped)
     np.testing.assert_array_equal(log.preemptions, expected.preemptions)
     np.testing.assert_allclose(log.finish_s, expected.finish_s, rtol=1e-9)
@@ -36,9 +43,9 @@ def test_agrees_with_the_reference_on_any_small_world(world: World) -> None:
 
 @pytest.mark.parametrize("kind", [calm, full_queue])
 def test_joins_the_shortest_queue(kind: Callable[[np.random.Generator], World]) -> None:
-    world = kind(np.random.default_rng(0))
+    world = synchronous(kind(np.random.default_rng(0)))
     chosen, log = simulate(world.experts, world.trace)
-    fleet = [ReferenceExpert(world.experts, n, world.token_budget, 16) for n in range(3)]
+    fleet = [ReferenceExpert(world.experts, n, None, 16) for n in range(3)]
     for j, time_s in enumerate(world.trace.arrival_s):
         for expert in fleet:
             expert.run_until(time_s)

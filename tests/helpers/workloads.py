@@ -33,7 +33,6 @@ class World:
     experts: ExpertProfile
     trace: RequestTrace
     assignment: np.ndarray
-    token_budget: int = 2048
 
 
 def profile(**fields: Any) -> ExpertProfile:
@@ -48,7 +47,6 @@ def profile(**fields: Any) -> ExpertProfile:
 
 def side_by_side(worlds: Sequence[World]) -> World:
     """One world with all experts and all requests, in order of arrival."""
-    (token_budget,) = {world.token_budget for world in worlds}
     sizes = [np.shape(world.experts.kv_blocks)[0] for world in worlds]
     starts = np.cumsum(sizes) - sizes
     arrival_s = np.concatenate([world.trace.arrival_s for world in worlds])
@@ -72,7 +70,6 @@ def side_by_side(worlds: Sequence[World]) -> World:
             output_tokens=np.concatenate(outputs)[order],
         ),
         assignment=np.concatenate(assignments)[order],
-        token_budget=token_budget,
     )
 
 
@@ -89,7 +86,13 @@ def _experts(
         kv_blocks=kv_blocks,
         max_running=max_running,
         max_waiting=max_waiting,
+        **_engine(rng),
     )
+
+
+def _engine(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Engine switches, each on for about half of the experts."""
+    return {name: rng.random(NUM_EXPERTS) < 0.5 for name in ("async_scheduling", "prefix_cache")}
 
 
 def _poisson(rng: np.random.Generator, mean_gap_s: float, requests: int = NUM_REQUESTS) -> np.ndarray:
@@ -116,7 +119,7 @@ def _world(
 ) -> World:
     requests = len(arrival_s)
     trace = RequestTrace(arrival_s, _tokens(rng, *prompts, requests), _tokens(rng, *outputs, requests, NUM_EXPERTS))
-    return World(experts, trace, _anyone(rng, requests), token_budget)
+    return World(experts.replace(token_budget=token_budget), trace, _anyone(rng, requests))
 
 
 def calm(rng: np.random.Generator) -> World:
@@ -204,6 +207,7 @@ def on_the_boundary(rng: np.random.Generator) -> World:
         kv_blocks=rng.integers(6, 20, NUM_EXPERTS),
         max_running=8,
         max_waiting=8,
+        **_engine(rng),
     )
     gaps_s = rng.integers(0, 64, NUM_REQUESTS) * TICK_S
     return _world(rng, experts, np.cumsum(gaps_s), (1, 40), (1, 40))
@@ -260,6 +264,9 @@ def small_worlds(draw: st.DrawFn, num_experts: int = 2, num_requests: int = 10) 
         kv_blocks=integers(1, 9, num_experts),
         max_running=integers(1, 6, num_experts),
         max_waiting=integers(0, 6, num_experts),
+        token_budget=draw(st.sampled_from([8, 2048])),
+        async_scheduling=integers(0, 1, num_experts) > 0,
+        prefix_cache=integers(0, 1, num_experts) > 0,
     )
     trace = RequestTrace(
         arrival_s=np.cumsum(integers(0, 64, num_requests)) * TICK_S,
@@ -267,4 +274,4 @@ def small_worlds(draw: st.DrawFn, num_experts: int = 2, num_requests: int = 10) 
         output_tokens=integers(1, 50, num_requests, num_experts),
     )
     assignment = integers(DROPPED_BY_ROUTER, num_experts - 1, num_requests)
-    return World(experts, trace, assignment, token_budget=draw(st.sampled_from([8, 2048])))
+    return World(experts, trace, assignment)

@@ -14,13 +14,11 @@ START_S, END_S = 0.7, 4.0
 
 
 def log_of(world: World, expert: int = 0) -> IterationLog:
-    return iterations_of(
-        world.experts, world.trace, world.assignment, expert, START_S, END_S, token_budget=world.token_budget
-    )
+    return iterations_of(world.experts, world.trace, world.assignment, expert, START_S, END_S)
 
 
 def expected(world: World, expert: int = 0) -> list[Iteration]:
-    reference = replay_reference(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
+    reference = replay_reference(world.experts, world.trace, world.assignment)
     return [iteration for iteration in reference.experts[expert].iterations if START_S <= iteration.start_s < END_S]
 
 

@@ -28,11 +28,11 @@ any_world = settings(deadline=None, max_examples=60)
 
 
 def replay(world: World, dtype: Any = np.float64) -> RequestLog:
-    return qos_jax.replay(world.experts, world.trace, world.assignment, token_budget=world.token_budget, dtype=dtype)
+    return qos_jax.replay(world.experts, world.trace, world.assignment, dtype=dtype)
 
 
 def reference(world: World) -> ReferenceRun:
-    return replay_reference(world.experts, world.trace, world.assignment, token_budget=world.token_budget)
+    return replay_reference(world.experts, world.trace, world.assignment)
 
 
 @functools.cache
@@ -153,7 +153,7 @@ class TestEveryLog:
         experts = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, world.experts)
         trace = world.trace.replace(output_tokens=world.trace.output_tokens[:, order])
         new_index = np.array([*np.argsort(order), -1])
-        permuted = World(experts, trace, new_index[world.assignment], world.token_budget)
+        permuted = World(experts, trace, new_index[world.assignment])
         jax.tree.map(np.testing.assert_array_equal, replay(permuted), replay(world))
 
     @any_world
@@ -315,6 +315,8 @@ class TestBadInput:
             ("max_running", [0, 1], r"max_running.* 0.* >= 1"),
             ("max_waiting", [1, -1], r"max_waiting.* -1.* >= 0"),
             ("max_waiting", [1, 1, 1], r"\(2,\)|\(3,\)"),
+            ("step_base_s", [0.01, 1e29], r"step_base_s.* 1e\+29 .*<= 1e\+06"),
+            ("per_kv_token_s", [2e6, 0.0], r"per_kv_token_s.* 2000000\.0 .*<= 1e\+06"),
             ("per_kv_token_s", [[0.0, 0.0]], r"per_kv_token_s.* \(1, 2\).* \[2\]"),
         ],
     )
@@ -328,6 +330,8 @@ class TestBadInput:
         [
             ("arrival_s", [0.0, 2.0, 1.0], r"arrival_s\[2\].* 1\.0.* sort"),
             ("arrival_s", [0.0, np.nan, 1.0], r"arrival_s\[1\].* nan.* finite"),
+            ("arrival_s", [0.0, 1.0, 1e29], r"arrival_s\[2\].* 1e\+29.* within"),
+            ("prompt_tokens", [1, 2**29 + 1, 1], r"prompt_tokens\[1\].* at most 536870912"),
             ("arrival_s", [[0.0, 1.0, 2.0]], r"arrival_s.* \(1, 3\).* \[J\]"),
             ("prompt_tokens", [1, 0, 1], r"prompt_tokens\[1\].* 0.* at least 1"),
             ("prompt_tokens", [1, 1, 1.5], r"prompt_tokens\[2\].* 1\.5.* whole"),
@@ -341,6 +345,17 @@ class TestBadInput:
         trace = self.GOOD.trace.replace(**{name: np.array(values)})
         with pytest.raises(InputError, match=message):
             qos_jax.replay(self.GOOD.experts, trace, self.GOOD.assignment)
+
+    @pytest.mark.parametrize("name", ["token_budget", "block_size"])
+    @pytest.mark.parametrize("value", [0, -1, 2**24 + 1, 2**31, 100.5, np.nan, True, "16", None])
+    def test_in_a_size_is_named(self, name: str, value: Any) -> None:
+        with pytest.raises(InputError, match=f"{name} is {value!r}, must be a whole number from 1 to 16777216"):
+            qos_jax.replay(self.GOOD.experts, self.GOOD.trace, self.GOOD.assignment, **{name: value})
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.int32, "f"])
+    def test_in_the_type_of_times_is_named(self, dtype: Any) -> None:
+        with pytest.raises(InputError, match=r"dtype is .*, must be np\.float64 or np\.float32"):
+            qos_jax.replay(self.GOOD.experts, self.GOOD.trace, self.GOOD.assignment, dtype=dtype)
 
     def test_in_the_number_of_assignments_is_named(self) -> None:
         with pytest.raises(InputError, match=r"assignments has 2 entries, must have 1, one for each trace"):

@@ -51,10 +51,38 @@ def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: s
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("field", dataclasses.fields(WorldConfig), ids=lambda field: field.name)
+def test_a_value_of_another_type_is_refused_by_the_name_of_its_field(field: dataclasses.Field) -> None:
+    wrong = [None] if field.default is not None else []
+    for value in [*wrong, {}, object(), ("paper-3", 1), b"x", "x" if "str" not in field.type else 1.5]:
+        with pytest.raises(InputError) as raised:
+            WorldConfig(**{field.name: value})
+        assert str(raised.value).startswith(f"{field.name} is {value!r}, must")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experts": "alpaca-native@A40"}, "experts is 'alpaca-native@A40', must be a tuple, each a string or None"),
+        ({"latency_limit_s": "x"}, "latency_limit_s is 'x', must be a tuple, each a number or None"),
+        ({"latency_limit_s": 0.03}, "latency_limit_s is 0.03, must be a tuple, each a number or None"),
+        ({"arrivals": 5}, "arrivals is 5, must be a string or None"),
+        ({"allow_drop": "no"}, "allow_drop is 'no', must be True or False or None"),
+        ({"staleness_s": True}, "staleness_s is True, must be a number or None"),
+    ],
+)
+def test_a_wrong_type_is_told_in_words(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        WorldConfig(**fields)
+    assert str(raised.value) == message
+
+
 def test_fields_of_a_file_are_checked() -> None:
     values = WorldConfig().to_dict()
     with pytest.raises(InputError, match=r"world\.colour is unknown"):
         WorldConfig.from_dict(values | {"colour": "red"})
+    with pytest.raises(InputError, match="experts is 'alpaca-native@A40', must be a tuple"):
+        WorldConfig.from_dict(values | {"experts": "alpaca-native@A40"})
     del values["trace"]
     with pytest.raises(InputError, match=r"world\.trace is missing"):
         WorldConfig.from_dict(values)

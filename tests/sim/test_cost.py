@@ -1,0 +1,48 @@
+"""Closed forms of a decode stretch against sums over its iterations, up to the largest numbers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qos_jax.sim.cost import blocks_of, fits_in_memory, max_kv_blocks, mean_blocks
+from tests.helpers.workloads import profile
+
+MOST = 2**31 - 1
+
+
+@given(st.integers(0, 3000), st.integers(1, 3000), st.sampled_from([1, 2, 7, 16, 1024]))
+def test_the_mean_of_the_blocks_held_in_a_stretch(tokens: int, iterations: int, block_size: int) -> None:
+    expected = np.mean([-(-(tokens + i) // block_size) for i in range(1, iterations + 1)])
+    mean = mean_blocks(jnp.int32(tokens), jnp.int32(iterations), block_size, jnp.float32)
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 2**24])
+def test_the_mean_of_a_stretch_of_half_a_billion_iterations(block_size: int) -> None:
+    tokens, iterations = 2**29, 2**29
+    with jax.enable_x64(True):
+        mean = mean_blocks(jnp.int32(tokens), jnp.int32(iterations), block_size, jnp.float64)
+    full = iterations // block_size  # the first block is full, so each further one is held for as long as the others
+    assert float(mean) == tokens // block_size + (full + 1) / 2
+
+
+@given(st.integers(0, MOST), st.sampled_from([1, 16, 2**24]))
+def test_blocks_of_any_number_of_tokens(tokens: int, block_size: int) -> None:
+    assert int(blocks_of(jnp.int32(tokens), block_size)) == -(-tokens // block_size)
+
+
+@given(st.integers(1, MOST), st.integers(1, MOST), st.integers(1, 2**30 // 16))
+def test_what_fits_in_memory(prompt_tokens: int, output_tokens: int, kv_blocks: int) -> None:
+    experts = profile(step_base_s=0.01, kv_blocks=np.int32(kv_blocks))
+    fits = fits_in_memory(experts, jnp.int32(prompt_tokens), jnp.int32(output_tokens), 16)
+    assert bool(fits[0]) == (-(-(prompt_tokens + output_tokens) // 16) <= kv_blocks)
+
+
+def test_memory_beyond_the_largest_counts_as_the_largest() -> None:
+    experts = profile(step_base_s=0.01, kv_blocks=np.array([100, 2**26, 10**9], np.int32))
+    assert max_kv_blocks(experts, 16).tolist() == [100, 2**26, 2**26]
