@@ -68,7 +68,7 @@ class Slots(struct.PyTreeNode):
     computed: Array  # [L, S] int32 tokens in the KV cache, those of scheduled iterations included; 0 while waiting
     emitting: Array  # [L, S] bool: the scheduled iteration will emit a token; asynchronous scheduling only
     decoding: Array  # [L, S] bool: ... by decoding, so that the newest token is not in the prefix cache yet
-    cached_blocks: Array  # [L, S] int32 blocks that a preempted request would find again; 0 while it runs
+    cached_blocks: Array  # [L, S] int32 blocks that a preempted request would find again, or has found
     taken_at: Array  # [L, S] int32 value of ``taken_blocks`` at which the last of these is taken
     preemptions: Array  # [L, S] int32
     arrival_s: Array  # [L, S] s, relative to now
@@ -538,7 +538,8 @@ def _keep_cached(
     taken_blocks = most_taken - (lost_blocks - full_blocks)
     kept = jnp.maximum(end_of_queue - taken_blocks, 0)[..., None]
     kept = jnp.where(last & _of_slots(experts.prefix_cache), jnp.minimum(full, kept), 0)
-    return jnp.where(preempted, kept, left), taken_at, taken_blocks - at_head
+    found_or_left = jnp.where(admitted, reused_blocks, left)
+    return jnp.where(preempted, kept, found_or_left), taken_at, taken_blocks - at_head
 
 
 def _of_slots(values: Any) -> Array:

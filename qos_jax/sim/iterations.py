@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
+from qos_jax.sim.cost import iteration_s
 from qos_jax.sim.engine import EngineSpec, ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace, checked_whole
@@ -86,11 +87,12 @@ def iterations_of(
     slots = 1 << max_live.bit_length()  # powers of two, so that few shapes are compiled
     profile = jax.tree.map(lambda x: jnp.asarray(x[expert : expert + 1]), fleet)
     stepper = _Stepper(EngineSpec(slots, block_size), profile, trace, request, expert)
-    stepper.skip_to(start_s)
+    stepper.skip_to(start_s - stepper.longest_s)
     records = []
     while stepper.reach_next_iteration() and stepper.boundary_s < end_s:
-        begin_s = stepper.boundary_s
-        records.append((begin_s, *stepper.iterate()))
+        begin_s, iteration = stepper.boundary_s, stepper.iterate()
+        if iteration is not None and begin_s >= start_s:
+            records.append((begin_s, *iteration))
     return _log(records, expert, request, arrival_s[request])
 
 
@@ -107,6 +109,17 @@ class _Stepper:
         self.num_arrived = 0  # requests
         self.now_s = float(self.arrival_s[0]) if len(request) else 0.0
         self.state = engine.init_state(spec, (1,), jnp.int32(0))
+        self.is_async = bool(profile.async_scheduling[0])
+        self.scheduled: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # asynchronously: what runs next
+
+    @property
+    def longest_s(self) -> float:
+        """No iteration takes longer [s] if each is scheduled when the one before it starts; else 0."""
+        if not self.is_async or len(self.arrival_s) == 0:
+            return 0.0
+        kv_tokens = jnp.sum(jnp.asarray(self.prompt_tokens + self.output_tokens), dtype=jnp.float32)[None]
+        requests = jnp.minimum(self.profile.max_running, len(self.arrival_s))
+        return float(iteration_s(self.profile, self.profile.token_budget, requests, kv_tokens)[0])
 
     @property
     def boundary_s(self) -> float:
@@ -143,12 +156,18 @@ class _Stepper:
         prompt_tokens, output_tokens = self.prompt_tokens[index], self.output_tokens[index]
         self.state = _arrive(self.spec, self.profile, state, prompt_tokens, output_tokens, index)
 
-    def iterate(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Runs one iteration; returns its duration [s], the live requests, their activities and tokens."""
+    def iterate(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray] | None:
+        """Runs one iteration; returns its duration [s], the live requests, their activities and tokens.
+
+        None if it ran nothing, or what was scheduled before the first call.
+        """
         before = self.state
         self.state = _iterate(self.spec, self.profile, before)
         old, new = jax.tree.map(lambda x: np.asarray(x[0]), (before, self.state))
-        return float(new.clock_s) - float(old.clock_s), *_activities(old.slots, new.slots)
+        runs = scheduled = _activities(self.spec.block_size, old.slots, new.slots, self.is_async)
+        if self.is_async:
+            runs, self.scheduled = self.scheduled if old.scheduled_s > 0 else None, scheduled
+        return (float(new.clock_s) - float(old.clock_s), *runs) if runs is not None else None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -169,15 +188,18 @@ def _iterate(spec: EngineSpec, profile: ExpertProfile, state: ExpertState) -> Ex
     return engine.iterate(spec, profile, state, jnp.array([True]))[0]
 
 
-def _activities(before: Slots, after: Slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _activities(
+    block_size: int, before: Slots, after: Slots, is_async: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the live requests, their activities and tokens, from the slots [S] before and after one iteration."""
-    tokens = np.maximum(after.computed - before.computed, 0)
-    uncached_tokens = before.prompt_tokens + before.generated - before.computed
-    decoding = (tokens > 0) & (before.generated > 0) & (uncached_tokens == 1)
+    found = np.where(before.waiting & after.running, after.cached_blocks * block_size, before.computed)
+    tokens = np.maximum(after.computed - found, 0)
+    emitted = before.generated + before.emitting
+    decoding = (tokens > 0) & (emitted > 0) & (before.prompt_tokens + emitted - found == 1)
     preempted = (after.preemptions > 0) & (after.computed == 0)
     idle = np.where(preempted, Activity.PREEMPTED, Activity.WAITING)
     activity = np.where(tokens > 0, np.where(decoding, Activity.DECODE, Activity.PREFILL), idle)
-    live = before.live
+    live = before.live & (after.live | (not is_async))  # those that end before the next iteration are not in it
     return before.payload[live], activity[live], tokens[live]
 
 

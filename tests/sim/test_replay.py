@@ -347,7 +347,7 @@ class TestBadInput:
             qos_jax.replay(self.GOOD.experts, trace, self.GOOD.assignment)
 
     @pytest.mark.parametrize("name", ["token_budget", "block_size"])
-    @pytest.mark.parametrize("value", [0, -1, 2**24 + 1, 2**31, 100.5, np.nan, True, "16", None])
+    @pytest.mark.parametrize("value", [0, -1, 2**24 + 1, 2**31, 100.5, np.nan, True, "16"])
     def test_in_a_size_is_named(self, name: str, value: Any) -> None:
         with pytest.raises(InputError, match=f"{name} is {value!r}, must be a whole number from 1 to 16777216"):
             qos_jax.replay(self.GOOD.experts, self.GOOD.trace, self.GOOD.assignment, **{name: value})
