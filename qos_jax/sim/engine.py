@@ -263,7 +263,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 
     Returns the state and [L] bool: the lane will only decode until a request finishes or memory runs out.
     """
-    slots = state.slots
+    slots, dtype = state.slots, state.clock_s.dtype
     known_tokens = slots.prompt_tokens + slots.generated
     uncached_tokens = known_tokens - slots.computed
     live = slots.live & active[..., None]
@@ -272,7 +272,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     # Running requests are scheduled first. All but the last one decode: a prompt is cut only where the budget ends, and
     # no request is admitted behind a cut prompt. The last one gets what the others leave, at least 1 token.
     queued_tokens = jnp.where(waiting, jnp.minimum(known_tokens, spec.token_budget), 0)
-    count, queued_tokens_so_far = _prefix_sums(live, queued_tokens)
+    count, queued_tokens_so_far = _prefix_sums(dtype, live, queued_tokens)
     max_tokens = spec.token_budget + 1 - _total(running)[..., None]
     new_tokens = jnp.where(running, jnp.minimum(uncached_tokens, max_tokens), 0)
     budget_left = (spec.token_budget - _total(new_tokens))[..., None] - (queued_tokens_so_far - queued_tokens)
@@ -280,7 +280,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     # Preemption from the tail keeps the longest prefix whose blocks, with those of this iteration, fit in memory.
     # Nothing fits behind a preempted request, so no request is admitted in the same iteration.
     next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
-    (blocks_so_far,) = _prefix_sums(jnp.where(live, blocks_of(next_tokens, spec.block_size), 0))
+    (blocks_so_far,) = _prefix_sums(dtype, jnp.where(live, blocks_of(next_tokens, spec.block_size), 0))
     fits = blocks_so_far <= max_kv_blocks(experts, spec.block_size)[..., None]
     preempted = running & ~fits
     eligible = waiting & (budget_left > 0) & (count <= jnp.asarray(experts.max_running)[..., None])
@@ -386,11 +386,12 @@ def _limit_to_memory(
     spec: EngineSpec, experts: ExpertProfile, slots: Slots, running: Array, iterations: Array
 ) -> Array:
     """Halves ``iterations`` [L] until the blocks of the running requests fit in memory; 0 if one iteration does not."""
+    dtype = slots.finish_s.dtype
 
     def exceed_memory(iterations: Array) -> Array:
         blocks = jnp.where(running, blocks_of(slots.computed + iterations[..., None], spec.block_size), 0)
-        total = jnp.sum(blocks.astype(jnp.float32), -1)  # may exceed int32; exact below 2^24
-        return (total > max_kv_blocks(experts, spec.block_size).astype(jnp.float32)) & (iterations > 0)
+        total = jnp.sum(blocks.astype(dtype), -1)  # may exceed int32
+        return (total > max_kv_blocks(experts, spec.block_size).astype(dtype)) & (iterations > 0)
 
     return lax.while_loop(
         lambda iterations: jnp.any(exceed_memory(iterations)),
@@ -399,13 +400,13 @@ def _limit_to_memory(
     )
 
 
-def _prefix_sums(*columns: Array) -> list[Array]:
-    """Returns the inclusive prefix sums over the slots of each integer column [L, S], exact below 2^24.
+def _prefix_sums(dtype: Any, *columns: Array) -> list[Array]:
+    """Returns the inclusive prefix sums over the slots of each integer column [L, S], below 2^24 exact in float32.
 
     On CPUs, the product with a triangular matrix of ones is many times faster than a scan; on GPUs it is as fast.
     """
-    stacked = jnp.stack([column.astype(jnp.float32) for column in columns])
-    triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, jnp.float32))
+    stacked = jnp.stack([column.astype(dtype) for column in columns])
+    triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, dtype))
     sums = jnp.matmul(stacked, triangle, precision=lax.Precision.HIGHEST)
     return list(sums.astype(jnp.int32))  # larger ones become the largest int32
 
