@@ -181,7 +181,8 @@ class Learner:
     def sample(self, learner: LearnerState, key: Array, inputs: Inputs) -> Array:
         """Samples an action [] int32 from the policy for one environment."""
         heads = heads_of(self.network, learner.params, inputs)
-        return jax.random.categorical(key, sac.policy_logits(heads, inputs.legal, learner.log_alpha))
+        logits = sac.policy_logits(heads, inputs.legal, learner.log_alpha)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
 
     def step(self, key: Array, states: Any, action: Array, params: EnvParams) -> Any:
         """Steps all environments; the state and action have an axis [num_envs]."""

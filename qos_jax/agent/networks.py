@@ -17,7 +17,7 @@ from typing import Any, Literal, cast, get_args
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from qos_jax.encoder.flat import flat_view
 from qos_jax.encoder.graph import EXPERT_FEATURES, IMPACT_FEATURES, GraphFeatures, graph_features
@@ -177,7 +177,8 @@ def _max_over_experts(experts: Array) -> Array:
     The gradient of ``jnp.max`` divides by the number of inputs that equal the maximum. This number is 0, and the
     gradient NaN, where XLA recomputes the inputs with other rounding.
     """
-    is_first = jnp.argmax(experts, -2, keepdims=True) == jnp.arange(experts.shape[-2])[:, None]
+    index = lax.broadcasted_iota(jnp.int32, experts.shape, experts.ndim - 2)
+    is_first = jnp.argmax(experts, -2, keepdims=True).astype(jnp.int32) == index
     return jnp.sum(jnp.where(is_first, experts, 0.0), -2)
 
 

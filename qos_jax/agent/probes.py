@@ -139,7 +139,7 @@ def start_probe(
         return jax.tree.map(lambda x: x[expert], experts), dropped & (to == expert)
 
     experts, dropped = jax.vmap(copy)(jnp.arange(num_experts))
-    fresh = Probe(experts, decision, action, -soft_qos.weights.drop * dropped, jnp.bool_(True))
+    fresh = Probe(experts, decision, action, -soft_qos.weights.drop * dropped.astype(jnp.float32), jnp.bool_(True))
     replaced = jnp.arange(probes.valid.shape[0]) == which
     # A select, as scatters are slow where environments are mapped.
     return jax.tree.map(lambda old, new: jnp.where(replaced.reshape(-1, *[1] * jnp.ndim(new)), new, old), probes, fresh)
@@ -187,12 +187,13 @@ def simulate(
         experts = jax.vmap(lambda e: engine.advance(spec.engine, profile, e, gap_s))(experts)
         returns = jax.vmap(lambda e: expert_returns(profile, e, *soft_qos))(experts)
         # A full queue may refuse a request in one copy and not in another.
-        returns -= soft_qos.weights.drop * refused[:, None] * (jnp.arange(spec.num_experts) == action)
+        sent_to = (jnp.arange(spec.num_experts) == action).astype(refused.dtype)
+        returns -= soft_qos.weights.drop * refused[:, None] * sent_to[None]
         worlds, completions = jax.vmap(lambda e: collect(profile, World(e, None)))(experts)
         actual = record_arrival(spec, World(_at(worlds.experts, 0), telemetry), gap_s)
         next_action = policy(key_policy, env.observe(EnvState(state.time, actual, request, workload), params))
         carry = worlds.experts, actual.telemetry, request, next_action, workload
-        return carry, (returns[1:] - returns[0], completions.qos[0], dropped[0])
+        return carry, (returns[1:] - returns[:1], completions.qos[0], dropped[0])
 
     experts = jax.tree.map(
         lambda actual, copy: jnp.concatenate([actual[None], copy]), state.world.experts, probes.experts

@@ -18,7 +18,11 @@ def empty(row: Rows, capacity: int) -> Rows:
 
 def insert(buffer: Rows, rows: Rows, start: Array) -> Rows:
     """Writes ``rows`` from index ``start`` [] on; they must not extend beyond the end of the buffer."""
-    return jax.tree.map(lambda ring, new: lax.dynamic_update_slice_in_dim(ring, new, start, 0), buffer, rows)
+
+    def put(ring: Array, new: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, 0)
+
+    return jax.tree.map(put, buffer, rows)
 
 
 def rows_at(buffer: Rows, index: Array) -> Rows:

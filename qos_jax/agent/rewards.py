@@ -70,7 +70,8 @@ def shaped_reward(
       info: of the environment's step.
     """
     completions = info["completions"]
-    reward = reward - weights.violation * completions.violations - weights.drop * info["dropped"]
+    violations, dropped = (x.astype(reward.dtype) for x in (completions.violations, info["dropped"]))
+    reward = reward - weights.violation * violations - weights.drop * dropped
     reward -= jnp.sum(_resource_cost(params.experts, completions.kv_block_s, completions.busy_s, weights))
     lost = jnp.append(impact(obs).qos_change, 0.0)[action]
     after = in_flight_qos(info["final_observation"])

@@ -117,7 +117,7 @@ def update(
         if heads.logits is not None:
             values = lax.stop_gradient(combined_q(hyper, heads.q))
             actor_loss = -jnp.mean(jnp.sum(policy * jnp.where(inputs.legal, values, 0.0), -1) + alpha * entropy)
-        num_legal = jnp.maximum(jnp.sum(inputs.legal, -1), 1)
+        num_legal = jnp.maximum(jnp.sum(inputs.legal, -1), 1).astype(entropy.dtype)
         surplus = jnp.mean(entropy - hyper.target_entropy * jnp.log(num_legal))
         losses = {"critic_loss": critics_loss, "actor_loss": actor_loss}
         return critics_loss + actor_loss, losses | {"entropy": jnp.mean(entropy), "surplus": surplus}
@@ -125,7 +125,8 @@ def update(
     (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     if axes:
         gradient, aux = lax.pmean((gradient, aux), axes)
-    direction, optimizer = _ADAM.update(gradient, state.optimizer)
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with its count of updates
+        direction, optimizer = _ADAM.update(gradient, state.optimizer)
     rate = _learning_rate(hyper, progress)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
     average = optax.incremental_update(params, state.average, 1.0 - hyper.polyak)

@@ -87,6 +87,8 @@ def expert_columns(obs: Observation) -> dict[str, Array]:
     arrived, experts, requests = obs.arrived, obs.experts, obs.requests
     profile = experts.profile
     limit_s = jnp.maximum(arrived.latency_limit_s, _MIN_TIME_S)
+    max_running = profile.max_running.astype(jnp.float32)
+    kv_tokens = BLOCK_SIZE_TOKENS * profile.kv_blocks.astype(jnp.float32)
     columns = {
         "predicted_score": arrived.predicted_score,
         "predicted_tokens": log_tokens(arrived.predicted_tokens),
@@ -95,8 +97,8 @@ def expert_columns(obs: Observation) -> dict[str, Array]:
         "kv_used": experts.kv_used_blocks / profile.kv_blocks,
         "step_time": profile.step_base_s / limit_s,
         "prefill_time": (profile.prefill_base_s + profile.prefill_per_token_s * _PREFILL_TOKENS) / limit_s,
-        "sequences_time": profile.per_sequence_s * profile.max_running / limit_s,
-        "kv_time": profile.per_kv_token_s * profile.kv_blocks * BLOCK_SIZE_TOKENS / limit_s,
+        "sequences_time": profile.per_sequence_s * max_running / limit_s,
+        "kv_time": profile.per_kv_token_s * kv_tokens / limit_s,
         "network_time": profile.network_s / limit_s,
         **_summary("running", requests, requests.running),
         **_summary("waiting", requests, requests.waiting),
@@ -111,8 +113,9 @@ def log_tokens(tokens: Array) -> Array:
 
 def _summary(name: str, requests: RequestView, mask: Array) -> dict[str, Array]:
     """Returns the columns [N] that summarise the requests where ``mask`` [N, S] is set."""
-    count = jnp.maximum(jnp.sum(mask, -1), 1)
-    remaining_tokens = requests.predicted_tokens - requests.generated_tokens
+    count = jnp.maximum(jnp.sum(mask, -1), 1).astype(jnp.float32)
+    dtype = requests.predicted_tokens.dtype
+    remaining_tokens = requests.predicted_tokens - requests.generated_tokens.astype(dtype)
     allowed_s = jnp.maximum(requests.latency_limit_s * requests.predicted_tokens, _MIN_TIME_S)
     latency = jnp.minimum(requests.age_s / allowed_s, FLAT_LIMIT)
     return {

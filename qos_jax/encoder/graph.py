@@ -113,7 +113,7 @@ def _request_columns(obs: Observation) -> dict[str, Array]:
     requests = obs.requests
     limit_s = _limit_s(requests.latency_limit_s)
     predicted_tokens = jnp.maximum(requests.predicted_tokens, 1.0)
-    remaining_tokens = jnp.maximum(predicted_tokens - requests.generated_tokens, 1.0)
+    remaining_tokens = jnp.maximum(predicted_tokens - requests.generated_tokens.astype(predicted_tokens.dtype), 1.0)
     due_tokens = requests.age_s / limit_s  # a request on schedule has generated as many
     known_tokens = jnp.maximum(requests.prompt_tokens + requests.generated_tokens, 1)
     blocks = blocks_of(requests.computed_tokens, BLOCK_SIZE_TOKENS)

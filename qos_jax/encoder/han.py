@@ -163,10 +163,11 @@ class _Attention(nn.Module):
         from_source = nn.DenseGeneral(stacked, use_bias=False, name="source_score")(sources)
         means, weights = attend(from_target, from_source, sources)
         init = nn.initializers.lecun_normal(batch_axis=(0, 1))
-        kernel = self.param("kernel", init, (*stacked, sources.shape[-1], width // heads))
-        bias = self.param("bias", nn.initializers.zeros, (self.relations, width))
+        kernel = self.param("kernel", init, (*stacked, sources.shape[-1], width // heads), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.relations, width), jnp.float32)
         projected = jnp.einsum("...rhf,rhfd->...rhd", means, kernel)
-        return nn.relu(projected.reshape(*projected.shape[:-2], width) + bias), weights
+        projected = projected.reshape(*projected.shape[:-2], width)
+        return nn.relu(projected + jnp.broadcast_to(bias, projected.shape)), weights
 
 
 class _SemanticAttention(nn.Module):

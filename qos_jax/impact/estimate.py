@@ -25,7 +25,7 @@ from jax import Array
 
 from qos_jax.impact.imagined_world import LENGTH_CV, expected_remaining_tokens, sample_belief, sample_request
 from qos_jax.sim import engine
-from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation
 from qos_jax.sim.validation import check_shapes
@@ -152,7 +152,7 @@ def _simulate(obs: Observation, length_cv: float) -> Slots:
     profile, request = obs.experts.profile, sample_request(obs, length_cv)
     without = sample_belief(obs, length_cv).experts
     without = without.replace(slots=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), without.slots))
-    fits = blocks_of(request.prompt_tokens + request.output_tokens, BLOCK_SIZE_TOKENS) <= profile.kv_blocks
+    fits = fits_in_memory(profile, request.prompt_tokens, request.output_tokens, BLOCK_SIZE_TOKENS)
     together = engine.push(without, fits, request.prompt_tokens, request.output_tokens, payload_of(request))
     pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), without, together)
     spec = EngineSpec(obs.requests.running.shape[-1] + 1)
@@ -162,25 +162,26 @@ def _simulate(obs: Observation, length_cv: float) -> Slots:
 def _load(obs: Observation, length_cv: float) -> _Load:
     requests, experts, profile = obs.requests, obs.experts, obs.experts.profile
     present = requests.running | requests.waiting
-    emitted = requests.generated_tokens.astype(jnp.float32)
+    emitted = _real(requests.generated_tokens)
     left = jnp.where(present, expected_remaining_tokens(requests, length_cv), 0.0)
     known_tokens = requests.prompt_tokens + requests.generated_tokens
     uncached_tokens = known_tokens - requests.computed_tokens
     decoding = (emitted > 0) & (uncached_tokens <= 1)  # 0 if its next token is scheduled already
-    prefill_tokens = jnp.sum(jnp.where(present & ~decoding, uncached_tokens, 0), -1)
-    cost_s = _over_slots(profile.per_sequence_s) + _over_slots(profile.per_kv_token_s) * (known_tokens - 1)
+    prefill_tokens = jnp.sum(jnp.where(present & ~decoding, _real(uncached_tokens), 0.0), -1)
+    cost_s = _over_slots(profile.per_sequence_s) + _over_slots(profile.per_kv_token_s) * _real(known_tokens - 1)
 
-    count = (experts.running + experts.waiting).astype(jnp.float32)
+    count, max_running = _real(experts.running + experts.waiting), _real(profile.max_running)
     divisor = jnp.maximum(count, 1.0)
     # A full batch of M requests, with L tokens left on the expert, frees a place about every L / (M count) iterations.
-    excess = jnp.maximum(count + 1.0 - profile.max_running, 0.0)
-    wait_for_place = jnp.sum(left, -1) * excess / (divisor * profile.max_running)
-    blocks = jnp.where(present, blocks_of(known_tokens, BLOCK_SIZE_TOKENS), 0)
-    held, own_blocks = jnp.sum(blocks, -1), blocks_of(obs.arrived.prompt_tokens, BLOCK_SIZE_TOKENS)
-    excess = jnp.maximum(held + own_blocks - profile.kv_blocks, 0)
-    wait_for_memory = jnp.sum(blocks * left, -1) * excess / (jnp.maximum(held, 1.0) * profile.kv_blocks)
-    memory_share = (profile.kv_blocks - own_blocks) / jnp.maximum(held, 1.0)
-    share = jnp.minimum((profile.max_running - 1.0) / divisor, memory_share)
+    excess = jnp.maximum(count + 1.0 - max_running, 0.0)
+    wait_for_place = jnp.sum(left, -1) * excess / (divisor * max_running)
+    blocks = jnp.where(present, _real(blocks_of(known_tokens, BLOCK_SIZE_TOKENS)), 0.0)
+    held, own_blocks = jnp.sum(blocks, -1), _real(blocks_of(obs.arrived.prompt_tokens, BLOCK_SIZE_TOKENS))
+    kv_blocks = _real(profile.kv_blocks)
+    excess = jnp.maximum(held + own_blocks - kv_blocks, 0.0)
+    wait_for_memory = jnp.sum(blocks * left, -1) * excess / (jnp.maximum(held, 1.0) * kv_blocks)
+    memory_share = (kv_blocks - own_blocks) / jnp.maximum(held, 1.0)
+    share = jnp.minimum((max_running - 1.0) / divisor, memory_share)
     return _Load(
         present=present,
         left=left,
@@ -190,13 +191,13 @@ def _load(obs: Observation, length_cv: float) -> _Load:
         ahead=jnp.where(profile.async_scheduling & (count > 0), 1.0, 0.0),
         share=jnp.clip(share, 0.0, 1.0),
         stall_before_s=_prefill_s(profile, prefill_tokens),
-        stall_after_s=_prefill_s(profile, prefill_tokens + obs.arrived.prompt_tokens),
+        stall_after_s=_prefill_s(profile, prefill_tokens + _real(obs.arrived.prompt_tokens)),
     )
 
 
 def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:
     """Returns the latency per token of the arrived request, and its part from the one-time delay, both [N] s/token."""
-    profile, tokens, prompt = obs.experts.profile, obs.arrived.predicted_tokens, obs.arrived.prompt_tokens
+    profile, tokens, prompt = obs.experts.profile, obs.arrived.predicted_tokens, _real(obs.arrived.prompt_tokens)
     all_cost_s = jnp.sum(load.cost_s, -1)
     horizon = load.wait + tokens  # iterations
     stay = jnp.minimum(load.left, _over_slots(horizon))
@@ -217,7 +218,7 @@ def _effect_on_others(obs: Observation, load: _Load) -> tuple[Array, Array]:
     requests, profile = obs.requests, obs.experts.profile
     all_cost_s = jnp.sum(load.cost_s, -1)
     iteration_s = _over_slots(profile.step_base_s + load.share * all_cost_s) - _over_slots(load.share) * load.cost_s
-    queue_share = jnp.cumsum(requests.waiting, -1) / (_over_slots(obs.experts.waiting) + 1.0)
+    queue_share = jnp.cumsum(_real(requests.waiting), -1) / _over_slots(_real(obs.experts.waiting + 1))
     end = jnp.where(requests.waiting, _over_slots(load.wait) * queue_share, 0.0) + load.left  # iterations from now
     own_s = load.left * (load.cost_s + _over_slots(profile.per_kv_token_s) * (load.left - 1.0) / 2.0)
     remaining_s = _over_slots(load.stall_before_s + profile.network_s) + end * iteration_s + own_s
@@ -227,7 +228,8 @@ def _effect_on_others(obs: Observation, load: _Load) -> tuple[Array, Array]:
     decoding = jnp.maximum(shared - 1.0, 0.0)
     slower_s = jnp.where(shared > 0, _over_slots(load.stall_after_s - load.stall_before_s), 0.0)
     slower_s += _over_slots(profile.per_sequence_s) * shared
-    slower_s += _over_slots(profile.per_kv_token_s) * decoding * (obs.arrived.prompt_tokens + (decoding - 1.0) / 2.0)
+    prompt = _real(obs.arrived.prompt_tokens)
+    slower_s += _over_slots(profile.per_kv_token_s) * decoding * (prompt + (decoding - 1.0) / 2.0)
     return margin_s, slower_s / jnp.maximum(load.length, 1.0)
 
 
@@ -238,10 +240,15 @@ def _prefill_s(profile: ExpertProfile, tokens: Array) -> Array:
         prefill_s = profile.prefill_base_s + profile.prefill_per_token_s * tokens
         return jnp.maximum(profile.step_base_s, jnp.where(jnp.asarray(tokens) > 0, prefill_s, 0.0))
 
-    budget = profile.token_budget
+    budget = _real(profile.token_budget)
     full = jnp.maximum(jnp.ceil(tokens / budget) - 1.0, 0.0)  # iterations that use the whole budget
     last = jnp.maximum(tokens - full * budget, 0.0)
     return full * step_s(budget) + step_s(last) - profile.step_base_s
+
+
+def _real(numbers: Array) -> Array:
+    """Returns numbers of tokens, blocks or requests as float32: their sums and products may exceed int32."""
+    return jnp.asarray(numbers, jnp.float32)
 
 
 def _over_slots(per_expert: Array) -> Array:

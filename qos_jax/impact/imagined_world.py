@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
-from qos_jax.sim.cost import iteration_s
+from qos_jax.sim.cost import iteration_s, max_kv_blocks
 from qos_jax.sim.engine import ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
 from qos_jax.sim.world import SlotPayload, Telemetry, World
@@ -37,11 +37,12 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     requests, profile = obs.requests, obs.experts.profile
     emitted = requests.generated_tokens
     if key is None:
-        total = emitted + expected_remaining_tokens(requests, length_cv)
+        total = emitted.astype(jnp.float32) + expected_remaining_tokens(requests, length_cv)
     else:
         total = _sample_tokens(key, requests.predicted_tokens, emitted, length_cv)
     # An expert admits only requests that fit in its memory; a sampled length beyond that would never finish.
-    max_tokens = jnp.asarray(profile.kv_blocks)[:, None] * BLOCK_SIZE_TOKENS - requests.prompt_tokens
+    kv_tokens = max_kv_blocks(profile, BLOCK_SIZE_TOKENS) * BLOCK_SIZE_TOKENS
+    max_tokens = kv_tokens[:, None] - requests.prompt_tokens
     output_tokens = jnp.minimum(_round_tokens(total, emitted + 1), max_tokens)
 
     no_tokens, no_time_s = jnp.zeros_like(emitted), jnp.zeros_like(requests.age_s)
@@ -68,7 +69,12 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     slots = jax.tree.map(lambda x: jnp.where(occupied, x, jnp.zeros_like(x)), slots)
     zero_s, zero = no_time_s[:, 0], no_tokens[:, 0]
     emitting = slots.emitting & slots.live
-    scheduled_s = iteration_s(profile, zero, jnp.sum(emitting, -1), jnp.sum(jnp.where(emitting, computed - 1, 0), -1))
+    scheduled_s = iteration_s(
+        profile,
+        zero,
+        jnp.sum(emitting, -1, dtype=jnp.int32),
+        jnp.sum(jnp.where(emitting, computed - 1, 0), -1, dtype=jnp.int32),
+    )
     scheduled_s = jnp.where(jnp.any(emitting, -1), scheduled_s, 0.0)
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
     experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero)
@@ -93,7 +99,7 @@ def sample_request(obs: Observation, length_cv: float = LENGTH_CV, key: Array | 
 
 def expected_remaining_tokens(requests: RequestView, length_cv: float) -> Array:
     """Returns the expected number of tokens left [N, S] of each request, which grows with the tokens emitted."""
-    emitted = requests.generated_tokens.astype(jnp.float32)
+    emitted = requests.generated_tokens.astype(requests.predicted_tokens.dtype)
     return jnp.hypot(requests.predicted_tokens - emitted, length_cv * emitted)
 
 
@@ -103,10 +109,11 @@ def _sample_tokens(key: Array, predicted_tokens: Array, emitted_tokens: Array, l
         return predicted_tokens
     log_sd = math.sqrt(math.log1p(length_cv**2))
     log_mean = jnp.log(predicted_tokens) - log_sd**2 / 2.0
-    survival = ndtr((log_mean - jnp.log(emitted_tokens + 0.5)) / log_sd)  # half a token more, as lengths are rounded
+    emitted = emitted_tokens.astype(predicted_tokens.dtype) + 0.5  # half a token more, as lengths are rounded
+    survival = ndtr((log_mean - jnp.log(emitted)) / log_sd)
     tail = jax.random.uniform(key, emitted_tokens.shape, minval=jnp.finfo(jnp.float32).tiny) * survival
     return jnp.exp(log_mean - log_sd * ndtri(tail))
 
 
 def _round_tokens(tokens: Array, min_tokens: Array | int) -> Array:
-    return jnp.clip(jnp.round(tokens), min_tokens, _MAX_TOKENS).astype(jnp.int32)
+    return jnp.maximum(jnp.minimum(jnp.round(tokens), _MAX_TOKENS).astype(jnp.int32), min_tokens)

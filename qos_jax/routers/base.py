@@ -45,7 +45,7 @@ def best_legal(key: Array, obs: Observation, value: Array) -> Array:
       The action [] int32; N, the drop, where no expert is legal.
     """
     legal = obs.action_mask[:-1]
-    value = jnp.where(legal, value, -jnp.inf)
+    value = jnp.where(legal, jnp.asarray(value, float), -jnp.inf)
     # To break ties at random: jax.random.categorical(key, jnp.where(value == jnp.max(value), 0.0, -jnp.inf)).
     best = jnp.argmax(value)
     return jnp.where(jnp.any(legal), best, legal.shape[0]).astype(jnp.int32)

@@ -5,6 +5,7 @@ They compare experts by requests, predicted tokens, KV memory, predicted latency
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,8 +25,9 @@ def num_requests(obs: Observation) -> Array:
 def predicted_work_tokens(obs: Observation) -> Array:
     """Returns the predicted remaining work [N] of each expert: prompt tokens to compute plus tokens to generate."""
     requests = obs.requests
-    to_compute = requests.prompt_tokens + requests.generated_tokens - requests.computed_tokens
-    to_generate = requests.predicted_tokens - requests.generated_tokens
+    as_predicted = partial(jnp.asarray, dtype=requests.predicted_tokens.dtype)
+    to_compute = as_predicted(requests.prompt_tokens + requests.generated_tokens - requests.computed_tokens)
+    to_generate = requests.predicted_tokens - as_predicted(requests.generated_tokens)
     return jnp.sum(jnp.where(requests.running | requests.waiting, to_compute + to_generate, 0.0), -1)
 
 
@@ -60,7 +62,7 @@ def power_of_two() -> Router:
     def act(key: Array, obs: Observation, memory: tuple[()]) -> tuple[Array, tuple[()]]:
         uniform = jnp.where(obs.action_mask[:-1], _uniform(key, obs), -1.0)
         sampled = uniform >= jnp.sort(uniform)[-2] if uniform.shape[0] > 1 else uniform >= 0
-        value = jnp.where(sampled, 0.5 * uniform - num_requests(obs), -jnp.inf)
+        value = jnp.where(sampled, 0.5 * uniform - num_requests(obs).astype(uniform.dtype), -jnp.inf)
         return best_legal(key_for_ties(key), obs, value), memory
 
     return Router("power_of_two", "heuristic", tuple, act)

@@ -79,7 +79,7 @@ def rollout_planner(
         in_all_futures = jax.vmap(value, in_axes=(None, 0))
         values = jax.vmap(in_all_futures, in_axes=(0, None))(actions, jax.random.split(key_futures, futures))
         default, _ = greedy.act(key_default, obs, ())
-        gain = values - values[default]
+        gain = values - values[default][None]
         clear_gain = gain.mean(-1) - gain.std(-1) / math.sqrt(futures - 1)
         clear_gain = jnp.where(obs.action_mask, clear_gain, -jnp.inf)
         best = jnp.argmax(clear_gain)
@@ -136,7 +136,7 @@ def _soft_qos(profile: ExpertProfile, world: World) -> Array:
 def _remaining_cost(requests: RequestView, length_cv: float) -> Array:
     """Returns the price [] of the placements of all requests, each times the remaining share of its tokens."""
     remaining = expected_remaining_tokens(requests, length_cv)
-    share = remaining / (requests.generated_tokens + remaining)
+    share = remaining / (requests.generated_tokens.astype(remaining.dtype) + remaining)
     return PRICE * jnp.sum(jnp.where(requests.running | requests.waiting, share, 0.0))
 
 

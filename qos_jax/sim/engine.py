@@ -271,7 +271,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
 
     Returns the state and [L] bool: the lane will only decode until a request finishes or memory runs out.
     """
-    slots = state.slots
+    slots, dtype = state.slots, state.clock_s.dtype
     is_async, token_budget = _of_slots(experts.async_scheduling), _of_slots(experts.token_budget)
     live = slots.live & active[..., None]
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
@@ -292,7 +292,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
     next_blocks = jnp.where(live, blocks_of(next_tokens, spec.block_size), 0)
     wanted_tokens = jnp.where(waiting, jnp.minimum(known_tokens, token_budget), new_tokens)
-    count, blocks_so_far, tokens_so_far = _prefix_sums(live, next_blocks, wanted_tokens)
+    count, blocks_so_far, tokens_so_far = _prefix_sums(dtype, live, next_blocks, wanted_tokens)
     fits = blocks_so_far <= _of_slots(max_kv_blocks(experts, spec.block_size))
     preempted = running & ~fits
     may_reuse = waiting & (slots.cached_blocks > 0)
@@ -487,12 +487,12 @@ def _find_own_blocks(
     slots = state.slots
     held_blocks = _total(jnp.where(slots.running, blocks_of(slots.computed, spec.block_size), 0))
     reusable = jnp.where(waiting, slots.cached_blocks, 0)
-    (reusable_so_far,) = _prefix_sums(reusable)
+    (reusable_so_far,) = _prefix_sums(state.clock_s.dtype, reusable)
     blocks_before = blocks_so_far - next_blocks - (reusable_so_far - reusable) - held_blocks[..., None]
     found = jnp.where(waiting, _not_yet_taken(slots, state.taken_blocks[..., None] + blocks_before), 0)
     left_tokens = slots.prompt_tokens + slots.generated - found * spec.block_size
     wanted_tokens = jnp.where(waiting, jnp.minimum(left_tokens, _of_slots(experts.token_budget)), wanted_tokens)
-    return found, wanted_tokens, _prefix_sums(wanted_tokens)[0]
+    return found, wanted_tokens, _prefix_sums(state.clock_s.dtype, wanted_tokens)[0]
 
 
 def _keep_cached(
@@ -551,11 +551,12 @@ def _limit_to_memory(
     spec: EngineSpec, experts: ExpertProfile, slots: Slots, running: Array, iterations: Array
 ) -> Array:
     """Halves ``iterations`` [L] until the blocks of the running requests fit in memory; 0 if one iteration does not."""
+    dtype = slots.finish_s.dtype
 
     def exceed_memory(iterations: Array) -> Array:
         blocks = jnp.where(running, blocks_of(slots.computed + iterations[..., None], spec.block_size), 0)
-        total = jnp.sum(blocks.astype(jnp.float32), -1)  # may exceed int32; exact below 2^24
-        return (total > max_kv_blocks(experts, spec.block_size).astype(jnp.float32)) & (iterations > 0)
+        total = jnp.sum(blocks.astype(dtype), -1)  # may exceed int32
+        return (total > max_kv_blocks(experts, spec.block_size).astype(dtype)) & (iterations > 0)
 
     return lax.while_loop(
         lambda iterations: jnp.any(exceed_memory(iterations)),
@@ -564,13 +565,13 @@ def _limit_to_memory(
     )
 
 
-def _prefix_sums(*columns: Array) -> list[Array]:
-    """Returns the inclusive prefix sums over the slots of each integer column [L, S], exact below 2^24.
+def _prefix_sums(dtype: Any, *columns: Array) -> list[Array]:
+    """Returns the inclusive prefix sums over the slots of each integer column [L, S], below 2^24 exact in float32.
 
     On CPUs, the product with a triangular matrix of ones is many times faster than a scan; on GPUs it is as fast.
     """
-    stacked = jnp.stack([column.astype(jnp.float32) for column in columns])
-    triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, jnp.float32))
+    stacked = jnp.stack([column.astype(dtype) for column in columns])
+    triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, dtype))
     sums = jnp.matmul(stacked, triangle, precision=lax.Precision.HIGHEST)
     return list(sums.astype(jnp.int32))  # larger ones become the largest int32
 

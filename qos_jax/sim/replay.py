@@ -69,8 +69,8 @@ def replay(
       experts: profile of the N experts, NumPy or JAX arrays [N].
       trace: J requests in order of arrival; only arrivals and tokens are read.
       assignment: [J] int, expert of each request; -1 drops the request.
-      token_budget: maximum tokens per iteration of all experts, in place of their own.
-      block_size: tokens per KV block.
+      token_budget: maximum tokens per iteration of all experts, 1 .. 2^24, in place of their own.
+      block_size: tokens per KV block, 1 .. 2^24.
       dtype: of the engine's times, float64 or float32, independent of ``jax_enable_x64``. In float32, as in an
         environment, rounding may shift a request to the iteration before or after.
 

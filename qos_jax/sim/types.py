@@ -32,7 +32,7 @@ class ExpertProfile(struct.PyTreeNode):
     prefill_per_token_s: AnyArray  # [N] s/token
     per_sequence_s: AnyArray  # [N] s/request
     per_kv_token_s: AnyArray  # [N] s/token
-    kv_blocks: AnyArray  # [N] KV blocks in memory
+    kv_blocks: AnyArray  # [N] KV blocks in memory; those of 2^30 tokens at most count
     max_running: AnyArray  # [N] requests in one iteration
     max_waiting: AnyArray  # [N] requests in the queue
     network_s: AnyArray = 0.0  # [N] s of network delay, added to the latency only

@@ -14,7 +14,7 @@ from flax import struct
 from jax import Array
 
 from qos_jax.sim import engine
-from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.types import (
     RATE_WINDOWS_S,
@@ -124,6 +124,7 @@ def record_arrival(spec: WorldSpec, world: World, duration_s: Array) -> World:
     """Records an arrival ``duration_s`` [] s after the last one, with a snapshot of the experts, in the telemetry."""
     if world.telemetry is None:
         return world
+    duration_s = duration_s.astype(world.telemetry.arrivals.dtype)
     arrivals = 1.0 + world.telemetry.arrivals * jnp.exp(-duration_s / jnp.array(RATE_WINDOWS_S, duration_s.dtype))
     snapshots = world.telemetry.snapshots
     if snapshots is None:
@@ -141,8 +142,8 @@ def payload_of(request: Request) -> SlotPayload:
 
 def slot_latency_per_token_s(profile: ExpertProfile, slots: engine.Slots) -> Array:
     """Returns the latency per token [..., N, S] s/token of the requests in the slots; valid for finished requests."""
-    latency_s = slots.finish_s + jnp.asarray(profile.network_s)[..., None]
-    return latency_s / jnp.maximum(slots.output_tokens, 1)
+    network_s = jnp.broadcast_to(jnp.asarray(profile.network_s), slots.finish_s.shape[:-1])[..., None]
+    return (slots.finish_s + network_s) / jnp.maximum(slots.output_tokens, 1).astype(slots.finish_s.dtype)
 
 
 def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
@@ -191,7 +192,7 @@ def observe(
         request.predicted_tokens,
         world.telemetry.arrivals / jnp.array(RATE_WINDOWS_S, world.telemetry.arrivals.dtype),
     )
-    fits = blocks_of(request.prompt_tokens + 1, spec.engine.block_size) <= profile.kv_blocks
+    fits = fits_in_memory(profile, request.prompt_tokens, 1, spec.engine.block_size)
     legal = fits & (experts.waiting < profile.max_waiting)
     action_mask = jnp.append(legal, spec.allow_drop)
     staleness_s = jnp.asarray(staleness_s, world.telemetry.arrivals.dtype)
@@ -219,7 +220,9 @@ def _view(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestVie
         age_s=-slots.arrival_s,
         latency_limit_s=slots.payload.latency_limit_s,
         predicted_score=slots.payload.predicted_score,
-        predicted_tokens=jnp.maximum(slots.payload.predicted_tokens, slots.generated + 1),
+        predicted_tokens=jnp.maximum(
+            slots.payload.predicted_tokens, (slots.generated + 1).astype(slots.payload.predicted_tokens.dtype)
+        ),
     )
     view = ExpertView(
         profile=None,  # the caller adds it, as it is the same for all snapshots

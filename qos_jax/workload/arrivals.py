@@ -143,7 +143,8 @@ class ArrivalProcess:
         intervals = NUM_QUANTILES - 1
         step = QUANTILES_REACH / intervals**2
         i = jnp.minimum(jnp.sqrt(unit_gap / step).astype(jnp.int32), intervals - 1)
-        weight = (unit_gap / step - i * i) / (2 * i + 1)
+        knot = i.astype(unit_gap.dtype)
+        weight = (unit_gap / step - knot * knot) / (2.0 * knot + 1.0)
         low, high = self.gap_quantiles[i], self.gap_quantiles[i + 1]
         return low + weight * (high - low)
 

@@ -22,7 +22,6 @@ to 12 % too high.
 
 from __future__ import annotations
 
-import math
 from statistics import NormalDist
 from typing import Protocol, runtime_checkable
 
@@ -72,8 +71,8 @@ class PredictionModel:
     score_r2: Array | float  # [] explained share of the variance of a score
     log_length_r2: Array | float  # [] explained share of the variance of a log length
     bucketed: Array | bool = False  # [] predict one of 5 buckets, which limits R^2 to 0.897
-    score_within_r2: Array | float = math.nan  # [] explained share of the deviations between experts on one prompt;
-    log_length_within_r2: Array | float = math.nan  # [] NaN stands for the share in total
+    score_within_r2: Array | float = -1.0  # [] explained share of the deviations between experts on one prompt;
+    log_length_within_r2: Array | float = -1.0  # [] below 0 it is the share in total
 
     def predict(self, key: Array, content: RequestContent, sampled: SampledContent) -> tuple[Array, Array]:
         """Returns the predicted score [N] in [0, 1] and predicted tokens [N] of one request; exact where R^2 is 1."""
@@ -99,7 +98,7 @@ class PredictionModel:
         tokens = _capped_lognormal_mean(log_length, unexplained_sd, content.max_output_tokens)
         return (
             jnp.where(self.score_r2 < 1.0, jnp.clip(predicted_score, 0.0, 1.0), score),
-            jnp.where(self.log_length_r2 < 1.0, tokens, output_tokens),
+            jnp.where(self.log_length_r2 < 1.0, tokens, output_tokens.astype(tokens.dtype)),
         )
 
     def _expected(
@@ -118,7 +117,7 @@ class PredictionModel:
           noise: [N] standard normals with the same correlation.
         """
         (mean, sd, correlation), (r2, within_r2) = moments, shares
-        within_r2 = jnp.where(jnp.isnan(within_r2), r2, within_r2)
+        within_r2 = jnp.where(jnp.asarray(within_r2) >= 0.0, within_r2, r2)
         preserved = jnp.where(self.bucketed, _BUCKETED_SHARE, 1.0)
         latent_r2, within = jnp.minimum(r2 / preserved, 1.0), jnp.minimum(within_r2 / preserved, 1.0)
         shared_variance = correlation + (1.0 - correlation) / truth.shape[-1]
@@ -128,7 +127,8 @@ class PredictionModel:
         expected = _shrink(jnp.mean(standard, -1, keepdims=True), jnp.mean(noise, -1, keepdims=True), common)
         expected += _shrink(_deviation(standard), _deviation(noise), within)
         spread = jnp.sqrt(common * shared_variance + within * (1.0 - shared_variance))
-        bucket = jnp.sum(expected[..., None] > spread * _EDGES.astype(expected.dtype), axis=-1)
+        edges = jnp.asarray(_EDGES, expected.dtype).reshape(-1, *[1] * expected.ndim)
+        bucket = jnp.sum(expected[None] > spread * edges, axis=0)
         bucket_mean = spread * jnp.asarray(_CENTRES, expected.dtype)[bucket]
         return mean + sd * jnp.where(self.bucketed, bucket_mean, expected)
 

@@ -172,7 +172,8 @@ class WorldConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in sorted(known.symmetric_difference(values)):
             raise InputError(f"world.{name} is {'unknown' if name in values else 'missing'}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**(values | lists))
 
     def _part_of_trace(self, trace: ArrivalTrace) -> ArrivalTrace:
         return trace if self.trace_part == "all" else trace.halves()[0 if self.trace_part == "first" else 1]

@@ -30,6 +30,7 @@ from qos_jax import (
 from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.metrics import latency_per_token_s
 from qos_jax.impact.estimate import Impact, impact, in_flight_qos
+from qos_jax.impact.imagined_world import sample_belief
 from qos_jax.routers.impact_greedy import impact_greedy
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec
@@ -58,6 +59,27 @@ estimate_of = jax.jit(impact, static_argnames=("width_s", "length_cv", "form"))
 def greedy(obs: Observation, price: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The action at this price, and the net impact of each placement [N]."""
     return impact_greedy(price=price).act(jax.random.key(0), obs, ())[0], impact(obs).net
+
+
+def test_memory_that_limits_nothing_may_have_any_size() -> None:
+    fleet = [running(), running(), waiting()], [running(prompt_tokens=900)]
+    some, all_but_endless = (
+        observation(*fleet, profile=equal_experts(2, kv_blocks=blocks)) for blocks in (10**6, 10**9)
+    )
+    some_impact, endless_impact = impact(some), impact(all_but_endless)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), some_impact, endless_impact)
+    believed, believed_endless = (sample_belief(obs).experts.slots for obs in (some, all_but_endless))
+    assert np.sum(believed.live) == 4
+    np.testing.assert_array_equal(believed_endless.output_tokens, believed.output_tokens)
+
+
+def test_more_tokens_on_an_expert_never_look_like_fewer() -> None:
+    latency_s = [
+        impact(observation([waiting(prompt_tokens=2**bits)] * SLOTS, prompt_tokens=2**bits)).latency_per_token_s[0]
+        for bits in range(10, 31)
+    ]
+    assert np.all(np.isfinite(latency_s))
+    assert np.all(np.diff(latency_s) > 0)
 
 
 class TestAgainstTheSimulator:

@@ -18,7 +18,7 @@ import qos_jax
 from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
 from qos_jax.sim.replay import replay_many
 from tests.helpers.reference import ReferenceRun, replay_reference
-from tests.helpers.workloads import KINDS, World, profile, side_by_side, small_worlds
+from tests.helpers.workloads import KINDS, UNLIMITED, World, profile, side_by_side, small_worlds
 
 WORLDS_PER_KIND = 20
 CROWDS = 3
@@ -102,6 +102,42 @@ class TestAgreesWithTheReference:
         assert np.nanmean(error_s <= 0.040) >= 0.999
         halves = np.nanmean(error_s[: count // 2]), np.nanmean(error_s[count // 2 :])
         assert halves[1] == pytest.approx(halves[0], rel=0.2)
+
+
+class TestAtTheLargestNumbers:
+    """One expert for each limit, in one program; iterations of one length, so that KV memory is integrated exactly."""
+
+    REQUESTS = 64
+    MOST_TOKENS, MOST_BLOCKS = 2**29, 2**26  # of a prompt; of a KV memory that both tokens of a request just fill
+    EXPERTS = profile(
+        step_base_s=[0.017, 1e-5, 1e6, 0.02, 0.01],
+        prefill_per_token_s=[0.0, 0.0, 0.0, 0.0, 1e6],
+        kv_blocks=[140_000, UNLIMITED, 10**12, MOST_BLOCKS, 10**9],
+        max_running=[64, 1, 10**12, 8, 10**12],
+        max_waiting=[10**12, 10**12, 10**12, 10**12, 0],
+    )
+    PROMPTS = (16, 5, 2**24, MOST_TOKENS, MOST_TOKENS)
+    OUTPUTS = (32_768, 5_000, 2, 3, 2)
+
+    def world(self) -> World:
+        num_experts = len(self.PROMPTS)
+        assignment = np.repeat(np.arange(num_experts), self.REQUESTS)
+        outputs = np.tile(self.OUTPUTS, (len(assignment), 1))
+        trace = RequestTrace(np.zeros(len(assignment)), np.repeat(self.PROMPTS, self.REQUESTS), outputs)
+        return World(self.EXPERTS, trace, assignment, token_budget=2**24)
+
+    def test_every_request_and_the_memory_held_are_as_in_the_reference(self) -> None:
+        world = self.world()
+        expected = reference(world)
+        (result,) = replay_many(world.experts, [world.trace], [world.assignment], token_budget=world.token_budget)
+        np.testing.assert_array_equal(result.log.dropped, expected.dropped)
+        np.testing.assert_array_equal(result.log.preemptions, expected.preemptions)
+        np.testing.assert_allclose(result.log.finish_s, expected.finish_s, rtol=1e-9)
+        np.testing.assert_allclose(result.log.first_token_s, expected.first_token_s, rtol=1e-9)
+        held = [sum(each.duration_s * each.blocks_held for each in expert.iterations) for expert in expected.experts]
+        np.testing.assert_allclose(result.kv_block_s, held, rtol=1e-6)
+        assert expected.dropped.any()
+        assert np.isfinite(expected.finish_s).any(where=world.assignment == 3)
 
 
 def iterations_at_the_end_s(world: World, run: ReferenceRun) -> np.ndarray:

@@ -105,7 +105,8 @@ class Counterfactual:
         def loss(heads: Heads) -> Array:
             counts = (batch.inputs.legal & batch.valid[:, None])[:, None, :]
             error = jnp.where(counts, heads.q - batch.value[:, None, :], 0.0)
-            return jnp.sum(jnp.square(error)) / jnp.maximum(jnp.sum(counts) * error.shape[-2], 1.0)
+            count = jnp.sum(counts.astype(error.dtype)) * error.shape[-2]
+            return jnp.sum(jnp.square(error)) / jnp.maximum(count, 1.0)
 
         return batch.inputs, loss
 

@@ -100,7 +100,7 @@ class TemporalDifference:
 
         def loss(heads: Heads) -> Array:
             # A mask, as the gradient of indexing is a scatter, which adds in any order on GPUs.
-            taken = jnp.arange(heads.q.shape[-1]) == step.action[:, None]
+            taken = jnp.arange(heads.q.shape[-1])[None] == step.action[:, None]
             q = jnp.sum(jnp.where(taken[:, None], heads.q, 0.0), -1)
             counts = (~step.truncated).astype(q.dtype)[:, None]
             return jnp.sum(counts * jnp.square(q - target[:, None])) / jnp.maximum(jnp.sum(counts) * q.shape[-1], 1.0)
