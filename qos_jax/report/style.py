@@ -76,6 +76,7 @@ _NAMES = {
     "least_kv": "least KV memory",
     "power_of_two": "power of two choices",
     "vllm_dp": "vLLM data-parallel",
+    "vllm_dp_2026": "vLLM data-parallel (2026)",
     "latency_headroom": "latency headroom",
     "bert_router": "BERT router",
     "bert_router_feasible": "BERT router (feasible)",
