@@ -26,7 +26,7 @@ from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
 from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.world_flags import import_plugins, note_failed_requests, numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, note_failed_requests, note_limits, numbers, world_config
 from qos_jax.report import plots
 from qos_jax.report.gains import terminal_gains
 from qos_jax.report.pictures import Drawing
@@ -49,6 +49,7 @@ def main(values: FlagValues) -> None:
     env, params = (world := world_config(values)).build()
     scenarios = _scenarios(values, params)
     routers = _routers(values.routers, env, params)
+    note_limits(world, env, params)
     curves = _learning_curves(values.routers)  # read before the work, as all input is
     folder = writable_folder(values.out)
     warmup = int(values.warmup * values.requests)

@@ -156,6 +156,7 @@ BAD_ARGUMENTS = {
     "LLM too large": ("--experts=vicuna-13b@A30", "vicuna-13b with 26 GB of weights does not fit A30"),
     "prediction": ("--prediction=psychic", "'psychic'"),
     "limit": ("--latency_limit=0", "--latency_limit=0"),
+    "unit of a limit": ("--latency_limit=30ms,1min", "--latency_limit=30ms,1min: give numbers above 0, in s or ms"),
     "staleness": ("--staleness=-1", "staleness_s is -1.0"),
     "file where the folder should be": ("--out={here}/azure.csv", "/azure.csv"),
     "file where a folder above should be": ("--out={here}/azure.csv/out", "/azure.csv/out"),
