@@ -121,9 +121,16 @@ def _run_of(name: str) -> tuple[pathlib.Path, int | None] | None:
 
 
 def _learning_curves(texts: Sequence[str]) -> dict[str, Drawing]:
-    folders = [run[0] for name in texts if (run := _run_of(name))]
-    records = {folder.name: RunFolder.reopen(folder).records() for folder in folders}
-    return {f"learning_curve_{name}": partial(plots.learning_curve, record) for name, record in records.items()}
+    """Returns what draws the learning curves of training runs; a warning tells of one whose records are damaged."""
+    curves: dict[str, Drawing] = {}
+    for folder in [run[0] for name in texts if (run := _run_of(name))]:
+        try:
+            records = RunFolder.reopen(folder).records()
+        except InputError as error:
+            print(f"warning: the learning curve of {folder.name} is left out: {error}", file=sys.stderr)
+            continue
+        curves[f"learning_curve_{folder.name}"] = partial(plots.learning_curve, records)
+    return curves
 
 
 def _figures(

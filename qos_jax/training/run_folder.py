@@ -267,12 +267,15 @@ class RunFolder:
         """Returns the lines of metrics.jsonl, without a last one that was not written to its end.
 
         Raises:
-          InputError: another line is not a JSON object with ``steps``.
+          InputError: another line is not a JSON object with ``steps``, or the file cannot be read.
         """
         path = self.path / METRICS
         if not path.exists():
             return []
-        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         return [_record(path, number, line) for number, line in enumerate(lines, 1)]
 
     def rewind(self, steps: int | None) -> list[dict[str, Any]]:
