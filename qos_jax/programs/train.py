@@ -225,8 +225,8 @@ def _write_summary(agent: str, result: TrainResult, folder: RunFolder) -> None:
         from qos_jax.report import pictures, plots
 
         pictures.write_figure(folder.path, "learning_curve", partial(plots.learning_curve, result.records))
-    except Exception as error:  # a picture is worth less than the run
-        print(f"warning: the learning curve could not be drawn: {error}", file=sys.stderr)
+    except Exception as error:  # a picture is worth less than the run, and so is a disk that is full by now
+        print(f"warning: the learning curve could not be written: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -414,6 +414,8 @@ def _check_path(path: str | os.PathLike[str]) -> None:
     folder = pathlib.Path(path).absolute()
     if found := next((character for character in "\\[" if character in str(folder)), None):
         raise InputError(f"{folder}: Orbax cannot keep checkpoints below a path with {found!r}: take another folder")
+    if any("\ud800" <= character <= "\udfff" for character in str(folder)):  # as Python has bytes that are not text
+        raise InputError(f"{folder}: Orbax cannot keep checkpoints below a path that is not UTF-8: take another folder")
 
 
 def _checksums(folder: pathlib.Path, expected: Container[str] | None = None) -> dict[str, str]:
