@@ -99,6 +99,7 @@ def define_evaluate(values: FlagValues) -> None:
     group.integer("first_seed", 1000, "The first of them; training uses seeds below 1000.", 0)
     group = FlagGroup(values, "Output")
     group.string("out", "runs/evaluate", "Folder for results.json, tables, report.html and pictures.")
+    group.boolean("overwrite", False, "The folder may hold another evaluation, which is lost.")
 
 
 def define_sweep(values: FlagValues) -> None:

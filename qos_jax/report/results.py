@@ -33,6 +33,8 @@ from qos_jax.report.html import report_html
 from qos_jax.report.latex import latex_table
 from qos_jax.report.pictures import Drawing, picture_or_warning
 
+RESULTS = "results.json"
+
 
 def results_of(runs: Sequence[RouterRun], config: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Returns what results.json holds, as plain values; see the module."""
@@ -82,7 +84,7 @@ def write_report(
       InputError: the folder cannot be written to.
     """
     folder = pathlib.Path(out_dir)
-    write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_whole(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False))
     write_whole(folder / "summary.csv", csv_text(results["summary"]))
     write_whole(folder / "summary.tex", latex_table(results))
     try:
@@ -92,7 +94,7 @@ def write_report(
         for name, each in pictures.items():
             each.write(folder, name)
     except KeyboardInterrupt:
-        print(f"stopped: {folder / 'results.json'} is written, the report and pictures are not", file=sys.stderr)
+        print(f"stopped: {folder / RESULTS} is written, the report and pictures are not", file=sys.stderr)
         raise
     return folder / "report.html"
 
