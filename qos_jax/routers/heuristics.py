@@ -93,7 +93,7 @@ def vllm_dp() -> Router:
 class Sent(struct.PyTreeNode):
     """The last requests that a router sent, latest first."""
 
-    expert: Array  # [M] int32; N where none was sent
+    expert: Array  # [M] int32; -1 where none was sent, N where it was dropped
     next_age_s: Array  # [M] s since the request after it arrived, inf where none was sent
     arrivals: Array  # [] requests so far, discounted by age, as in the last observation
 
@@ -108,15 +108,16 @@ def vllm_dp_2026() -> Router:
     """
 
     def init() -> Sent:
-        return Sent(jnp.full(_MOST_SENT, -1, jnp.int32), jnp.full(_MOST_SENT, jnp.inf), jnp.float32(0.0))
+        never_s = jnp.full(_MOST_SENT, jnp.inf, jnp.float32)
+        return Sent(jnp.full(_MOST_SENT, -1, jnp.int32), never_s, jnp.float32(0.0))
 
     def act(key: Array, obs: Observation, sent: Sent) -> tuple[Array, Sent]:
         sent = _later(sent, obs)
-        unseen = sent.next_age_s < obs.staleness_s
-        since = jnp.sum(unseen & (sent.expert == jnp.arange(obs.action_mask.shape[0] - 1)[:, None]), -1)
-        waiting = obs.experts.waiting + since
+        unseen = jnp.where(sent.next_age_s < obs.staleness_s, sent.expert, -1)
+        since = jnp.sum(unseen[None] == jnp.arange(obs.action_mask.shape[0] - 1)[:, None], -1)
+        waiting, running = ((obs.experts.waiting + since).astype(float), obs.experts.running.astype(float))
         pressure = jnp.maximum(kv_share(obs) - 0.5, 0.0)
-        action = best_legal(key, obs, -(waiting + obs.experts.running + 6.0 * waiting * pressure))
+        action = best_legal(key, obs, -(waiting + running + 6.0 * waiting * pressure))
         return action, sent.replace(expert=jnp.append(action, sent.expert[:-1]))
 
     return Router("vllm_dp_2026", "heuristic", init, act)
@@ -163,7 +164,7 @@ def _later(sent: Sent, obs: Observation) -> Sent:
     arrivals = (obs.arrived.recent_rate_per_s[_WINDOW] * window_s).astype(jnp.float32)
     gap_s = jnp.where(sent.arrivals > 0, -window_s * jnp.log(jnp.maximum(arrivals - 1.0, 0.0) / sent.arrivals), 0.0)
     next_age_s = jnp.append(0.0, sent.next_age_s[:-1] + jnp.maximum(gap_s, 0.0))
-    return sent.replace(next_age_s=next_age_s, arrivals=arrivals)
+    return sent.replace(next_age_s=next_age_s.astype(jnp.float32), arrivals=arrivals)
 
 
 def _uniform(key: Array, obs: Observation) -> Array:
