@@ -15,7 +15,8 @@ export JAX_PLATFORMS ?= cpu
 run: export XLA_FLAGS ?= --xla_backend_optimization_level=1
 run: .venv/installed
 	.venv/bin/qos-jax train --preset=paper-3 --resume=auto --out=runs/mvr
-	.venv/bin/qos-jax evaluate --preset=paper-3 --routers=main,runs/mvr --requests=1500 --seeds=16 --out=runs/paper-3
+	.venv/bin/qos-jax evaluate --preset=paper-3 --routers=main,runs/mvr --requests=1500 --seeds=16 \
+		--out=runs/paper-3 --overwrite
 
 test: .venv/installed
 	$(PYTEST)

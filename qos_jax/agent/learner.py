@@ -23,7 +23,7 @@ from qos_jax.agent.networks import Inputs, greedy, heads_of, network_of
 from qos_jax.agent.rewards import shaped_reward
 from qos_jax.agent.sac import Hyperparameters, LearnerState, Weights
 from qos_jax.agent.targets import Targets, targets_named
-from qos_jax.routers.base import Router, gumbel_if_stale
+from qos_jax.routers.base import Router, gumbel_if_stale, key_for_ties
 from qos_jax.sim.env import EnvParams, axis_of_environments
 
 _TEMPERATURE = 0.03  # QoS, of the sampled action where metrics are stale; see docs/decisions
@@ -166,7 +166,7 @@ class Learner:
         if heads.logits is not None and self.config.network.readout == "arrived":
             return jax.random.categorical(key, jnp.where(inputs.legal, heads.logits, -jnp.inf)).astype(jnp.int32)
         temperature = _TEMPERATURE if heads.logits is None else 1.0
-        return greedy(heads, inputs.legal, gumbel_if_stale(key, obs, temperature))
+        return greedy(key_for_ties(key), heads, inputs.legal, gumbel_if_stale(key, obs, temperature))
 
     def router(self, weights: Weights, name: str = "learned") -> Router:
         """Returns the router that acts by ``weights``."""

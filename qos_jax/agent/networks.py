@@ -23,6 +23,7 @@ from qos_jax.encoder.flat import flat_view
 from qos_jax.encoder.graph import EXPERT_FEATURES, IMPACT_FEATURES, GraphFeatures, graph_features
 from qos_jax.encoder.han import HAN, Embedding, HANConfig
 from qos_jax.errors import InputError
+from qos_jax.routers.base import drawn_best
 from qos_jax.sim.types import Observation
 
 Readout = Literal["pointer", "arrived"]
@@ -242,13 +243,14 @@ def heads_of(network: nn.Module, weights: Any, inputs: Inputs) -> Heads:
     return cast(Heads, network.apply(weights, inputs))
 
 
-def greedy(heads: Heads, legal: Array, noise: Array | float = 0.0) -> Array:
+def greedy(key: Array, heads: Heads, legal: Array, noise: Array | float = 0.0) -> Array:
     """Returns the best legal action [] int32 by the policy, or by the mean of the critics where there is no policy.
 
     Args:
+      key: random key for ties.
       heads: of one observation.
       legal: [A] bool.
       noise: [A], added to the logits or values.
     """
     score = jnp.mean(heads.q, -2) if heads.logits is None else heads.logits
-    return jnp.argmax(jnp.where(legal, score + noise, -jnp.inf), -1).astype(jnp.int32)
+    return drawn_best(key, score + noise, legal)

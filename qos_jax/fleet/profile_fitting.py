@@ -18,11 +18,9 @@ Tables are read in the formats of three profilers:
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
 import math
-import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,6 +28,7 @@ import numpy as np
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, write_whole
+from qos_jax.io.text_files import CsvTable, parse_number, read_text, shown
 from qos_jax.sim.cost import iteration_s
 from qos_jax.sim.types import TOKEN_BUDGET, ExpertProfile
 
@@ -215,11 +214,7 @@ def load_profile(path: str) -> dict[str, float]:
     Raises:
       InputError: the file cannot be read, or a coefficient is missing, not a finite number, or negative.
     """
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    profile = parse_json(text, path, parse_int=float)
+    profile = parse_json(read_text(path), path, parse_int=float)
     timing = profile.get("timing") if isinstance(profile, dict) else None
     if not isinstance(timing, dict):
         raise InputError(f"{path}: has no object 'timing', must have one with {', '.join(TIMING_UNITS)}")
@@ -233,28 +228,22 @@ def load_profile(path: str) -> dict[str, float]:
 
 
 class _Table:
-    """The columns of a csv file; every error names the file, the column and the row."""
+    """The columns of a csv file; every error names the file, the line and the column."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                rows = list(reader)
-                self.columns = list(reader.fieldnames or [])
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path}: cannot be read as csv: {error}") from error
-        if "num_tensor_parallel_workers" in self.columns:
-            rows = [row for row in rows if row["num_tensor_parallel_workers"] == "1"]
-        if not rows:
+        table = CsvTable(read_text(path), path)
+        self.columns = table.header
+        rows = [(where, dict(zip(table.header, cells, strict=True))) for where, cells in table.rows(table.header)]
+        self.rows = [(where, row) for where, row in rows if row.get("num_tensor_parallel_workers", "1") == "1"]
+        if not self.rows:
             raise InputError(f"{path}: has no rows of one GPU, must have some")
-        self.rows = rows
 
     def text(self, column: str) -> np.ndarray:
         """Returns the cells [rows], "" for a blank cell."""
         if column not in self.columns:
             raise InputError(f"{self.path}: has no column {column!r}, only {', '.join(self.columns[:8])}")
-        return np.array([row[column] or "" for row in self.rows])
+        return np.array([row[column] for _, row in self.rows])
 
     def counts(self, column: str) -> np.ndarray:
         """Returns a column of whole numbers >= 0 [rows]."""
@@ -273,15 +262,15 @@ class _Table:
         values = np.full(len(self.rows), np.nan)
         for row, cell in enumerate(self.text(column)):
             with contextlib.suppress(ValueError):
-                values[row] = float(cell)
+                values[row] = parse_number(cell)
         return values
 
     def _check(self, column: str, values: np.ndarray, legal: np.ndarray, rule: str) -> None:
         cells = self.text(column)
-        legal = legal & ~(values < 0) & ~np.isinf(values) & ((cells == "") | ~np.isnan(values))
+        legal = legal & ~(values < 0) & ((cells == "") | ~np.isnan(values))
         if not legal.all():
             row = int(np.argmin(legal))
-            raise InputError(f"{self.path}: {column} is {str(cells[row])!r} in data row {row + 1}, must be {rule}")
+            raise InputError(f"{self.rows[row][0]}: {column} is {shown(str(cells[row]))}, must be {rule}")
 
 
 def _read_dense(table: _Table) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:

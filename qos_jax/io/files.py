@@ -12,12 +12,15 @@ import os
 import pathlib
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qos_jax.errors import InputError
+
+_LONGEST_NAME = 255  # bytes, on the file systems in use
 
 
 def writable_folder(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -43,17 +46,17 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
     Args:
       path: of the file.
-      content: text is encoded as UTF-8.
+      content: text is encoded as UTF-8; bytes of a file's name that are not UTF-8 are written as escapes.
 
     Raises:
       InputError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{shortened(path.name, _LONGEST_NAME - 20)}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -63,6 +66,15 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def shortened(name: str, most: int) -> str:
+    """Returns the name of a file in at most so many bytes; names that differ stay different."""
+    content = os.fsencode(name)
+    if len(content) <= most:
+        return name
+    kept = content[: most - 9].decode(errors="ignore")  # without half of a character at its end
+    return f"{kept}-{zlib.crc32(content):08x}"
 
 
 def remove_temporaries(folder: pathlib.Path, *patterns: str) -> None:

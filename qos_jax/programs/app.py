@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import os
 import signal
 import sys
@@ -76,6 +77,8 @@ def run_program(
       arguments: of the command line without the program's name; those of this process by default.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     values = flags.FlagValues()
     define(values)
     try:

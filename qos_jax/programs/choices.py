@@ -36,6 +36,7 @@ ROUTERS = (
     "shortest_tokens",
     "least_kv",
     "power_of_two",
+    "vllm_dp_2026",
     "oracle_score",
     "rollout",
 )

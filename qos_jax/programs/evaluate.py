@@ -8,11 +8,12 @@ one's, or another one's with --routers=runs/paper-3@3.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,18 +25,20 @@ from matplotlib.figure import Figure
 from qos_jax.errors import InputError
 from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
+from qos_jax.io.provenance import plain
 from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.world_flags import import_plugins, note_failed_requests, numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, note_failed_requests, note_limits, numbers, world_config
 from qos_jax.report import plots
 from qos_jax.report.gains import terminal_gains
 from qos_jax.report.pictures import Drawing
-from qos_jax.report.results import results_of, write_report
+from qos_jax.report.results import RESULTS, results_of, write_report
 from qos_jax.report.summary_table import terminal_table
 from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.iterations import iterations_of
 from qos_jax.sim.types import ExpertProfile
+from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
 from qos_jax.training.load import load_router
 from qos_jax.training.run_folder import CONFIG, RunFolder
 
@@ -48,7 +51,9 @@ def main(values: FlagValues) -> None:
     import_plugins(values, values.routers)
     env, params = (world := world_config(values)).build()
     scenarios = _scenarios(values, params)
+    _check_seeds(values, [scenario.seed for scenario in scenarios])
     routers = _routers(values.routers, env, params)
+    note_limits(world, env, params)
     curves = _learning_curves(values.routers)  # read before the work, as all input is
     folder = writable_folder(values.out)
     warmup = int(values.warmup * values.requests)
@@ -63,6 +68,8 @@ def main(values: FlagValues) -> None:
             "warmup": warmup,
         }
     )
+    if not values.overwrite:
+        _check_free(folder, config, routers)
     with ProgressBar(len(routers), "router", f"{len(scenarios)} x {values.requests} requests; compiles") as bar:
         done: list[Router] = []
 
@@ -88,6 +95,40 @@ def _scenarios(values: FlagValues, params: EnvParams) -> list[Scenario]:
     by_load |= {load: load * saturation_per_s for load in (() if rates else loads or _DEFAULT_LOADS)}
     seeds = range(values.first_seed, values.first_seed + values.seeds)
     return [Scenario(load, rate, seed) for load, rate in by_load.items() for seed in seeds]
+
+
+def _check_seeds(values: FlagValues, seeds: Sequence[int]) -> None:
+    """Checks that no training run is evaluated on the seeds that it was trained with.
+
+    Raises:
+      InputError: one is.
+    """
+    for folder in [run[0] for name in values.routers if (run := _run_of(name))]:
+        shared = sorted(set(seeds).intersection(RunFolder.reopen(folder).training.seeds))
+        if shared:
+            raise InputError(
+                f"--first_seed={values.first_seed}: {folder} was trained with seed {', '.join(map(str, shared))}: "
+                f"give --first_seed={FIRST_HELD_OUT_SEED} or above, which no run is trained with"
+            )
+
+
+def _check_free(folder: pathlib.Path, config: Mapping[str, Any], routers: Sequence[Router]) -> None:
+    """Checks that the folder holds no results but of this evaluation.
+
+    Raises:
+      InputError: it does.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        return
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        names = {row["router"] for row in earlier["rows"]}
+        if (earlier["config"], names) == (plain(config), {router.name for router in routers}):
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # of something else
+    raise InputError(f"{path} is of another evaluation: give another --out, or --overwrite")
 
 
 def _routers(texts: Sequence[str], env: Environment, params: EnvParams) -> list[Router]:
@@ -120,9 +161,16 @@ def _run_of(name: str) -> tuple[pathlib.Path, int | None] | None:
 
 
 def _learning_curves(texts: Sequence[str]) -> dict[str, Drawing]:
-    folders = [run[0] for name in texts if (run := _run_of(name))]
-    records = {folder.name: RunFolder.reopen(folder).records() for folder in folders}
-    return {f"learning_curve_{name}": partial(plots.learning_curve, record) for name, record in records.items()}
+    """Returns what draws the learning curves of training runs; a warning tells of one whose records are damaged."""
+    curves: dict[str, Drawing] = {}
+    for folder in [run[0] for name in texts if (run := _run_of(name))]:
+        try:
+            records = RunFolder.reopen(folder).records()
+        except InputError as error:
+            print(f"warning: the learning curve of {folder.name} is left out: {error}", file=sys.stderr)
+            continue
+        curves[f"learning_curve_{folder.name}"] = partial(plots.learning_curve, records)
+    return curves
 
 
 def _figures(

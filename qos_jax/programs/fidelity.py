@@ -46,7 +46,7 @@ def main(values: FlagValues) -> None:
         "timeline": partial(fidelity_plots.load_timeline, run, simulated),
     }
     pictures = [write_figure(folder, name, drawing) for name, drawing in drawings.items()]
-    write_whole(folder / "index.html", _page(found, pictures))
+    write_whole(folder / "index.html", _page(found, [each for each in pictures if each is not None]))
     for name, row in found["latencies"].items():
         print(
             f"{fidelity.LATENCIES[name]:10} measured {_amount(name, row['measured']):>9}, "

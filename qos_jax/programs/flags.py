@@ -35,7 +35,8 @@ def define_world(values: FlagValues) -> None:
     group.string("predictor", None, "Folder of a trained predictor, whose predictions the routers observe.")
     group.string("prediction", None, "What routers know of scores and lengths: realistic, perfect, none or "
                  "r2:SCORE:LENGTH; the preset's by default.")  # fmt: skip
-    group.texts("latency_limit", None, "Latency limit in s/token, or those of several equally common classes of users.")
+    group.texts("latency_limit", None, "Latency limit per token, as 30ms, 0.03s or 0.03, which is in seconds; or those "
+                "of several equally common classes of users.")  # fmt: skip
     group.number("staleness", None, "Routers observe metrics at least this many seconds late.")
     group.boolean("allow_drop", None, "Routers may drop a request.")
     group.texts("plugins", None, "Modules to import first, which register routers, arrivals, networks or targets, "
@@ -98,6 +99,7 @@ def define_evaluate(values: FlagValues) -> None:
     group.integer("first_seed", 1000, "The first of them; training uses seeds below 1000.", 0)
     group = FlagGroup(values, "Output")
     group.string("out", "runs/evaluate", "Folder for results.json, tables, report.html and pictures.")
+    group.boolean("overwrite", False, "The folder may hold another evaluation, which is lost.")
 
 
 def define_sweep(values: FlagValues) -> None:

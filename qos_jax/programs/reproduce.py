@@ -81,7 +81,7 @@ class _Maker:
 
     def __init__(self, folder: pathlib.Path, budget: str) -> None:
         self.folder, self.budget, self.budget_name = folder, BUDGETS[budget], budget
-        self.pictures: dict[str, Picture] = {}
+        self.pictures: dict[str, Picture | None] = {}
         self.known: dict[tuple[Any, ...], Router] = {}  # routers by name and world, so that they compile once
 
     def worlds(self, study: str) -> list[World]:

@@ -17,6 +17,7 @@ import itertools
 import json
 import pathlib
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -74,7 +75,11 @@ def _results(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     if not (path / CONFIG).exists():
         return
     folder = RunFolder.reopen(path)
-    evaluations = [record for record in folder.records() if record["kind"] == "evaluation"]
+    try:
+        evaluations = [record for record in folder.records() if record.get("kind") == "evaluation"]
+    except InputError as error:
+        print(f"warning: the table lacks a run: {error}", file=sys.stderr)
+        return
     if not evaluations or not folder.finished:
         return
     last = evaluations[-1]

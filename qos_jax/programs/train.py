@@ -36,7 +36,7 @@ from qos_jax.io.imports import import_named
 from qos_jax.programs import app
 from qos_jax.programs.flags import define_train
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.world_flags import import_plugins, note_failed_requests, numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, note_failed_requests, note_limits, numbers, world_config
 from qos_jax.training.config import RANDOMISED, TrainingConfig, runs_of
 from qos_jax.training.parallel import leads
 from qos_jax.training.progress import Progress, TrainResult
@@ -63,6 +63,7 @@ def main(values: FlagValues) -> None:
     with run.open_folder(values.out, resume=resume, command=command, flags=flags) as folder:
         if leads():
             note_failed_requests(world)
+            note_limits(world, run.learner.env, run.held_out.params)
             print(f"{values.agent} on {values.preset}: {sizes}", flush=True)
         with _stop_asked() as should_stop, _reporter(folder, run) as report:
             result = run.train(
@@ -224,8 +225,8 @@ def _write_summary(agent: str, result: TrainResult, folder: RunFolder) -> None:
         from qos_jax.report import pictures, plots
 
         pictures.write_figure(folder.path, "learning_curve", partial(plots.learning_curve, result.records))
-    except Exception as error:  # a picture is worth less than the run
-        print(f"warning: the learning curve could not be drawn: {error}", file=sys.stderr)
+    except Exception as error:  # a picture is worth less than the run, and so is a disk that is full by now
+        print(f"warning: the learning curve could not be written: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -134,9 +134,9 @@ def _write(
         file = io.BytesIO()
         np.savez_compressed(file, experts=np.array(predictor.experts), **columns)  # type: ignore[arg-type]
         write_whole(folder / f"predictions_{part}.npz", file.getvalue())
-    write_figure(folder, "reliability", partial(reliability_plots.prediction_reliability, _pictured(scores["test"])))
     results = about | {"experts": predictor.experts, **scores}
     write_whole(folder / "metrics.json", json.dumps(plain(results), indent=1, allow_nan=False))
+    write_figure(folder, "reliability", partial(reliability_plots.prediction_reliability, _pictured(scores["test"])))
     print(f"written: {folder / 'metrics.json'}")
 
 

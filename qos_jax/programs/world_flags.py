@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl.flags import FlagValues
 
 from qos_jax.errors import InputError
 from qos_jax.io.imports import in_one_line
+from qos_jax.sim.cost import iteration_bounds_s
+from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.worlds.config import WorldConfig
+
+_IN_A_SECOND = {"": 1.0, "s": 1.0, "ms": 1e3}
 
 
 def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
@@ -28,7 +33,7 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
     """
     trace_part = values.trace_part or ("first" if training else "all")
     table_part = values.table_part or ("train" if training else "test")
-    limits_s = numbers("latency_limit", values.latency_limit)
+    limits_s = numbers("latency_limit", values.latency_limit, _IN_A_SECOND)
     return WorldConfig(
         preset=values.preset,
         experts=tuple(values.experts) if values.experts else None,
@@ -60,6 +65,20 @@ def note_failed_requests(world: WorldConfig) -> dict[str, int]:
     return {"trace_failed_requests": failed}
 
 
+def note_limits(world: WorldConfig, env: Environment, params: EnvParams) -> None:
+    """Says on stderr where a latency limit is so long that hardly a request is late, or so short that all are."""
+    bounds = iteration_bounds_s(params.experts, env.spec.engine.token_budget, env.spec.engine.block_size)
+    shortest_s, longest_s = float(bounds[0].min()), float(bounds[1].max())
+    for limit_s in world.latency_limits_s:
+        head = f"note: the latency limit of {limit_s:g} s/token ({1e3 * limit_s:g} ms)"
+        if limit_s < shortest_s:
+            print(f"{head} is below the shortest iteration of all experts, {shortest_s:.3g} s: "
+                  "no request can be in time", file=sys.stderr)  # fmt: skip
+        elif limit_s > longest_s:
+            print(f"{head} is above the longest iteration of all experts, {longest_s:.3g} s: "
+                  "a request can only be late by waiting in a queue", file=sys.stderr)  # fmt: skip
+
+
 def import_plugins(values: FlagValues, references: Sequence[str] = ()) -> None:
     """Imports the modules of --plugins, and lets modules of the current folder be found.
 
@@ -79,16 +98,28 @@ def import_plugins(values: FlagValues, references: Sequence[str] = ()) -> None:
             raise InputError(f"--plugins={module} cannot be imported: {in_one_line(error)}") from error
 
 
-def numbers(flag: str, texts: Sequence[str] | None) -> list[float]:
+def numbers(flag: str, texts: Sequence[str] | None, units: Mapping[str, float] | None = None) -> list[float]:
     """Returns the numbers of a list flag.
 
+    Args:
+      flag: its name, for the message.
+      texts: its values.
+      units: what may follow a number, with how many of it make one of the unit of the result.
+
     Raises:
-      InputError: one of them is not above 0 and finite.
+      InputError: one of them is not above 0 and finite, or has another unit.
     """
+    units = units or {"": 1.0}
     try:
-        values = [float(text) for text in texts or ()]
-    except ValueError:
+        values = [_in_unit(text.strip(), units) for text in texts or ()]
+    except (ValueError, KeyError):
         values = [math.nan]
     if not all(0 < value < math.inf for value in values):
-        raise InputError(f"--{flag}={','.join(texts or ())}: give numbers above 0, with commas between them")
+        also = f", in {' or '.join(filter(None, units))}" if len(units) > 1 else ""
+        raise InputError(f"--{flag}={','.join(texts or ())}: give numbers above 0{also}, with commas between them")
     return values
+
+
+def _in_unit(text: str, units: Mapping[str, float]) -> float:
+    number = text.rstrip(string.ascii_lowercase)
+    return float(number) / units[text[len(number) :]]

@@ -14,17 +14,19 @@ import io
 import os
 import pathlib
 import re
+import sys
 import zlib
 from collections.abc import Callable
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from qos_jax.io.files import write_whole
+from qos_jax.io.files import shortened, write_whole
 from qos_jax.report import style
 
 Drawing = Figure | Callable[..., Figure]
 
+_LONGEST_NAME = 200  # bytes, without the ending
 _FORMATS = ("png", "pdf", "svg")
 _METADATA = {
     "png": {"Software": None},
@@ -48,7 +50,7 @@ class Picture:
           InputError: a file cannot be written.
         """
         for ending, content in self.files.items():
-            write_whole(pathlib.Path(folder) / f"{name}{ending}", content)
+            write_whole(pathlib.Path(folder) / f"{shortened(name, _LONGEST_NAME)}{ending}", content)
 
     def html(self) -> str:
         """Returns the figure as part of a page: the narrow form on a phone, the wide one elsewhere."""
@@ -76,10 +78,21 @@ def picture(drawing: Drawing) -> Picture:
     return Picture(str(figure.get_label()), files)
 
 
-def write_figure(folder: str | os.PathLike[str], name: str, drawing: Drawing) -> Picture:
-    """Draws a figure, writes all its files and returns it; see ``Picture.write``."""
-    drawn = picture(drawing)
-    drawn.write(folder, name)
+def picture_or_warning(name: str, drawing: Drawing) -> Picture | None:
+    """Returns a figure in all its forms; one that cannot be drawn is None and a line on stderr."""
+    try:
+        return picture(drawing)
+    except Exception as error:  # a picture is worth less than the numbers
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: the picture {name} is left out: {text}", file=sys.stderr)
+        return None
+
+
+def write_figure(folder: str | os.PathLike[str], name: str, drawing: Drawing) -> Picture | None:
+    """Draws a figure, writes all its files and returns it; see ``picture_or_warning`` and ``Picture.write``."""
+    drawn = picture_or_warning(name, drawing)
+    if drawn is not None:
+        drawn.write(folder, name)
     return drawn
 
 

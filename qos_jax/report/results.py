@@ -31,7 +31,9 @@ from qos_jax.io.provenance import plain, versions
 from qos_jax.report.gains import paired_gains
 from qos_jax.report.html import report_html
 from qos_jax.report.latex import latex_table
-from qos_jax.report.pictures import Drawing, Picture, picture
+from qos_jax.report.pictures import Drawing, picture_or_warning
+
+RESULTS = "results.json"
 
 
 def results_of(runs: Sequence[RouterRun], config: Mapping[str, Any], command: str) -> dict[str, Any]:
@@ -82,26 +84,19 @@ def write_report(
       InputError: the folder cannot be written to.
     """
     folder = pathlib.Path(out_dir)
-    write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_whole(folder / RESULTS, json.dumps(results, indent=1, allow_nan=False))
     write_whole(folder / "summary.csv", csv_text(results["summary"]))
     write_whole(folder / "summary.tex", latex_table(results))
-    pictures = _drawn(figures)
-    write_whole(folder / "report.html", report_html(results, pictures, title))
-    for name, drawn in pictures.items():
-        drawn.write(folder, name)
+    try:
+        drawn = {name: picture_or_warning(name, drawing) for name, drawing in figures.items()}
+        pictures = {name: each for name, each in drawn.items() if each is not None}
+        write_whole(folder / "report.html", report_html(results, pictures, title))
+        for name, each in pictures.items():
+            each.write(folder, name)
+    except KeyboardInterrupt:
+        print(f"stopped: {folder / RESULTS} is written, the report and pictures are not", file=sys.stderr)
+        raise
     return folder / "report.html"
-
-
-def _drawn(figures: Mapping[str, Drawing]) -> dict[str, Picture]:
-    """Returns the figures that can be drawn, and warns of the others."""
-    pictures = {}
-    for name, drawing in figures.items():
-        try:
-            pictures[name] = picture(drawing)
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"warning: the picture {name} is left out: {text}", file=sys.stderr)
-    return pictures
 
 
 def _labels(run: RouterRun) -> dict[str, Any]:

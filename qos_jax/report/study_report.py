@@ -102,14 +102,15 @@ def _upper_half(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return [row for row in rows if row["mean"] >= least]
 
 
-def study_html(result: StudyResult, picture: Picture) -> str:
+def study_html(result: StudyResult, picture: Picture | None) -> str:
     """Returns the part of a page that shows a study.
 
     Args:
       result: of the study.
-      picture: of ``study_figure``.
+      picture: of ``study_figure``, if it could be drawn.
     """
-    parts = [f"<h2>{escape(result.title)}</h2>", f"<p>{escape(result.question)}</p>", pages.figures([picture])]
+    shown = pages.figures([picture] if picture else [])
+    parts = [f"<h2>{escape(result.title)}</h2>", f"<p>{escape(result.question)}</p>", shown]
     if result.gains:
         parts += ["<h3>Gains over the best heuristic</h3>", pages.rows_table(*_gains_table(result))]
     if result.claims:

@@ -67,6 +67,7 @@ TIP = "tip: "  # starts the gid of an artist whose text a page shows on hover
 
 Look = dict[str, Any]  # keyword arguments of Line2D
 
+_LONGEST_NAME = 40  # characters of a router's name, so that there is room for what is drawn
 _LEARNED_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NAMES = {
     "random": "random",
@@ -76,6 +77,7 @@ _NAMES = {
     "least_kv": "least KV memory",
     "power_of_two": "power of two choices",
     "vllm_dp": "vLLM data-parallel",
+    "vllm_dp_2026": "vLLM data-parallel (2026)",
     "latency_headroom": "latency headroom",
     "bert_router": "BERT router",
     "bert_router_feasible": "BERT router (feasible)",
@@ -96,6 +98,7 @@ def rc(width: Width = FULL) -> dict[Any, Any]:
     return {
         "font.family": ["DejaVu Sans", "sans-serif"],
         "font.size": width.text_points,
+        "text.parse_math": False,  # a $ in the name of a folder is a $
         "axes.titlesize": width.text_points,
         "axes.titlelocation": "left",
         "axes.labelcolor": INK,
@@ -141,6 +144,9 @@ def display_name(router: str) -> str:
         return _NAMES[router]
     if re.fullmatch(r"expert_\d+", router):
         return f"{router.replace('_', ' ')} only"
+    router = router.encode(errors="backslashreplace").decode()  # where a folder's name is not UTF-8
+    if len(router) > _LONGEST_NAME:
+        router = f"{router[: _LONGEST_NAME - 23]}...{router[-20:]}"
     text = re.sub(r"(?<![^_])(paper|edge)_(\d+)(?![^_])", r"\1-\2", router)
     first, *others = [_WORDS.get(word, word) for word in text.split("_")]
     return f"{first} ({' '.join(others)})" if first == "MVR" and others else " ".join([first, *others])

@@ -32,6 +32,7 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     "least_kv": heuristics.least_kv,
     "power_of_two": heuristics.power_of_two,
     "vllm_dp": heuristics.vllm_dp,
+    "vllm_dp_2026": heuristics.vllm_dp_2026,
     "latency_headroom": heuristics.latency_headroom,
     "bert_router": heuristics.bert_router,
     "bert_router_feasible": heuristics.bert_router_feasible,

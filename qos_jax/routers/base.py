@@ -32,12 +32,10 @@ class Router:
 
 
 def best_legal(key: Array, obs: Observation, value: Array) -> Array:
-    """Returns the legal expert with the highest value.
-
-    The first expert wins a tie.
+    """Returns the legal expert with the highest value, one of equals by lot.
 
     Args:
-      key: random key for ties; not used yet.
+      key: random key for ties.
       obs: the observation.
       value: [N] of each expert.
 
@@ -45,14 +43,28 @@ def best_legal(key: Array, obs: Observation, value: Array) -> Array:
       The action [] int32; N, the drop, where no expert is legal.
     """
     legal = obs.action_mask[:-1]
-    value = jnp.where(legal, jnp.asarray(value, float), -jnp.inf)
-    # To break ties at random: jax.random.categorical(key, jnp.where(value == jnp.max(value), 0.0, -jnp.inf)).
-    best = jnp.argmax(value)
-    return jnp.where(jnp.any(legal), best, legal.shape[0]).astype(jnp.int32)
+    return jnp.where(jnp.any(legal), drawn_best(key, value, legal), legal.shape[0]).astype(jnp.int32)
+
+
+def drawn_best(key: Array, value: Array, legal: Array) -> Array:
+    """Returns the index [] int32 of the highest legal value; each of equals is as likely.
+
+    Were it always the first of equals, all requests that arrive between two updates of the metrics would go there.
+
+    Args:
+      key: random key for ties.
+      value: [A] of each choice.
+      legal: [A] bool, at least one of them.
+    """
+    value = jnp.asarray(value, float)
+    best = jnp.max(jnp.where(legal, value, -jnp.inf))
+    lot = jax.random.uniform(key, value.shape)
+    highest = legal & ~(value < best)  # any legal one where a value is NaN
+    return jnp.argmax(jnp.where(highest, lot, -1.0)).astype(jnp.int32)
 
 
 def key_for_ties(key: Array) -> Array:
-    """Returns the key for ``best_legal`` in a router that also samples with ``key``."""
+    """Returns the key for ties in a router that also samples with ``key``."""
     return jax.random.fold_in(key, 1)
 
 

@@ -1,4 +1,4 @@
-"""Heuristic routers, from uniformly random to the paper's baselines; the first expert wins a tie.
+"""Heuristic routers, from uniformly random to the paper's baselines; a tie is broken at random.
 
 They compare experts by requests, predicted tokens, KV memory, predicted latency or predicted scores.
 """
@@ -10,11 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 from qos_jax.impact.estimate import impact
 from qos_jax.routers.base import Router, best_legal, by_value, key_for_ties
-from qos_jax.sim.types import Observation
+from qos_jax.sim.types import RATE_WINDOWS_S, Observation
+
+_WINDOW = 1  # of RATE_WINDOWS_S: gaps up to 150 s follow from its rate in single precision
+_MOST_SENT = 64  # requests remembered, as many as worlds keep snapshots by default
 
 
 def num_requests(obs: Observation) -> Array:
@@ -57,12 +61,12 @@ def round_robin() -> Router:
 
 
 def power_of_two() -> Router:
-    """Samples two legal experts and takes the one with fewer requests; a tie is broken at random."""
+    """Samples two legal experts and takes the one with fewer requests."""
 
     def act(key: Array, obs: Observation, memory: tuple[()]) -> tuple[Array, tuple[()]]:
         uniform = jnp.where(obs.action_mask[:-1], _uniform(key, obs), -1.0)
         sampled = uniform >= jnp.sort(uniform)[-2] if uniform.shape[0] > 1 else uniform >= 0
-        value = jnp.where(sampled, 0.5 * uniform - num_requests(obs).astype(uniform.dtype), -jnp.inf)
+        value = jnp.where(sampled, -num_requests(obs).astype(uniform.dtype), -jnp.inf)
         return best_legal(key_for_ties(key), obs, value), memory
 
     return Router("power_of_two", "heuristic", tuple, act)
@@ -84,8 +88,41 @@ def least_kv() -> Router:
 
 
 def vllm_dp() -> Router:
-    """Takes the expert with the lowest 4 waiting + running, the rule of vLLM for its data-parallel engines."""
+    """Takes the expert with the lowest 4 waiting + running, the rule of vLLM 0.9 to mid 2026 for data parallelism."""
     return by_value("vllm_dp", lambda obs: -(4 * obs.experts.waiting + obs.experts.running))
+
+
+class Sent(struct.PyTreeNode):
+    """The last requests that a router sent, latest first."""
+
+    expert: Array  # [M] int32; -1 where none was sent, N where it was dropped
+    next_age_s: Array  # [M] s since the request after it arrived, inf where none was sent
+    arrivals: Array  # [] requests so far, discounted by age, as in the last observation
+
+
+def vllm_dp_2026() -> Router:
+    """Takes the expert with the fewest requests in flight, and avoids queues where KV memory is short.
+
+    The rule of vLLM since vllm-project/vllm#49204 of July 2026 is the lowest max(in flight, waiting + running) +
+    6 waiting max(0, KV share - 0.5), where requests sent since the metrics were taken count as waiting. vLLM's router
+    sees every answer end. This one learns of ends from the metrics only: in flight is what they tell and what it sent
+    since, so both sides of the maximum are the same.
+    """
+
+    def init() -> Sent:
+        never_s = jnp.full(_MOST_SENT, jnp.inf, jnp.float32)
+        return Sent(jnp.full(_MOST_SENT, -1, jnp.int32), never_s, jnp.float32(0.0))
+
+    def act(key: Array, obs: Observation, sent: Sent) -> tuple[Array, Sent]:
+        sent = _later(sent, obs)
+        unseen = jnp.where(sent.next_age_s < obs.staleness_s, sent.expert, -1)
+        since = jnp.sum(unseen[None] == jnp.arange(obs.action_mask.shape[0] - 1)[:, None], -1)
+        waiting, running = ((obs.experts.waiting + since).astype(float), obs.experts.running.astype(float))
+        pressure = jnp.maximum(kv_share(obs) - 0.5, 0.0)
+        action = best_legal(key, obs, -(waiting + running + 6.0 * waiting * pressure))
+        return action, sent.replace(expert=jnp.append(action, sent.expert[:-1]))
+
+    return Router("vllm_dp_2026", "heuristic", init, act)
 
 
 def latency_headroom() -> Router:
@@ -117,6 +154,19 @@ def single_expert(expert: int) -> Router:
         return jnp.where(obs.action_mask[expert], expert, obs.action_mask.shape[0] - 1).astype(jnp.int32), memory
 
     return Router(f"expert_{expert}", "heuristic", tuple, act)
+
+
+def _later(sent: Sent, obs: Observation) -> Sent:
+    """Returns what was sent with its ages at this observation.
+
+    A router is not told the time. The gap since the last arrival follows from the discounted number of arrivals, which
+    counts the new one as 1; after the first arrival, which is not counted, the gap is taken as 0.
+    """
+    window_s = RATE_WINDOWS_S[_WINDOW]
+    arrivals = (obs.arrived.recent_rate_per_s[_WINDOW] * window_s).astype(jnp.float32)
+    gap_s = jnp.where(sent.arrivals > 0, -window_s * jnp.log(jnp.maximum(arrivals - 1.0, 0.0) / sent.arrivals), 0.0)
+    next_age_s = jnp.append(0.0, sent.next_age_s[:-1] + jnp.maximum(gap_s, 0.0))
+    return sent.replace(next_age_s=next_age_s.astype(jnp.float32), arrivals=arrivals)
 
 
 def _uniform(key: Array, obs: Observation) -> Array:

@@ -28,7 +28,7 @@ from jax import Array, lax
 
 from qos_jax.impact.estimate import WIDTH_S
 from qos_jax.impact.imagined_world import LENGTH_CV, expected_remaining_tokens, sample_belief, sample_request
-from qos_jax.routers.base import Router
+from qos_jax.routers.base import Router, drawn_best
 from qos_jax.routers.impact_greedy import PRICE, impact_greedy
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec
@@ -68,7 +68,7 @@ def rollout_planner(
     greedy = impact_greedy(length_cv=length_cv)
 
     def act(key: Array, obs: Observation, gaps: Gaps) -> tuple[Array, Gaps]:
-        key_futures, key_default = jax.random.split(key)
+        key_futures, key_default, key_ties = jax.random.split(key, 3)
         gaps = _with_gap(gaps, obs)
         law = _at_rate(workload, gaps)
         actions = jnp.arange(obs.action_mask.shape[0])
@@ -81,8 +81,7 @@ def rollout_planner(
         default, _ = greedy.act(key_default, obs, ())
         gain = values - values[default][None]
         clear_gain = gain.mean(-1) - gain.std(-1) / math.sqrt(futures - 1)
-        clear_gain = jnp.where(obs.action_mask, clear_gain, -jnp.inf)
-        best = jnp.argmax(clear_gain)
+        best = drawn_best(key_ties, clear_gain, obs.action_mask)
         action = jnp.where(clear_gain[best] > 0.0, best, default)
         return action, gaps.replace(sent=action < actions[-1])
 

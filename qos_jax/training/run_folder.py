@@ -267,12 +267,15 @@ class RunFolder:
         """Returns the lines of metrics.jsonl, without a last one that was not written to its end.
 
         Raises:
-          InputError: another line is not a JSON object with ``steps``.
+          InputError: another line is not a JSON object with ``steps``, or the file cannot be read.
         """
         path = self.path / METRICS
         if not path.exists():
             return []
-        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         return [_record(path, number, line) for number, line in enumerate(lines, 1)]
 
     def rewind(self, steps: int | None) -> list[dict[str, Any]]:
@@ -411,6 +414,8 @@ def _check_path(path: str | os.PathLike[str]) -> None:
     folder = pathlib.Path(path).absolute()
     if found := next((character for character in "\\[" if character in str(folder)), None):
         raise InputError(f"{folder}: Orbax cannot keep checkpoints below a path with {found!r}: take another folder")
+    if any("\ud800" <= character <= "\udfff" for character in str(folder)):  # as Python has bytes that are not text
+        raise InputError(f"{folder}: Orbax cannot keep checkpoints below a path that is not UTF-8: take another folder")
 
 
 def _checksums(folder: pathlib.Path, expected: Container[str] | None = None) -> dict[str, str]:

@@ -16,11 +16,15 @@ from qos_jax.workload.prediction import Predictions
 
 @struct.dataclass
 class RequestWorkload:
-    """A `Workload` with three independent parts; only the arrivals have a state."""
+    """A `Workload` with three independent parts; only the arrivals have a state.
+
+    Experts may share answers: expert n gets what ``content`` and ``prediction`` say of number ``answers_of[n]``.
+    """
 
     arrivals: ArrivalProcess
     content: RequestContent
     prediction: Predictions
+    answers_of: Array | None = None  # [N] int32; None: each expert has answers of its own
 
     def init(self, key: Array) -> ArrivalState:
         """Returns the state before the first request."""
@@ -31,11 +35,15 @@ class RequestWorkload:
         gap_key, content_key, prediction_key = jax.random.split(key, 3)
         gap_s, state = self.arrivals.next_gap(gap_key, state)
         sampled = self.content.sample(content_key)
-        predicted_score, predicted_tokens = self.prediction.predict(prediction_key, self.content, sampled)
+        predicted = self.prediction.predict(prediction_key, self.content, sampled)
+        answers = [sampled.output_tokens, sampled.score, *predicted]
+        if self.answers_of is not None:
+            answers = [each[self.answers_of] for each in answers]
+        output_tokens, score, predicted_score, predicted_tokens = answers
         request = Request(
             prompt_tokens=sampled.prompt_tokens,
-            output_tokens=sampled.output_tokens,
-            score=sampled.score,
+            output_tokens=output_tokens,
+            score=score,
             latency_limit_s=sampled.latency_limit_s,
             predicted_score=predicted_score,
             predicted_tokens=predicted_tokens,

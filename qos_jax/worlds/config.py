@@ -86,6 +86,12 @@ class WorldConfig:
         return tuple(llm_and_gpu(text) for text in self.experts)
 
     @property
+    def latency_limits_s(self) -> tuple[float, ...]:
+        """Latency limit of each class of users, s/token."""
+        limits_s = self.latency_limit_s or presets.preset_named(self.preset).latency_limit_s
+        return limits_s if isinstance(limits_s, tuple) else (limits_s,)
+
+    @property
     def has_preset_fleet(self) -> bool:
         """Experts and answers are the preset's, and so is the saturation rate, which is written down there."""
         return self.experts is None and self.quality_table is None

@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.fleet.profiles import expert_profile
+from qos_jax.fleet.profiles import LLMS, expert_profile
 from qos_jax.sim.capacity import saturation_rate
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.validation import checked_experts, checked_whole
 from qos_jax.sim.world import WorldSpec
 from qos_jax.workload.arrivals import ArrivalProcess, Arrivals, parse_arrivals
+from qos_jax.workload.constants import MIX_INSTRUCT
 from qos_jax.workload.content import RequestContent, generated_content, latency_limits, sharegpt_run_content
-from qos_jax.workload.prediction import Predictions, parse_prediction
+from qos_jax.workload.prediction import Predictions, TablePredictions, parse_prediction
 from qos_jax.workload.request_workload import RequestWorkload
 from qos_jax.workload.tables import QualityTable
 
@@ -115,6 +116,7 @@ def make(
     _check_type("check", check, (bool, np.bool_), "True or False")
     if quality_table is not None:
         _check_type("quality_table", quality_table, QualityTable, "a QualityTable, as read_npz returns it")
+    _check_llms(preset, quality_table)
     profile = checked_experts(
         expert_profile(preset.experts, max_running=preset.max_running, max_waiting=preset.max_waiting), np.float32
     )
@@ -135,6 +137,8 @@ def make(
         content=_content(preset, quality_table),
         prediction=_prediction(preset.prediction if prediction is None else prediction),
     )
+    if quality_table is not None:
+        workload = _with_shared_answers(workload, [llm for llm, _ in preset.experts])
     params = EnvParams(
         experts=jax.tree.map(jnp.asarray, profile),
         workload=workload,
@@ -191,6 +195,22 @@ def _pairs(experts: Any) -> tuple[tuple[str, str], ...]:
     return tuple((llm, gpu) for llm, gpu in experts)
 
 
+def _check_llms(preset: Preset, table: QualityTable | None) -> None:
+    """Checks that each LLM has a profile and answers; the message offers only those that have both.
+
+    Raises:
+      InputError: an LLM has not.
+    """
+    answers = {"mix-instruct": (MIX_INSTRUCT, "the built-in generator")}
+    answered, source = answers.get(preset.content, (LLMS, "")) if table is None else (table.experts, table.source)
+    legal = [llm for llm in LLMS if llm in answered]
+    for llm, _ in preset.experts:
+        if llm not in legal:
+            what = f"has no answers in {source}" if llm in LLMS else "is unknown"
+            also = "; or give a quality table with its answers" if llm in LLMS and table is None else ""
+            raise InputError(f"LLM {llm!r} {what}; choose from {', '.join(legal) or 'another table'}{also}")
+
+
 def _positive(name: str, value: float, *, or_zero: bool = False) -> float:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value)
     if not number or value < 0 or (value == 0 and not or_zero):
@@ -228,6 +248,19 @@ def _prediction(model: str | Predictions) -> Predictions:
     return model
 
 
+def _with_shared_answers(workload: RequestWorkload, llms: Sequence[str]) -> RequestWorkload:
+    """Returns a workload from a table in which experts with one LLM give the same answers."""
+    distinct = list(dict.fromkeys(llms))
+    if len(distinct) == len(llms):
+        return workload
+    prediction = workload.prediction
+    if isinstance(prediction, TablePredictions):  # which has a column for each expert
+        first = np.array([llms.index(llm) for llm in distinct])
+        prediction = TablePredictions(prediction.score[:, first], prediction.output_tokens[:, first])
+    answers_of = jnp.asarray([distinct.index(llm) for llm in llms], jnp.int32)
+    return dataclasses.replace(workload, prediction=prediction, answers_of=answers_of)
+
+
 def _content(preset: Preset, table: QualityTable | None) -> RequestContent:
     names = [llm for llm, _ in preset.experts]
     weights = preset.latency_limit_weights
@@ -236,7 +269,7 @@ def _content(preset: Preset, table: QualityTable | None) -> RequestContent:
         None if weights is None else _numbers("latency_limit_weights", weights),
     )
     if table is not None:
-        return table.select(names).content(limits)
+        return table.select(list(dict.fromkeys(names))).content(limits)
     if preset.content == "mix-instruct":
         return generated_content(names, limits)
     if preset.content == "sharegpt-run":

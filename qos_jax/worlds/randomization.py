@@ -133,7 +133,7 @@ def _sample_fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.ra
     content = generated_content([llm for llm, _ in fleet], limits)
     return params.replace(
         experts=_profile(fleet, max_running, max_waiting),
-        workload=dataclasses.replace(params.workload, content=content),  # type: ignore[type-var]
+        workload=dataclasses.replace(params.workload, content=content, answers_of=None),  # type: ignore[type-var]
         saturation_per_s=jnp.float32(sum(rates[pair] for pair in fleet)),
     )
 

@@ -150,7 +150,7 @@ def test_critics_start_from_the_impact_estimate(name: str) -> None:
         best = int(np.argmax(np.where(obs.action_mask[:-1], net, -np.inf)))
         assert net[best] > 0.1
         if heads.logits is None:
-            assert int(greedy(heads, obs.action_mask)) == best
+            assert int(greedy(jax.random.key(seed), heads, obs.action_mask)) == best
         else:
             np.testing.assert_allclose(heads.logits, 0.0, atol=0.05)
 
@@ -194,11 +194,21 @@ def test_outputs_and_gradients_are_finite_where_only_the_drop_is_legal(config: N
     chex.assert_tree_all_finite((after, losses))
     heads = _apply(network, after.params, inputs)
     chex.assert_tree_all_finite(heads)
-    np.testing.assert_array_equal(greedy(heads, inputs.legal), [3, 3])
+    keys = jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(jax.vmap(greedy)(keys, heads, inputs.legal), [3, 3])
 
 
 def test_greedy_takes_the_best_legal_action() -> None:
     legal = jnp.array([True, False, True, True])
     q = jnp.array([[0.0, 9.0, 5.0, 1.0], [2.0, 9.0, -5.0, 2.0]])
-    assert int(greedy(Heads(None, q), legal)) == 3  # the mean of the critics
-    assert int(greedy(Heads(jnp.array([0.0, 9.0, 1.0, 0.5]), q), legal)) == 2  # the policy, if there is one
+    key = jax.random.key(0)
+    assert int(greedy(key, Heads(None, q), legal)) == 3  # the mean of the critics
+    assert int(greedy(key, Heads(jnp.array([0.0, 9.0, 1.0, 0.5]), q), legal)) == 2  # the policy, if there is one
+
+
+def test_greedy_draws_among_equals() -> None:
+    heads, legal = Heads(None, jnp.array([[2.0, 1.0, 2.0, 2.0], [2.0, 1.0, 2.0, 2.0]])), jnp.array([True] * 3 + [False])
+    keys = jax.random.split(jax.random.key(0), 400)
+    taken = np.bincount(jax.vmap(lambda key: greedy(key, heads, legal))(keys), minlength=4)
+    assert taken[[1, 3]].sum() == 0
+    assert taken[[0, 2]] == pytest.approx(200, abs=50)  # 5 standard deviations

@@ -281,3 +281,14 @@ def test_simple_routers_have_the_qos_of_an_independent_event_loop() -> None:
             at_rate = [run for run in runs if (run.router.name, run.scenario.rate_per_s) == (name, rate_per_s)]
             qos = np.mean([run.metrics["qos"] for run in at_rate])
             assert qos == pytest.approx(expected, abs=0.07 if rate_per_s > 13 else 0.03)
+
+
+@pytest.mark.slow
+def test_equal_experts_share_the_load_of_a_burst_where_metrics_are_late() -> None:
+    names = ("shortest_queue", "shortest_tokens", "least_kv", "vllm_dp", "vllm_dp_2026", "latency_headroom")
+    fleet = (("alpaca-native", "A40"),) * 4
+    env, params = make("paper-3", experts=fleet, arrivals="gamma:4", staleness_s=0.5, rate_per_s=20.0)
+    runs = evaluate(env, params, [make_router(name, env) for name in names], [Scenario(0.0, 20.0, 1000)], 4000)
+    for run in runs:
+        shares = np.bincount(run.assignment[run.assignment >= 0], minlength=4) / len(run.assignment)
+        assert shares == pytest.approx(np.full(4, 0.25), abs=0.03), (run.router.name, shares)

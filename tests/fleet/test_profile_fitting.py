@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import os
 import pathlib
@@ -248,8 +249,10 @@ def changed(rows, column, value=None):
     ("file", "damage", "message"),
     [
         ("dense.csv", lambda rows: changed(rows, "tokens"), "no column 'tokens'"),
-        ("dense.csv", lambda rows: changed(rows, "tokens", "1.5"), "tokens is '1.5' in data row 1.*whole number"),
+        ("dense.csv", lambda rows: changed(rows, "tokens", "1.5"), "tokens is '1.5', must be a whole number"),
         ("dense.csv", lambda rows: changed(rows, "time_us", "fast"), "time_us is 'fast'.*a time >= 0"),
+        ("dense.csv", lambda rows: changed(rows, "time_us", "1_0"), "time_us is '1_0'.*a time >= 0"),
+        ("dense.csv", lambda rows: [*rows[:3], rows[3][:2]], "has 2 cells, must have 3"),
         ("dense.csv", lambda rows: changed(rows, "time_us", ""), "time_us is ''.*a time >= 0"),
         ("dense.csv", lambda rows: [r for r in rows if r[0] != "o_proj"], "no times of 'o_proj'"),
         ("dense.csv", lambda rows: rows[:1], "no rows"),
@@ -265,15 +268,36 @@ def test_damaged_tables(tmp_path, file, damage, message):
     with open(tmp_path / file, newline="", encoding="utf-8") as source:
         columns, *rows = damage(list(csv.reader(source)))
     write(tmp_path / file, columns, rows)
-    with pytest.raises(InputError, match=rf"{file}: .*{message}"):
+    with pytest.raises(InputError, match=rf"{file}(, line \d+)?: .*{message}"):
         profile_fitting.read_tables(*files)
 
 
 def test_a_missing_or_binary_table(tmp_path):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    for name in ("nowhere.csv", "binary.csv"):
-        with pytest.raises(InputError, match=rf"{name}: cannot be read"):
+    for name, message in (("nowhere.csv", "cannot be read"), ("binary.csv", "is not UTF-8 text")):
+        with pytest.raises(InputError, match=rf"{name}: {message}"):
             profile_fitting.read_tables(str(tmp_path / name), str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: gzip.compress(text.encode()),
+        lambda text: text.replace("\r\n", "\n").replace(",", ";").encode(),
+        lambda text: text.replace("time_us", ' "time_us"').replace("\r\n", "\r\n\r\n").encode(),
+    ],
+    ids=["byte order mark", "gzip", "semicolons", "quotes, spaces and blank lines"],
+)
+def test_tables_are_read_however_they_were_saved(tmp_path, saved):
+    files = llmservingsim_tables(tmp_path, dict.fromkeys(profile_fitting.TIMING_UNITS, 1e-4))
+    plain = profile_fitting.read_tables(*files)
+    for file in map(pathlib.Path, files):
+        file.write_bytes(saved(file.read_bytes().decode()))
+    again = profile_fitting.read_tables(*files)
+    np.testing.assert_array_equal(again.attention.layer_s, plain.attention.layer_s)
+    for name, curve in plain.dense.items():
+        np.testing.assert_array_equal(again.dense[name], curve)
 
 
 def test_tables_that_do_not_tell_the_coefficients_apart(tmp_path):

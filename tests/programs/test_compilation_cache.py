@@ -49,7 +49,8 @@ def test_a_program_leaves_what_it_compiled_and_no_folder_of_its_own(tmp_path):
 
 
 def test_a_killed_program_adds_nothing(tmp_path):
-    assert start(tmp_path, "3").wait() == 0
+    with start(tmp_path, "3") as program:
+        assert program.wait() == 0
     before = compiled(tmp_path)
     program = start(tmp_path, "5", "wait")
     assert float(program.stdout.readline()) == 11.0  # compiled by now

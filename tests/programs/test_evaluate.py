@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 from qos_jax.evaluation.metrics import METRICS
+from qos_jax.programs.evaluate import _learning_curves as learning_curves
+from qos_jax.training.config import TrainingConfig, runs_of
+from qos_jax.training.run_folder import RunFolder, make_config
+from tests.helpers.instant_env import small_learner
 from tests.helpers.programs import Program, assert_refused, program_of
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -81,6 +85,60 @@ def test_the_summary_is_the_mean_of_the_rows(results: dict[str, Any]) -> None:
         values = [row[entry["metric"]] for row in results["rows"] if row["router"] == entry["router"]]
         assert entry["mean"] == pytest.approx(np.mean(values))
         assert entry["low"] <= entry["mean"] <= entry["high"]
+
+
+class TestAFolderWithResults:
+    def test_is_kept_from_another_evaluation(
+        self, program: Program, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder, before = results["folder"], (results["folder"] / "results.json").read_bytes()
+        for other in ("--seeds=3", "--routers=round_robin", "--latency_limit=31ms"):
+            message = f"{folder}/results.json is of another evaluation: give another --out, or --overwrite"
+            assert_refused(program, capsys, message, *PLAIN, other, f"--out={folder}")
+        assert (folder / "results.json").read_bytes() == before
+
+    @pytest.mark.slow
+    def test_is_written_anew_by_the_same_evaluation_or_if_asked(
+        self, program: Program, results: dict[str, Any], tmp_path: pathlib.Path
+    ) -> None:
+        assert program(*PLAIN, f"--out={results['folder']}") == 0
+        assert json.loads((results["folder"] / "results.json").read_text())["rows"] == results["rows"]
+        (tmp_path / "results.json").write_text("{}")
+        assert program(*PLAIN, f"--out={tmp_path}", "--overwrite") == 0
+        assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
+
+
+class TestATrainingRun:
+    @pytest.fixture
+    def run(self, tmp_path: pathlib.Path) -> RunFolder:
+        """Of seeds 3 and 4, without a checkpoint."""
+        learner = small_learner()
+        training = TrainingConfig(learner.config, 64, runs_of(learner.config, (3, 4)))
+        return RunFolder.start(tmp_path / "mvr", make_config(learner, training))
+
+    @pytest.mark.parametrize(("first", "shared"), [(0, "3, 4"), (4, "4")])
+    def test_is_not_evaluated_on_seeds_it_was_trained_with(
+        self, program: Program, run: RunFolder, capsys: pytest.CaptureFixture[str], first: int, shared: str
+    ) -> None:
+        message = f"--first_seed={first}: {run.path} was trained with seed {shared}: give --first_seed=1000 or above"
+        assert_refused(program, capsys, message, f"--routers={run.path}", f"--first_seed={first}", f"--out={run.path}")
+
+    def test_may_be_evaluated_on_others(
+        self, program: Program, run: RunFolder, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert_refused(program, capsys, "holds no checkpoint yet", f"--routers={run.path}", "--first_seed=5")
+
+    @pytest.mark.parametrize("damage", ["{", "[1]", '{"steps": "many"}', "\0"])
+    def test_with_damaged_records_lacks_its_learning_curve_only(
+        self, run: RunFolder, capsys: pytest.CaptureFixture[str], damage: str
+    ) -> None:
+        run.append({"steps": 32, "kind": "train"})
+        assert list(learning_curves([str(run.path)])) == ["learning_curve_mvr"]
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write(f"{damage}\n")
+        assert learning_curves([str(run.path)]) == {}
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"warning: the learning curve of mvr is left out: {run.path}/metrics.jsonl, line 2: ")
 
 
 def azure_trace(path: pathlib.Path, num_requests: int = 300) -> pathlib.Path:
@@ -153,9 +211,10 @@ BAD_ARGUMENTS = {
     "scores": (f"{TABLE_EXPERTS} --quality_table={{here}}/nan.npz", "score nan of vicuna-7b"),
     "table of other LLMs": ("--quality_table={here}/table.npz", "'alpaca-native'"),
     "LLM without GPU": ("--experts=alpaca-7b", "--experts=alpaca-7b"),
-    "LLM too large": ("--experts=vicuna-13b@A30", "vicuna-13b with 26 GB of weights does not fit A30"),
+    "LLM too large": ("--experts=vicuna-13b-1.1@A30", "vicuna-13b-1.1 with 26 GB of weights does not fit A30"),
     "prediction": ("--prediction=psychic", "'psychic'"),
     "limit": ("--latency_limit=0", "--latency_limit=0"),
+    "unit of a limit": ("--latency_limit=30ms,1min", "--latency_limit=30ms,1min: give numbers above 0, in s or ms"),
     "staleness": ("--staleness=-1", "staleness_s is -1.0"),
     "file where the folder should be": ("--out={here}/azure.csv", "/azure.csv"),
     "file where a folder above should be": ("--out={here}/azure.csv/out", "/azure.csv/out"),

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -200,11 +199,18 @@ def test_a_full_disk_ends_training_in_one_line(
 ) -> None:
     """Files may not become longer than a checkpoint's, as on a disk of its own for each; room comes, and it goes on."""
     limit = 8 * 1024
-    command = [sys.executable, "-m", "qos_jax.programs", "train", *TINY, f"--out={tmp_path / 'run'}"]
+    program = (
+        f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "runpy.run_module('qos_jax.programs', run_name='__main__')"
+    )
     done = subprocess.run(
-        command, env=variables | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-c", program, "train", *TINY, f"--out={tmp_path / 'run'}"],
+        env=variables | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [done.stderr.splitlines()[-1]]

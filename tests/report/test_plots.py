@@ -357,6 +357,7 @@ class TestStudyPanels:
     ("router", "name"),
     {
         "vllm_dp": "vLLM data-parallel",
+        "vllm_dp_2026": "vLLM data-parallel (2026)",
         "round_robin": "round robin",
         "shortest_queue": "shortest queue",
         "impact_greedy": "impact-greedy",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import html.parser
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -46,6 +48,13 @@ def broken_figure() -> Figure:
     return drawn
 
 
+STRANGE_NAMES = {
+    "formula": "cost $x_{$ per",
+    "bytes": os.fsdecode(b"run-\xff\xfe"),
+    "long": 241 * "x",
+    "long in bytes": 120 * "ä",
+    "two lines": "new\nline",
+}
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 BROWSER_FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -223,6 +232,30 @@ class TestFiles:
 
         results.write_report(tmp_path, small_results(), {"one": draw})
         assert found == ["results.json", "summary.csv", "summary.tex"]
+
+    def test_ctrl_c_while_pictures_are_drawn_says_what_is_written(self, tmp_path: pathlib.Path, capsys) -> None:
+        def draw() -> Figure:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            results.write_report(tmp_path, written := small_results(), {"one": draw})
+        assert json.loads((tmp_path / "results.json").read_text()) == written
+        assert capsys.readouterr().err == (
+            f"stopped: {tmp_path}/results.json is written, the report and pictures are not\n"
+        )
+
+    @pytest.mark.parametrize("name", STRANGE_NAMES.values(), ids=STRANGE_NAMES)
+    def test_names_that_are_no_text_or_formula_or_long_lose_nothing(self, tmp_path: pathlib.Path, capsys, name) -> None:
+        named = [dataclasses.replace(run, router=dataclasses.replace(run.router, name=name)) for run in runs_at(0.5)]
+        found = results.results_of(named, {"preset": name}, f"qos-jax evaluate --out={name}")
+        figures = {
+            "shares": partial(plots.routing_shares, named, ("$a_{", "b", "c")),
+            f"learning_curve_{name}": figure(),
+        }
+        results.write_report(tmp_path / name, found, figures, title=name)
+        assert not capsys.readouterr().err
+        assert len(list((tmp_path / name).iterdir())) == 4 + 6 + 3
+        assert json.loads((tmp_path / name / "results.json").read_text())["config"]["preset"] == name
 
     def test_csv_has_a_line_for_each_object_of_the_summary(self, tmp_path: pathlib.Path) -> None:
         written = small_results()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qos_jax import InputError, Observation, Router, make_router, router_names
 from qos_jax.impact.estimate import impact
+from qos_jax.sim.types import RATE_WINDOWS_S
 from tests.helpers.observations import EQUAL, equal_experts, observation, observations, reordered, running, waiting
 from tests.helpers.small_env import small_env, small_experts
 
@@ -21,7 +22,6 @@ NUM_EXPERTS = 4
 DROP = NUM_EXPERTS
 ENV = small_env(NUM_EXPERTS)
 ROUTERS = {name: make_router(name, ENV) for name in router_names(ENV)}
-SAMPLING = {"random", "power_of_two"}
 BY_IMPACT = {"impact_greedy", "impact_greedy_equal_gpus", "impact_greedy_no_drop", "oracle_impact"}
 SINGLES = {f"expert_{i}" for i in range(NUM_EXPERTS)}
 IDLE: list[list[Any]] = [[]] * NUM_EXPERTS
@@ -31,6 +31,9 @@ R, W = running(), waiting()
 @jax.jit
 def all_choices(key: jax.Array, obs: Observation) -> dict[str, jax.Array]:
     return {name: router.act(key, obs, router.init())[0] for name, router in ROUTERS.items()}
+
+
+choices_by_lot = jax.jit(jax.vmap(all_choices, in_axes=(0, None)))
 
 
 def choice(name: str, obs: Observation) -> int:
@@ -55,7 +58,7 @@ def counts(name: str, obs: Observation) -> np.ndarray:
         ("shortest_queue", ([W, W], [R], [R], []), 3),
         ("vllm_dp", ([W], [R, R, R], [R, W], [W, W]), 1),  # 3 running weigh less than 1 waiting,
         ("vllm_dp", ([R] * 5, [W], [R, W], [W, W]), 1),  # 5 more,
-        ("vllm_dp", ([W], [R] * 4, [R, W], [W, W]), 0),  # 4 the same
+        ("vllm_dp_2026", ([W, W], [R, R, R], [R, W, R], [R] * 4), 0),  # a request waits or runs, where memory is free
         ("least_kv", ([R, R, R], [R, R], [R], [R, R]), 2),
         ("least_kv", ([R, R], [R], [W] * 3, [R]), 2),  # waiting requests hold no memory
         ("shortest_tokens", ([R, R], [running(predicted_tokens=500.0)], [R, R, R], [R] * 4), 0),
@@ -70,6 +73,11 @@ def counts(name: str, obs: Observation) -> np.ndarray:
 )
 def test_a_router_takes_the_best_expert_by_its_definition(name: str, fleet: Any, expected: int) -> None:
     assert choice(name, observation(*fleet)) == expected
+
+
+def test_four_running_weigh_as_much_as_one_waiting_for_vllm_dp() -> None:
+    actions = choices_by_lot(jax.random.split(jax.random.key(1), 600), observation([W], [R] * 4, [R, W], [W, W]))
+    assert set(np.asarray(actions["vllm_dp"])) == {0, 1}
 
 
 def test_least_kv_compares_shares_of_memory() -> None:
@@ -90,6 +98,28 @@ def test_latency_headroom_knows_how_fast_the_experts_are() -> None:
         assert choice("latency_headroom", obs) == 1, field
     assert choice("latency_headroom", observation(*IDLE, profile=equal_experts(4, network_s=slower))) == 1
     assert choice("latency_headroom", observation(*IDLE, predicted_tokens=[30.0, 30.0, 90.0, 30.0])) == 2
+
+
+class TestVllmDp2026:
+    def test_a_queue_counts_more_where_kv_memory_is_short(self) -> None:
+        fleet = ([R, W], [R] * 4, [R] * 6, [R] * 7)  # 3 blocks for each running request
+        for kv_blocks, expected in ((6, 0), (4, 0), (3, 1)):  # the first expert scores 2, 3.5 and 5
+            profile = equal_experts(4, kv_blocks=[kv_blocks, 40, 40, 40])
+            assert choice("vllm_dp_2026", observation(*fleet, profile=profile)) == expected
+
+    def test_counts_what_it_sent_since_the_metrics_were_taken(self) -> None:
+        """Ten arrivals per second and a router that sees what was 0.45 s ago: 5 requests are in flight unseen."""
+        router = make_router("vllm_dp_2026", ENV)
+        act, memory, arrivals, taken = jax.jit(router.act), router.init(), 0.0, []
+        for key in jax.random.split(jax.random.key(0), 12):
+            arrivals = 1.0 + arrivals * np.exp(-0.1 / RATE_WINDOWS_S[1])
+            obs = observation([R] * 3, [], [], [R], recent_rate_per_s=arrivals / RATE_WINDOWS_S[1])
+            action, memory = act(key, obs.replace(staleness_s=jnp.float32(0.45)), memory)
+            taken.append(int(action))
+        unseen = np.array(taken)[np.arange(5, 12)[:, None] - np.arange(1, 6)]  # the five before each
+        loads = np.array([3, 0, 0, 1]) + np.stack([np.bincount(each, minlength=4) for each in unseen])
+        assert (loads[np.arange(7), taken[5:]] == loads.min(1)).all()
+        assert sorted(taken[:2]) == [1, 2] and sorted(taken[2:5]) == [1, 2, 3]
 
 
 class TestBertRouterFeasible:
@@ -166,13 +196,16 @@ class TestRoundRobin:
         assert self.turns(free, free, full, full, free) == [0, 1, 3, 3, 2]
 
 
-@pytest.mark.parametrize("first", [0, 2])
-def test_the_first_legal_expert_wins_a_tie(first: int) -> None:
-    legal = [expert >= first for expert in range(NUM_EXPERTS)] + [True]
-    for fleet in (IDLE, [[R, W]] * NUM_EXPERTS):
-        taken = all_choices(jax.random.key(0), observation(*fleet, legal=legal))
-        for name in ROUTERS.keys() - SINGLES - SAMPLING:
-            assert taken[name] == first, name
+@pytest.mark.parametrize("staleness_s", [0.0, 0.5])
+@pytest.mark.parametrize("fleet", [IDLE, [[R, W]] * NUM_EXPERTS], ids=["idle", "busy"])
+def test_equal_experts_get_equal_shares(fleet: Any, staleness_s: float) -> None:
+    """Were the first of equals taken, a burst between two updates of the metrics would all go there."""
+    obs = observation(*fleet, legal=[True, False, True, True, False]).replace(staleness_s=jnp.float32(staleness_s))
+    for name, actions in choices_by_lot(jax.random.split(jax.random.key(1), 600), obs).items():
+        if name not in SINGLES | {"round_robin"}:
+            taken = np.bincount(actions, minlength=NUM_EXPERTS + 1)
+            assert taken[[1, DROP]].sum() == 0, name
+            assert taken[[0, 2, 3]] == pytest.approx(200, abs=52), name  # 4.5 standard deviations
 
 
 @settings(max_examples=60)
@@ -200,11 +233,13 @@ def values(obs: Observation) -> dict[str, jax.Array]:
     work = requests.prompt_tokens + requests.predicted_tokens - requests.computed_tokens
     estimated = impact(obs)
     net = estimated.qos + estimated.qos_change
+    kv_share = experts.kv_used_blocks / experts.profile.kv_blocks
     return {
         "shortest_queue": -(experts.running + experts.waiting).astype(float),
         "shortest_tokens": -jnp.sum(work * (requests.running | requests.waiting), -1),
-        "least_kv": -experts.kv_used_blocks / experts.profile.kv_blocks,
+        "least_kv": -kv_share,
         "vllm_dp": -(4.0 * experts.waiting + experts.running),
+        "vllm_dp_2026": -(experts.running + experts.waiting * (1 + 6 * jnp.maximum(kv_share - 0.5, 0.0))),
         "latency_headroom": -estimated.latency_per_token_s,
         "bert_router": obs.arrived.predicted_score,
         "oracle_score": obs.arrived.predicted_score,
@@ -217,7 +252,7 @@ def values(obs: Observation) -> dict[str, jax.Array]:
 @settings(max_examples=60)
 @given(observations(NUM_EXPERTS), st.permutations(range(NUM_EXPERTS)))
 def test_the_order_of_the_experts_does_not_matter(obs: Observation, order: list[int]) -> None:
-    """Except for ties, which the first expert wins."""
+    """Except for ties, which are drawn."""
     key, legal = jax.random.key(0), np.asarray(obs.action_mask[:-1])
     before, after = all_choices(key, obs), all_choices(key, reordered(obs, order))
     place = [*order, DROP]

@@ -114,9 +114,11 @@ class TestRunFolder:
         folder.save(32, state, state)
         assert_equal(RunFolder.reopen(folder.path).restore_weights(32, state), state)
 
-    @pytest.mark.parametrize("name", ["back\\slash", "run[1]"])
+    @pytest.mark.parametrize("name", ["back\\slash", "run[1]", os.fsdecode(b"run-\xff")])
     def test_but_for_those_that_orbax_cannot_use(self, flat: RunFolder, tmp_path: pathlib.Path, name: str) -> None:
-        with pytest.raises(InputError, match=r"Orbax cannot keep checkpoints below a path with '(\\|\[)"):
+        with pytest.raises(
+            InputError, match=r"Orbax cannot keep checkpoints below a path (with '(\\|\[)|that is not UTF-8)"
+        ):
             RunFolder.start(tmp_path / name / "run", flat.config)
         assert not list(tmp_path.iterdir())
         shutil.copytree(flat.path, tmp_path / name)

@@ -18,6 +18,7 @@ from qos_jax import (
     Environment,
     EnvParams,
     InputError,
+    QualityTable,
     RequestTrace,
     make,
     replay,
@@ -25,7 +26,7 @@ from qos_jax import (
     saturation_rate,
 )
 from qos_jax.workload.arrivals import gamma
-from qos_jax.workload.prediction import PredictionModel
+from qos_jax.workload.prediction import PredictionModel, TablePredictions
 
 SATURATION_SEEDS = 5
 TRACED: list[Environment] = []  # an entry whenever `first_step` is traced
@@ -177,6 +178,10 @@ BIG = (("vicuna-13b-1.1", "RTX 4090"),)
         ({"prediction": "psychic"}, "prediction 'psychic' is unknown.*realistic"),
         ({"experts": BIG}, "vicuna-13b-1.1 with 26 GB of weights does not fit RTX 4090"),
         ({"experts": (("gpt", "A40"),)}, "LLM 'gpt' is unknown"),
+        (
+            {"experts": (("llama-3.1-8b", "A40"),)},
+            "'llama-3.1-8b' has no answers in the built-in generator; choose from",
+        ),
         ({"experts": (("mpt-7b", "abacus"),)}, "GPU 'abacus' is unknown"),
         ({"experts": ()}, r"experts is \(\), must be one or more pairs"),
         ({"experts": None}, "experts is None, must be one or more pairs"),
@@ -211,6 +216,37 @@ BIG = (("vicuna-13b-1.1", "RTX 4090"),)
 def test_illegal_values_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make("paper-3", **fields)
+
+
+def quality_table(*llms: str) -> QualityTable:
+    """Three prompts; each LLM has other lengths and scores."""
+    rows, columns = np.indices((3, len(llms)))
+    return QualityTable("made up", llms, np.array([10, 20, 30]), 5 + 7 * rows + 30 * columns, 0.1 + 0.2 * columns)
+
+
+@pytest.mark.parametrize("table", [None, quality_table("mpt-7b", "llama-3.1-8b", "flan-t5-xxl", "no-such-llm")])
+def test_every_llm_that_a_message_offers_works(table: QualityTable | None) -> None:
+    with pytest.raises(InputError, match="LLM 'vicuna-7b' has no answers in") as error:
+        make("paper-3", experts=(("vicuna-7b", "A100"),), quality_table=table, rate_per_s=1.0)
+    offered = str(error.value).split("choose from ")[1].split(";")[0].split(", ")
+    assert len(offered) == (11 if table is None else 2)
+    fleet = tuple((llm, "A100") for llm in offered)
+    assert make("paper-3", experts=fleet, quality_table=table, rate_per_s=1.0)[0].spec.num_experts == len(fleet)
+
+
+def test_replicas_of_one_llm_share_its_answers_and_predictions() -> None:
+    fleet = (("mpt-7b", "A40"), ("alpaca-native", "A40"), ("mpt-7b", "A100"))
+    table = quality_table("alpaca-native", "koala-7B-HF", "mpt-7b")
+    own = np.arange(9.0).reshape(3, 3)[:, [1, 0, 1]]  # a column for each expert
+    for prediction in (None, TablePredictions(jnp.asarray(own / 10), jnp.asarray(own))):
+        _, params = make("paper-3", experts=fleet, quality_table=table, rate_per_s=1.0, prediction=prediction)
+        requests = jax.tree.map(np.asarray, sample_requests(params.workload, jax.random.key(0), 50)[1])
+        for name in ("score", "output_tokens", "predicted_score", "predicted_tokens"):
+            values = getattr(requests, name)
+            np.testing.assert_array_equal(values[:, 0], values[:, 2])
+            assert (values[:, 0] != values[:, 1]).any(), name
+        np.testing.assert_array_equal(requests.output_tokens[:, 0] - requests.output_tokens[:, 1], 60)
+    np.testing.assert_array_equal(requests.predicted_tokens, own[requests.prompt_tokens // 10 - 1])
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
