@@ -26,8 +26,8 @@ ROUTERS = ("impact_greedy", "oracle_impact")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 

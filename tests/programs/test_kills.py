@@ -33,8 +33,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
+def variables() -> Iterator[dict[str, str]]:
+    with quick_compilation() as variables:
         yield os.environ | variables
 
 

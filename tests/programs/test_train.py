@@ -46,9 +46,9 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def variables() -> Iterator[dict[str, str]]:
     """Environment variables by which other processes compile as this one does."""
-    with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
+    with quick_compilation() as variables:
         yield os.environ | variables
 
 
