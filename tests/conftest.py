@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit that of the process that starts them
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash.setdefault(_CACHE, tempfile.TemporaryDirectory()).name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
         os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
     gc.set_threshold(20_000, 20, 50)  # tracing allocates much that stays, so to look for garbage often is in vain
 
