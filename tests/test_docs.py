@@ -118,8 +118,8 @@ def test_every_block_is_closed_and_of_a_known_language(page: pathlib.Path) -> No
 
 
 @pytest.fixture(scope="module")
-def quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+def quickly() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 

@@ -38,8 +38,8 @@ ENV = small_env(3)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 

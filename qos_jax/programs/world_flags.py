@@ -67,7 +67,7 @@ def note_failed_requests(world: WorldConfig) -> dict[str, int]:
 
 def note_limits(world: WorldConfig, env: Environment, params: EnvParams) -> None:
     """Says on stderr where a latency limit is so long that hardly a request is late, or so short that all are."""
-    bounds = iteration_bounds_s(params.experts, env.spec.engine.token_budget, env.spec.engine.block_size)
+    bounds = iteration_bounds_s(params.experts, env.spec.engine.block_size)
     shortest_s, longest_s = float(bounds[0].min()), float(bounds[1].max())
     for limit_s in world.latency_limits_s:
         head = f"note: the latency limit of {limit_s:g} s/token ({1e3 * limit_s:g} ms)"

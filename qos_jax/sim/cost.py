@@ -34,11 +34,12 @@ def iteration_s(experts: ExpertProfile, prefill_tokens: Array, requests: Array, 
     return jnp.maximum(step_base_s, prefill_s) + experts.per_sequence_s * batch + experts.per_kv_token_s * cached
 
 
-def iteration_bounds_s(experts: ExpertProfile, token_budget: int, block_size: int) -> tuple[Array, Array]:
+def iteration_bounds_s(experts: ExpertProfile, block_size: int) -> tuple[Array, Array]:
     """Returns the shortest and the longest duration [N] s that an iteration of each expert can have."""
     one, full = jnp.ones_like(experts.max_running), experts.max_running
     shortest_s = iteration_s(experts, 0 * one, one, 0 * one)
-    return shortest_s, iteration_s(experts, token_budget * one, full, experts.kv_blocks * block_size)
+    kv_tokens = max_kv_blocks(experts, block_size) * block_size
+    return shortest_s, iteration_s(experts, jnp.asarray(experts.token_budget), full, kv_tokens)
 
 
 def stretch_s(first_s: Array, growth_s: Array, iterations: Array) -> Array:

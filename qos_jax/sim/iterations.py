@@ -164,10 +164,12 @@ class _Stepper:
         before = self.state
         self.state = _iterate(self.spec, self.profile, before)
         old, new = jax.tree.map(lambda x: np.asarray(x[0]), (before, self.state))
-        runs = scheduled = _activities(self.spec.block_size, old.slots, new.slots, self.is_async)
-        if self.is_async:
-            runs, self.scheduled = self.scheduled if old.scheduled_s > 0 else None, scheduled
-        return (float(new.clock_s) - float(old.clock_s), *runs) if runs is not None else None
+        duration_s = float(new.clock_s) - float(old.clock_s)
+        scheduled = _activities(self.spec.block_size, old.slots, new.slots, self.is_async)
+        if not self.is_async:
+            return duration_s, *scheduled
+        runs, self.scheduled = self.scheduled if old.scheduled_s > 0 else None, scheduled
+        return None if runs is None else (duration_s, *runs)
 
 
 @partial(jax.jit, static_argnums=0)

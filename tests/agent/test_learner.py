@@ -58,10 +58,14 @@ def trained(name: str, **numbers: float) -> tuple[TrainState, TrainState, dict[s
     return run(tiny(name), jax.random.key(0), params, hyper)
 
 
-QUICK, SLOW = ("mvr", "baseline_rl"), ("mvr_no_graph", "mvr_no_impact", "sac", "paper")
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+TRAINED_TOO = ("baseline_rl", "mvr_no_graph", "mvr_no_impact", "sac", "paper")
+
+
+@pytest.mark.parametrize("name", ["mvr", *slow(*TRAINED_TOO)])
 def test_agents_train(name: str) -> None:
     before, after, metrics = trained(name)
     chex.assert_tree_all_finite((after.learner, metrics))
@@ -74,7 +78,7 @@ def test_agents_train(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(AGENTS) - {*QUICK, *SLOW}))
+@pytest.mark.parametrize("name", sorted(set(AGENTS) - {"mvr", *TRAINED_TOO}))
 def test_variants_of_agents_have_a_training_step(name: str) -> None:
     """They differ from others in numbers only, so they are traced and not compiled."""
     params = stacked([small_params(NUM_EXPERTS, rate_per_s=rate) for rate in RATES])
@@ -111,7 +115,7 @@ def test_targets_are_clipped_at_the_maximal_externality() -> None:
     np.testing.assert_array_equal(bounded.value[: 3 * NUM_ENVS], np.maximum(free.value[: 3 * NUM_ENVS], -0.02))
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["mvr", *slow("baseline_rl")])
 def test_the_router_takes_a_legal_action(name: str) -> None:
     learner, (_, after, _) = tiny(name), trained(name)
     router = learner.router(learner.weights(after), name)
@@ -137,7 +141,7 @@ def test_the_router_samples_only_where_metrics_are_stale() -> None:
     assert len(np.unique(act(keys, obs.replace(staleness_s=jnp.float32(0.1))))) > 1
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["mvr", "baseline_rl"])
 def test_one_trace_serves_all_chunks_and_hyperparameters(name: str) -> None:
     """A chunk returns a state like its argument; chunk numbers, rates and costs are traced."""
     chex.clear_trace_counter()

@@ -75,7 +75,10 @@ def problems() -> dict[str, tuple[Process, Hyperparameters]]:
     }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["critics alone", "with an actor"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(False, id="critics alone"), pytest.param(True, id="with an actor", marks=pytest.mark.slow)],
+)
 def solved(request: pytest.FixtureRequest) -> dict[str, Solved]:
     return decision_processes.solve(request.param, problems(), CHUNKS)
 

@@ -26,8 +26,8 @@ ROUTERS = ("impact_greedy", "oracle_impact")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 
@@ -98,7 +98,7 @@ def test_the_optimum_lies_between_plan_and_bound() -> None:
 
 def test_no_plan_is_worse_than_where_it_started() -> None:
     rng = np.random.default_rng(0)
-    for seed in SEEDS:
+    for seed in SEEDS[:3]:
         starts = rng.integers(-1, 2, (3, TINY_REQUESTS))
         earned = [qos_of_all(seed)[(start == EVERY_ASSIGNMENT).all(1)].item() for start in starts]
         untouched = plan(tiny_experts(), tiny_trace(seed), starts, prices=())

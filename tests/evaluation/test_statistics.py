@@ -28,7 +28,7 @@ def scores(runs: int = 10, tasks: int = 4, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(10.0 * np.arange(tasks), 1.0, (runs, tasks))
 
 
-@pytest.mark.parametrize("confidence", [0.95, 0.8])
+@pytest.mark.parametrize("confidence", [0.95, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_the_interval_over_seeds_is_students(confidence: float) -> None:
     values = np.random.default_rng(0).normal(3.0, 2.0, 7)
     summary = summarise(values, confidence)
@@ -118,7 +118,7 @@ def test_what_the_pairs_share_cancels() -> None:
     assert difference.bootstrap.high - difference.bootstrap.low == pytest.approx(np.diff(interval)[0], rel=0.4)
 
 
-@pytest.mark.parametrize("confidence", [0.95, 0.8])
+@pytest.mark.parametrize("confidence", [0.95, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_intervals_cover_the_truth_as_often_as_they_say(confidence: float) -> None:
     """The percentile bootstrap of 20 runs covers slightly less than nominal; with 200 tables the noise is 3 %."""
     truth, options = 15.0, {"confidence": confidence, "resamples": 150}

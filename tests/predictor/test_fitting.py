@@ -21,8 +21,8 @@ QUICK = FineTuning(layers=1, epochs=4, learning_rate=1e-2, heads_learning_rate=3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiles_quickly(tmp_path_factory):
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
+def compiles_quickly():
+    with quick_compilation():
         yield
 
 

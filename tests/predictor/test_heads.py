@@ -27,8 +27,8 @@ NONE = np.inf
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiles_quickly(tmp_path_factory):
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
+def compiles_quickly():
+    with quick_compilation():
         yield
 
 

@@ -22,8 +22,8 @@ TEXTS = ["write a poem", "sum one and two", "a " * 50_000]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiles_quickly(tmp_path_factory):
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
+def compiles_quickly():
+    with quick_compilation():
         yield
 
 

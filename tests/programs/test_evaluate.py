@@ -15,8 +15,10 @@ import pytest
 
 from qos_jax.evaluation.metrics import METRICS
 from qos_jax.programs.evaluate import _learning_curves as learning_curves
+from qos_jax.programs.world_flags import note_failed_requests
 from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.run_folder import RunFolder, make_config
+from qos_jax.worlds.config import WorldConfig
 from tests.helpers.instant_env import small_learner
 from tests.helpers.programs import Program, assert_refused, program_of
 
@@ -141,11 +143,25 @@ class TestATrainingRun:
         assert line.startswith(f"warning: the learning curve of mvr is left out: {run.path}/metrics.jsonl, line 2: ")
 
 
-def azure_trace(path: pathlib.Path, num_requests: int = 300) -> pathlib.Path:
-    """Writes arrivals two by two: gaps of 10 ms and of 990 ms."""
-    seconds = np.arange(num_requests) // 2 + 0.01 * (np.arange(num_requests) % 2)
-    lines = [f"2023-11-16 18:{int(s // 60):02}:{s % 60:09.6f},{100 + s:.0f},50" for s in seconds]
+def two_by_two(num_requests: int = 300) -> np.ndarray:
+    """Arrivals [s] with gaps of 10 ms and of 990 ms."""
+    return np.arange(num_requests) // 2 + 0.01 * (np.arange(num_requests) % 2)
+
+
+def azure_trace(path: pathlib.Path) -> pathlib.Path:
+    lines = [f"2023-11-16 18:{int(s // 60):02}:{s % 60:09.6f},{100 + s:.0f},50" for s in two_by_two()]
     path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    return path
+
+
+def burstgpt_trace(path: pathlib.Path, failed: int) -> pathlib.Path:
+    """Writes requests that are answered, and before each of the first so many one that is not."""
+    rows = [
+        f"{s:.2f},GPT-4,9,{tokens},9,API log"
+        for i, s in enumerate(two_by_two())
+        for tokens in ((0, 5) if i < failed else (5,))
+    ]
+    path.write_text("\n".join(["Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", *rows]))
     return path
 
 
@@ -164,7 +180,7 @@ def quality_table(path: pathlib.Path, **columns: Any) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Program, tmp_path: pathlib.Path) -> None:
-    trace, table = azure_trace(tmp_path / "azure.csv"), quality_table(tmp_path / "table.npz")
+    trace, table = burstgpt_trace(tmp_path / "trace.csv", failed=9), quality_table(tmp_path / "table.npz")
     status = program(
         TABLE_EXPERTS, f"--trace={trace}", f"--quality_table={table}", "--latency_limit=0.06", "--rate=2,2",
         "--routers=expert_0,expert_1,expert_0", "--requests=40", "--seeds=1", "--warmup=0", f"--out={tmp_path / 'out'}",
@@ -172,7 +188,8 @@ def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Progra
     assert status == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     config = results["config"]
-    assert (config["trace"], config["quality_table"]) == ("azure.csv", "table.npz")
+    assert (config["trace"], config["quality_table"]) == ("trace.csv", "table.npz")
+    assert config["trace_failed_requests"] == 9
     assert config["experts"] == ["alpaca-7b@A40", "chatglm2-6b@A40"]
     assert [(row["router"], row["qos"]) for row in results["rows"]] == [("expert_0", 0.25), ("expert_1", 0.75)]
     # Two answers side by side take .5 s in every 1 s; Poisson arrivals would keep the expert busy for .6 s.
@@ -182,17 +199,12 @@ def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Progra
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
-def test_failed_requests_of_a_trace_are_told(
-    program: Program, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [f"{t},GPT-4,9,{0 if t % 10 == 0 else 5},9,API log" for t in range(100)]
-    (tmp_path / "t.csv").write_text(
-        "\n".join(["Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", *rows])
-    )
-    arguments = ("--routers=expert_0", "--rate=1", "--requests=10", "--seeds=1", "--warmup=0")
-    assert program(*arguments, f"--trace={tmp_path}/t.csv", f"--out={tmp_path}/out") == 0
-    assert f"note: {tmp_path}/t.csv: 10 of 100 rows are failed requests and left out\n" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["trace_failed_requests"] == 10
+def test_failed_requests_of_a_trace_are_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = burstgpt_trace(tmp_path / "t.csv", failed=10)
+    assert note_failed_requests(WorldConfig(trace=str(trace))) == {"trace_failed_requests": 10}
+    assert capsys.readouterr().err == f"note: {trace}: 10 of 310 rows are failed requests and left out\n"
+    assert note_failed_requests(WorldConfig(trace=str(azure_trace(trace)))) == {}
+    assert not capsys.readouterr().err
 
 
 BAD_ARGUMENTS = {

@@ -27,8 +27,8 @@ EACH = f"{SIZES} --seeds=2 --vary=load=0.5,1 --vary=learning_rate=0.001,0.01"
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
+def variables() -> Iterator[dict[str, str]]:
+    with quick_compilation() as variables:
         yield variables
 
 

@@ -32,8 +32,8 @@ QUICK = ("--folds=2", "--hidden=4")  # folds of half of all prompts, as large as
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiles_quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
+def compiles_quickly() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 

@@ -56,8 +56,8 @@ def untimed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 

@@ -37,9 +37,9 @@ SHARED = (*RUN, f"--set=chunk=4,updates=2,batch_size=16,capacity=128,warm_up=4,h
 
 
 @pytest.fixture(scope="module")
-def variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def variables() -> Iterator[dict[str, str]]:
     """Environment variables by which other processes have eight devices."""
-    with quick_compilation(tmp_path_factory.mktemp("cache")) as variables:
+    with quick_compilation() as variables:
         yield os.environ | variables | {"XLA_FLAGS": devices_flag(DEVICES)}
 
 

@@ -61,8 +61,8 @@ def observations(num_experts: int = 3, number: int = 5) -> list[Observation]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
         yield
 
 

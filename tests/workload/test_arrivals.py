@@ -31,6 +31,12 @@ def play(process, init_keys, gap_keys):
     return jax.vmap(one)(init_keys, gap_keys)
 
 
+# A million gaps take longer than the compilation of a program, so theirs is optimised.
+play_long = jax.jit(
+    play, compiler_options={"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
+)
+
+
 def keys_of(shape):
     init_key, gaps_key = jax.random.split(jax.random.key(0))
     return jax.random.split(init_key, shape[0]), jax.random.split(gaps_key, shape)
@@ -38,7 +44,7 @@ def keys_of(shape):
 
 def draw(process, shape=WIDE):
     """Returns gaps [E, G] in float64 and the states around them; every process gets the same keys."""
-    gaps_s, states = play(process, *keys_of(shape))
+    gaps_s, states = (play_long if shape == LONG else play)(process, *keys_of(shape))
     return np.asarray(gaps_s, np.float64), jax.tree.map(np.asarray, states)
 
 

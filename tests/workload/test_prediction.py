@@ -131,17 +131,28 @@ def confusion(truth, prediction):
     return counts / counts.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize(("column", "penalty", "rank_tolerance"), [("score", 4.0, 0.06), ("log_length", 2.0, 0.03)])
-def test_realistic_predictions_are_as_good_as_measured_ones(data_dir, column, penalty, rank_tolerance):
-    path = data_dir / "quality" / "alpaca_eval_644x15.npz"
-    table = read_npz(path, "quality_bertscore_minilm", clip_scores=True)
-    with np.load(path) as file:
-        embeddings = file["prompt_emb_minilm"].astype(float)
-    measured = table.score if column == "score" else np.log(table.output_tokens)
-    real = ridge_predictions(embeddings, measured, penalty)
+@pytest.fixture(scope="module")
+def measured_table(data_dir):
+    return read_npz(data_dir / "quality" / "alpaca_eval_644x15.npz", "quality_bertscore_minilm", clip_scores=True)
+
+
+@pytest.fixture(scope="module")
+def realistic(measured_table):
+    """Score, tokens and their realistic predictions for prompts of the table, [4000, N] each."""
     keys = jax.random.split(jax.random.key(7), 4000)
-    sample = draw(table.content(), parse_prediction("realistic"), keys)
-    score, tokens, predicted_score, predicted_tokens = (np.asarray(x, float) for x in sample)
+    sample = draw(measured_table.content(), parse_prediction("realistic"), keys)
+    return [np.asarray(x, float) for x in sample]
+
+
+@pytest.mark.parametrize(("column", "penalty", "rank_tolerance"), [("score", 4.0, 0.06), ("log_length", 2.0, 0.03)])
+def test_realistic_predictions_are_as_good_as_measured_ones(
+    data_dir, measured_table, realistic, column, penalty, rank_tolerance
+):
+    with np.load(data_dir / "quality" / "alpaca_eval_644x15.npz") as file:
+        embeddings = file["prompt_emb_minilm"].astype(float)
+    measured = measured_table.score if column == "score" else np.log(measured_table.output_tokens)
+    real = ridge_predictions(embeddings, measured, penalty)
+    score, tokens, predicted_score, predicted_tokens = realistic
     truth, simulated = (score, predicted_score) if column == "score" else (np.log(tokens), np.log(predicted_tokens))
     unexplained = ((measured - real) ** 2).sum(0) / ((measured - measured.mean(0)) ** 2).sum(0)
     assert r2_and_slope(truth, simulated)[0].mean() == pytest.approx(1 - unexplained.mean(), abs=0.025)
