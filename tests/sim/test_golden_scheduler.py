@@ -36,7 +36,9 @@ def workloads(data_dir: pathlib.Path, mode: str) -> list[tuple[World, dict[str, 
     return [
         (
             World(
-                ExpertProfile(**{name: np.array([row[name]]) for name in FIELDS}, max_waiting=[UNLIMITED], **switches),
+                ExpertProfile(
+                    **{name: np.array([row[name]]) for name in FIELDS}, max_waiting=np.array([UNLIMITED]), **switches
+                ),
                 RequestTrace(
                     np.array(row["arrival_s"]), np.array(row["prompt_tokens"]), np.array(row["output_tokens"])[:, None]
                 ),
