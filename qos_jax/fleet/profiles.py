@@ -22,9 +22,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile
 
 MEMORY_SHARE = 0.9  # vLLM's default gpu_memory_utilization
+_LARGE_MEMORY_GB = 70 * 2**30 / 1e9  # from here on vLLM takes larger iterations
 OVERHEAD_GB = 1.237  # 1.236 to 1.238 reproduce the 2,588 blocks
 
 
@@ -35,6 +36,23 @@ class Llm:
     weights_gb: float
     matrix_params: float  # 10^9 parameters in the matrices that each iteration reads
     kv_bytes_per_token: int  # 2 x layers x KV heads x head size x 2 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How the experts' serving engine is set."""
+
+    async_scheduling: bool  # an iteration is scheduled when the one before it starts
+    prefix_cache: bool  # a preempted request finds its own blocks again
+    token_budget: int | None  # tokens in one iteration; None for vLLM's default on the GPU
+
+
+ENGINES = {
+    "vllm": Engine(
+        async_scheduling=True, prefix_cache=True, token_budget=None
+    ),  # as vLLM runs by default, 0.14 to 0.32
+    "vllm-sync": Engine(async_scheduling=False, prefix_cache=False, token_budget=TOKEN_BUDGET),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +136,16 @@ MEASURED = {
 }
 
 
-def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_waiting: int = 32) -> ExpertProfile:
+def expert_profile(
+    pairs: Sequence[tuple[str, str]], max_running: int = 32, max_waiting: int = 32, engine: str = "vllm-sync"
+) -> ExpertProfile:
     """Builds the profile of N experts.
 
     Args:
         pairs: LLM and GPU of each expert, names in `LLMS` and `GPUS`.
         max_running: maximum number of requests in one iteration.
         max_waiting: maximum number of waiting requests; an expert with a full queue drops further ones.
+        engine: of all experts, a name in `ENGINES`.
 
     Returns:
         The profile, fields are NumPy arrays [N].
@@ -139,6 +160,7 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
             raise InputError(f"{name} is {limit}, must be at least 1")
     _check_names("LLM", [llm for llm, _ in pairs], list(LLMS))
     _check_names("GPU", [gpu for _, gpu in pairs], list(GPUS))
+    _check_names("engine", [engine], list(ENGINES))
     llms, gpus = [LLMS[llm] for llm, _ in pairs], [GPUS[gpu] for _, gpu in pairs]
     size = np.array([llm.matrix_params / _LLAMA_7B.matrix_params for llm in llms])
     kv_bytes = np.array([float(llm.kv_bytes_per_token) for llm in llms])
@@ -162,7 +184,16 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
         idle_w=gpu_columns["idle_w"],
         busy_w=gpu_columns["busy_w"],
         kv_block_gb=BLOCK_SIZE_TOKENS * kv_bytes / 1e9,
+        token_budget=np.array([ENGINES[engine].token_budget or _default_token_budget(gpu) for _, gpu in pairs]),
+        async_scheduling=np.full(len(pairs), ENGINES[engine].async_scheduling),
+        prefix_cache=np.full(len(pairs), ENGINES[engine].prefix_cache),
     )
+
+
+def _default_token_budget(gpu_name: str) -> int:
+    """Returns vLLM's default of `max_num_batched_tokens` on a GPU (vllm/engine/arg_utils.py, 0.32)."""
+    large = GPUS[gpu_name].memory_gb >= _LARGE_MEMORY_GB and gpu_name != "A100"
+    return 8192 if large else TOKEN_BUDGET
 
 
 def _kv_blocks(llm_name: str, gpu_name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 PRESETS = ("paper-3", "paper-6", "edge-8", "edge-64", "golden-rtx4090")
+ENGINES = ("vllm", "vllm-sync")
 AGENTS = (
     "mvr",
     "mvr_no_graph",

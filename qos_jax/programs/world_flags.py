@@ -37,6 +37,7 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
     return WorldConfig(
         preset=values.preset,
         experts=tuple(values.experts) if values.experts else None,
+        engine=values.engine,
         arrivals=values.arrivals,
         trace=values.trace,
         trace_part=trace_part if values.trace is not None else "all",

@@ -27,7 +27,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "agent": {"shards": 1},
     "network": {"most_rate": None, "with_rates": False},
     "hyper": {"most_harm": 10.0},
-    "world": {"trace_format": None, "trace_sort": False},
+    "world": {"trace_format": None, "trace_sort": False, "engine": "vllm-sync"},
 }
 """Values in effect before a field existed: of the agent in format 1, of the world in format 2."""
 
@@ -85,6 +85,7 @@ def _from_1(config: dict[str, Any]) -> dict[str, Any]:
     }
     described = TrainingConfig().to_dict() | training
     kept = {name: config[name] for name in ("spec", "experts", "command", "versions", "git") if name in config}
+    known["engine"] = _BEFORE_THE_FIELD["world"]["engine"]
     return kept | {"format": 2, "began_as": 1, "world": WorldConfig(**known).to_dict(), "training": described}
 
 

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from qos_jax.errors import InputError
+from qos_jax.fleet.profiles import ENGINES
 from qos_jax.io import dataclass_json
 from qos_jax.predictor.data import read_prediction_table
 from qos_jax.predictor.predictor import load_predictor
@@ -30,6 +31,7 @@ class WorldConfig:
 
     preset: str = "paper-3"
     experts: tuple[str, ...] | None = None  # LLM@GPU of each expert
+    engine: str | None = None  # of all experts, a name in ``ENGINES``
     arrivals: str | None = None  # a law, see ``parse_arrivals``
     trace: str | None = None  # file of recorded arrivals, instead of a law
     trace_part: str = "all"  # of TRACE_PARTS, by time
@@ -58,6 +60,8 @@ class WorldConfig:
         for name, legal in (("trace_part", TRACE_PARTS), ("table_part", TABLE_PARTS)):
             if getattr(self, name) not in legal:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(legal)}")
+        if self.engine not in (None, *ENGINES):
+            raise InputError(f"engine is {self.engine!r}, must be one of {', '.join(ENGINES)}")
         for pair in self.experts or ():
             llm_and_gpu(pair)
         for limit_s in self.latency_limit_s or ():
@@ -94,7 +98,8 @@ class WorldConfig:
     @property
     def has_preset_fleet(self) -> bool:
         """Experts and answers are the preset's, and so is the saturation rate, which is written down there."""
-        return self.experts is None and self.quality_table is None
+        same_engine = self.engine in (None, presets.preset_named(self.preset).engine)
+        return self.experts is None and self.quality_table is None and same_engine
 
     def build(self) -> tuple[Environment, EnvParams]:
         """Returns the environment, and its parameters at the preset's default load.
@@ -103,7 +108,7 @@ class WorldConfig:
           InputError: a file cannot be used, or a name is unknown.
         """
         overrides: dict[str, Any] = {}
-        for name in ("arrivals", "prediction", "latency_limit_s", "staleness_s", "allow_drop"):
+        for name in ("engine", "arrivals", "prediction", "latency_limit_s", "staleness_s", "allow_drop"):
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
         if self.experts is not None:

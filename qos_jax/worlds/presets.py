@@ -46,6 +46,7 @@ class Preset:
     staleness_s: float = 0.0  # s, minimum age of the metrics that a router observes
     history: int | None = None  # snapshots kept for stale metrics, one per arrival; 64 by default
     requests: int = 5000  # of an episode
+    engine: str = "vllm"  # a name in ``ENGINES``
     content: str = "mix-instruct"  # distribution of contents: mix-instruct, or sharegpt-run as in the measured vLLM run
 
 
@@ -64,14 +65,15 @@ EDGE_8 = (
 
 PRESETS = {
     # On an A40 a batch of about 20 requests reaches the paper's latency limit, so requests interfere as in the paper.
-    "paper-3": Preset(PAPER_3, saturation_per_s=22.9),
-    "paper-6": Preset(PAPER_6, saturation_per_s=34.5),
-    "edge-8": Preset(EDGE_8, saturation_per_s=68.2, latency_limit_s=0.036),
-    "edge-64": Preset(EDGE_8 * 8, saturation_per_s=546.0, latency_limit_s=0.036),
+    # Iterations are scheduled one after the other, as in the vLLM of its time.
+    "paper-3": Preset(PAPER_3, saturation_per_s=22.9, engine="vllm-sync"),
+    "paper-6": Preset(PAPER_6, saturation_per_s=34.5, engine="vllm-sync"),
+    "edge-8": Preset(EDGE_8, saturation_per_s=67.8, latency_limit_s=0.036),
+    "edge-64": Preset(EDGE_8 * 8, saturation_per_s=544.0, latency_limit_s=0.036),
     # The fleet and the requests of a measured vLLM run, whose rate of 10 requests/s was far beyond saturation.
     "golden-rtx4090": Preset(
         (("llama-3.1-8b", "RTX 4090"),),
-        saturation_per_s=1.71,
+        saturation_per_s=1.77,
         latency_limit_s=0.05,
         max_running=256,
         max_waiting=256,
@@ -80,7 +82,7 @@ PRESETS = {
 }
 
 _DEFAULT_LOAD = 0.8
-_FLEET_FIELDS = {"experts", "max_running", "content"}  # fields on which the saturation rate depends
+_FLEET_FIELDS = {"experts", "max_running", "content", "engine"}  # fields on which the saturation rate depends
 
 
 def make(
@@ -118,7 +120,7 @@ def make(
         _check_type("quality_table", quality_table, QualityTable, "a QualityTable, as read_npz returns it")
     _check_llms(preset, quality_table)
     profile = checked_experts(
-        expert_profile(preset.experts, max_running=preset.max_running, max_waiting=preset.max_waiting), np.float32
+        expert_profile(preset.experts, preset.max_running, preset.max_waiting, preset.engine), np.float32
     )
     history = preset.history
     if history is None:
@@ -150,7 +152,9 @@ def make(
             raise InputError(f"load {load} and rate_per_s {rate_per_s} are both given, must be one of them")
         params = params.replace(workload=workload.with_rate(_positive("rate_per_s", rate_per_s)))
     else:
-        varied = quality_table is not None or not _FLEET_FIELDS.isdisjoint(overrides)
+        base = preset_named(name)
+        changed = {field for field in _FLEET_FIELDS & set(overrides) if overrides[field] != getattr(base, field)}
+        varied = quality_table is not None or bool(changed)
         params = params.replace(saturation_per_s=saturation_rate(env, params) if varied else preset.saturation_per_s)
         params = params.at_load(_positive("load", _DEFAULT_LOAD if load is None else load))
     return env.with_default_params(params), params

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.fleet.profiles import expert_profile
+from qos_jax.fleet.profiles import ENGINES, expert_profile
 from qos_jax.sim.capacity import saturation_rates
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment, EnvParams
@@ -128,11 +128,13 @@ def _sample_fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.ra
         pairs = tuple(pair for pair in pairs if pair[1] == gpu)
     fleet = [pairs[i] for i in rng.integers(len(pairs), size=spec.num_experts)]
     max_running, max_waiting = (int(np.max(n)) for n in (params.experts.max_running, params.experts.max_waiting))
-    rates = _saturation_rates(domain.pairs, max_running, max_waiting, spec.engine)
+    is_async = bool(np.any(params.experts.async_scheduling))
+    engine = next(name for name, engine in ENGINES.items() if engine.async_scheduling == is_async)
+    rates = _saturation_rates(domain.pairs, max_running, max_waiting, engine, spec.engine)
     limits = params.workload.content.limits  # type: ignore[attr-defined]
     content = generated_content([llm for llm, _ in fleet], limits)
     return params.replace(
-        experts=_profile(fleet, max_running, max_waiting),
+        experts=_profile(fleet, max_running, max_waiting, engine),
         workload=dataclasses.replace(params.workload, content=content, answers_of=None),  # type: ignore[type-var]
         saturation_per_s=jnp.float32(sum(rates[pair] for pair in fleet)),
     )
@@ -140,16 +142,16 @@ def _sample_fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.ra
 
 @cache
 def _saturation_rates(
-    pairs: tuple[Pair, ...], max_running: int, max_waiting: int, engine: EngineSpec
+    pairs: tuple[Pair, ...], max_running: int, max_waiting: int, engine: str, spec: EngineSpec
 ) -> dict[Pair, float]:
     """Returns the saturation rate [requests/s] of each pair."""
-    env = Environment(WorldSpec(len(pairs), engine))
+    env = Environment(WorldSpec(len(pairs), spec))
     content = generated_content([llm for llm, _ in pairs])
     workload = RequestWorkload(parse_arrivals("poisson", 1.0), content, parse_prediction("none"))
-    params = EnvParams(experts=_profile(list(pairs), max_running, max_waiting), workload=workload)
+    params = EnvParams(experts=_profile(list(pairs), max_running, max_waiting, engine), workload=workload)
     return dict(zip(pairs, saturation_rates(env, params), strict=True))
 
 
-def _profile(pairs: list[Pair], max_running: int, max_waiting: int) -> ExpertProfile:
-    profile = checked_experts(expert_profile(pairs, max_running=max_running, max_waiting=max_waiting), np.float32)
+def _profile(pairs: list[Pair], max_running: int, max_waiting: int, engine: str) -> ExpertProfile:
+    profile = checked_experts(expert_profile(pairs, max_running, max_waiting, engine), np.float32)
     return jax.tree.map(jnp.asarray, profile)

@@ -6,6 +6,12 @@ from qos_jax.fleet.profiles import GPUS, LLMS, expert_profile
 from qos_jax.workload import constants
 
 
+def test_vllm_takes_larger_iterations_on_large_gpus() -> None:
+    pairs = [("chatglm-6b", gpu) for gpu in ("RTX 4090", "A100", "H100")]
+    assert expert_profile(pairs, engine="vllm").token_budget.tolist() == [2048, 2048, 8192]
+    assert expert_profile(pairs, engine="vllm-sync").token_budget.tolist() == [2048] * 3
+
+
 def test_kv_blocks_are_those_that_vllm_reported():
     profile = expert_profile([("llama-3.1-8b", "RTX 4090")])
     np.testing.assert_array_equal(profile.kv_blocks, [2588])

@@ -20,7 +20,7 @@ from tests.helpers.prediction_tables import made_up_table, write_npz
 from tests.helpers.quick_compilation import quick_compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
-KILLS = 10  # of each
+KILLS = 20  # of each
 SIZES = (
     "--agent=baseline_rl --set=chunk=8,updates=2,batch_size=16,capacity=128,prefill=4,hidden=8x8 --num_envs=4 "
     "--evaluation_envs=2 --evaluation_steps=20 --steps=512 --evaluate_every=64 --checkpoint_minutes=0"

@@ -12,6 +12,7 @@ from absl.flags import FlagValues
 
 from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.overrides import leaves
+from qos_jax.fleet.profiles import ENGINES
 from qos_jax.predictor.fitting import FineTuning
 from qos_jax.programs import choices
 from qos_jax.programs.app import run_program
@@ -33,6 +34,7 @@ def test_names_in_the_help_are_those_that_are_known() -> None:
     env, _ = make("paper-3", rate_per_s=1.0)
     singles = {f"expert_{i}" for i in range(3)}
     assert set(choices.PRESETS) == set(PRESETS)
+    assert set(choices.ENGINES) == set(ENGINES)
     assert set(choices.AGENTS) == set(AGENTS)
     assert set(choices.ROUTERS) == {*router_names(env), *PLANNERS} - singles
     assert set(choices.RANDOMISED) == set(RANDOMISED)

@@ -95,6 +95,11 @@ def test_the_world_of_a_run_before_traces_had_formats_is_read() -> None:
     assert (world["trace_format"], world["trace_sort"], world["trace_spread_s"]) == (None, False, None)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_runs_from_before_there_were_engines_go_on_with_synchronous_scheduling(number: int) -> None:
+    assert upgraded(config_of(number), "config.json")["world"]["engine"] == "vllm-sync"
+
+
 def test_a_field_is_translated_and_an_unknown_one_refused() -> None:
     agent = upgraded(config_of(1), "config.json")["training"]["agent"]
     assert (agent["hyper"]["max_externality"], agent["targets"], agent["probes"]) == (0.35, "counterfactual", 1)

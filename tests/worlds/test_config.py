@@ -35,6 +35,7 @@ def test_it_builds_what_make_builds() -> None:
     [
         ({"preset": "paper-9"}, "preset 'paper-9' is unknown"),
         ({"trace_part": "third"}, "trace_part is 'third', must be one of all, first, second"),
+        ({"engine": "tgi"}, "engine is 'tgi', must be one of vllm, vllm-sync"),
         ({"trace": "t.csv", "trace_format": "parquet"}, "trace_format is 'parquet', must be one of azure, burstgpt"),
         ({"trace": "t.csv", "trace_spread_s": -1.0}, "trace_spread_s is -1.0, must be above 0 and finite, in s"),
         ({"trace": "t.csv", "trace_sort": 1}, "trace_sort is 1, must be True or False"),

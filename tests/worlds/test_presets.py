@@ -112,6 +112,7 @@ def variations() -> dict[str, tuple[Environment, EnvParams]]:
         "rate": {"rate_per_s": 3.0},
         "limit": {"latency_limit_s": 0.05},
         "experts": {"experts": (("koala-7B-HF", "A100"), ("mpt-7b", "A40"), ("chatglm-6b", "A30")), "rate_per_s": 9.0},
+        "engine": {"engine": "vllm", "rate_per_s": 9.0},
         "queues": {"max_running": 16, "max_waiting": 48, "rate_per_s": 9.0},
         "poisson": {"arrivals": "poisson"},
         "gamma": {"arrivals": "gamma:3"},
@@ -158,6 +159,14 @@ def test_variations_have_the_requested_values() -> None:
     assert variations()["experts"][0].expert_names == ("koala-7B-HF @ A100", "mpt-7b @ A40", "chatglm-6b @ A30")
 
 
+def test_only_the_papers_presets_schedule_synchronously() -> None:
+    synchronous = {name for name in PRESETS if not make(name, rate_per_s=1.0)[1].experts.async_scheduling.all()}
+    assert synchronous == {"paper-3", "paper-6"}
+    for engine, on in (("vllm", True), ("vllm-sync", False)):
+        experts = make("paper-3", engine=engine, rate_per_s=1.0)[1].experts
+        assert experts.async_scheduling.tolist() == experts.prefix_cache.tolist() == [on] * 3
+
+
 BIG = (("vicuna-13b-1.1", "RTX 4090"),)
 
 
@@ -173,6 +182,7 @@ BIG = (("vicuna-13b-1.1", "RTX 4090"),)
         ({"rate_per_s": 1e9}, "rate_per_s .* 1000000000.0"),
         ({"load": 0.0}, "load is 0.0"),
         ({"load": math.inf}, "load is inf"),
+        ({"engine": "tgi"}, "engine 'tgi' is unknown; choose from vllm, vllm-sync"),
         ({"arrivals": "weekly"}, "arrivals 'weekly'.*poisson"),
         ({"arrivals": "gamma:0"}, "cv .*0.0"),
         ({"prediction": "psychic"}, "prediction 'psychic' is unknown.*realistic"),
