@@ -426,9 +426,11 @@ def test_a_fleet_on_the_brink_gets_no_request() -> None:
     def act(obs: Observation) -> dict[str, jax.Array]:
         return {name: router.act(jax.random.key(0), obs, router.init())[0] for name, router in routers.items()}
 
-    assert act(observation(brink, brink, **arrived)) == {"impact_greedy": 2, "impact_greedy_no_drop": 0}
-    must_place = observation(brink, brink, legal=[True, True, False], **arrived)
-    assert act(must_place) == {"impact_greedy": 0, "impact_greedy_no_drop": 0}
+    taken = act(observation(brink, brink, **arrived))
+    assert taken["impact_greedy"] == 2
+    assert taken["impact_greedy_no_drop"] < 2  # either, as they are equal
+    must_place = act(observation(brink, brink, legal=[True, True, False], **arrived))
+    assert max(must_place.values()) < 2
     assert act(observation(brink, [], **arrived)) == {"impact_greedy": 1, "impact_greedy_no_drop": 1}
 
 
