@@ -5,6 +5,7 @@ is an error, as everywhere. Each new format adds a step to ``_UPGRADES`` and a s
 
 * 1: flags and a loose description of the world; ``agent`` at the top level, under the names of that time.
 * 2: ``world`` is a ``WorldConfig`` and ``training`` a ``TrainingConfig``, which holds the agent.
+* 3: the token budget is the expert's, and no longer in ``spec``; the world names the engine of its experts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qos_jax.training.config import TrainingConfig
 from qos_jax.workload.traces import read_trace
 from qos_jax.worlds.config import WorldConfig
 
-FORMAT = 2
+FORMAT = 3
 FIELDS: dict[str, Any] = {"spec": dict, "world": (dict, type(None)), "training": dict}
 """What every config.json has; ``world`` is null for a run in an environment of the user's own."""
 
@@ -29,7 +30,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "hyper": {"most_harm": 10.0},
     "world": {"trace_format": None, "trace_sort": False, "engine": "vllm-sync"},
 }
-"""Values in effect before a field existed: of the agent in format 1, of the world in format 2."""
+"""Values in effect before a field existed: of the agent in format 1, of the world until format 2."""
 
 
 def upgraded(config: Any, file: str) -> dict[str, Any]:
@@ -100,4 +101,10 @@ def _agent_from_1(agent: dict[str, Any]) -> dict[str, Any]:
     return agent
 
 
-_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(config: dict[str, Any]) -> dict[str, Any]:
+    spec = dict(config["spec"])
+    spec["engine"] = {name: value for name, value in spec["engine"].items() if name != "token_budget"}
+    return config | {"format": 3, "spec": spec}
+
+
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}

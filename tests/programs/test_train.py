@@ -100,7 +100,7 @@ def test_the_folder_is_complete(whole: pathlib.Path) -> None:
 def test_the_run_can_be_repeated_from_what_is_written(whole: pathlib.Path) -> None:
     config = json.loads((whole / "config.json").read_text())
     assert config["command"].startswith("qos-jax train --preset=paper-3 --agent=baseline_rl")
-    assert (config["format"], config["world"]["preset"], config["world"]["trace"]) == (2, "paper-3", None)
+    assert (config["format"], config["world"]["preset"], config["world"]["trace"]) == (3, "paper-3", None)
     training = config["training"]
     assert (training["runs"], training["steps"], training["loads"]) == ([{"seed": 0}], 256, [])
     agent = training["agent"]
