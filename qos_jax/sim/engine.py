@@ -196,6 +196,7 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
         emitting=put(slots.emitting, False),
         decoding=put(slots.decoding, False),
         cached_blocks=put(slots.cached_blocks, 0),
+        taken_at=put(slots.taken_at, 0),
         preemptions=put(slots.preemptions, 0),
         arrival_s=put(slots.arrival_s, 0.0),
         payload=jax.tree.map(put, slots.payload, payload),
