@@ -258,12 +258,19 @@ def test_the_actual_world_is_that_of_the_environment() -> None:
     np.testing.assert_array_equal(sums.dropped, steps["dropped"][:, :-1].reshape(by_stretch).sum(-1))
 
 
-def compacted(state: EnvState) -> tuple[Any, Any]:
-    """Returns the requests without the gaps between slots, which depend on the last compaction, and the clocks."""
+def compacted(state: EnvState) -> tuple[Any, Any, Any]:
+    """Returns the requests, the clocks and the standby left.
+
+    Gaps between slots depend on the last compaction, and so do what a slot keeps of a request before and is not in use.
+    """
     experts = engine.compact(ENV.spec.engine, jax.tree.map(jnp.asarray, state.world.experts))
-    started = experts.slots.generated > 0
-    first_token_s = jnp.where(started, experts.slots.first_token_s, 0.0)
-    return experts.slots.replace(first_token_s=first_token_s, finish_s=0.0), experts.clock_s
+    slots = experts.slots
+    slots = slots.replace(
+        first_token_s=jnp.where(slots.generated > 0, slots.first_token_s, 0.0),
+        finish_s=0.0,
+        taken_at=jnp.where(slots.cached_blocks > 0, slots.taken_at, 0),
+    )
+    return slots, experts.clock_s, experts.standby_left_s
 
 
 def test_a_probe_keeps_the_observation_and_action_of_its_decision() -> None:
