@@ -67,6 +67,8 @@ class Gpu:
     per_sequence_ms: float
     idle_w: float  # with a model in memory and no request
     busy_w: float
+    standby_w: float = 0.0  # after the last token of a batch
+    standby_s: float = 0.0  # for this time; without a measurement, the GPU is idle at once
 
 
 _LLAMA_7B = Llm(13.5, 6.607, 524_288)
@@ -106,14 +108,18 @@ LLMS = {
 # head, scaled to LLaMA-7B by parameters (6.607 / 7.505) and KV bytes. [Vidur]: microsoft/vidur 7d47513 and
 # AKafakA/vidur_opt_scheduler 20bdc49, Llama-2-7B without output head, with the step base scaled by 6.607 / 6.476.
 # KV slopes are measured on RTX 4090 and A100; the others assume 80 to 83 % of the memory bandwidth, as on RTX 4090.
-# Memory is what CUDA reports in public logs. Busy power is the vendor's limit (TDP), idle power as published in:
+# Memory is what CUDA reports in public logs. Busy power is the vendor's limit (TDP), idle power as published in the
+# sources below. Standby was measured on A6000 only. A40, A100 and H100 keep their clocks up for as long as a model is
+# loaded, so their idle power is already that of standby. RTX 4090, RTX 3090 and A30 are assumed to be idle at once, and
+# their energy is a lower bound.
 GPUS = {
     # [LLMServingSim]. 25,250,627,584 bytes in that run. 22 W in nvidia-smi at P8, github.com/RLinf/RLinf/issues/255.
     "RTX 4090": Gpu(25.250627584, 14.8, 0.64, 7.51, 0.083, 0.0445, idle_w=22.0, busy_w=450.0),
     # [LLMServingSim]. 23.56 GiB, noonghunna/club-3090 issue 58. 28 W with 21 GB loaded, its issue 127.
     "RTX 3090": Gpu(25.30, 18.9, 0.675, 13.59, 0.200, 0.0859, idle_w=28.0, busy_w=350.0),
-    # [LLMServingSim]. 47.54 GiB in PyTorch logs. 15 W at P8 with a vLLM engine loaded, the higher of two in nvidia-smi.
-    "A6000": Gpu(51.05, 20.8, 0.822, 10.90, 0.1346, 0.0459, idle_w=15.0, busy_w=300.0),
+    # [LLMServingSim]. 47.54 GiB in PyTorch logs. Power with Llama-3.1-8B in vLLM, from its figure 6 (e0f4911): 298 to
+    # 299 W with 2 to 8 requests in a batch, 90 W for 17 to 18 s after the last token, then 33 W.
+    "A6000": Gpu(51.05, 20.8, 0.822, 10.90, 0.1346, 0.0459, idle_w=33.0, busy_w=299.0, standby_w=90.0, standby_s=17.5),
     # [Vidur]. 46,068 MiB less 569 reserved and 110 W with a model loaded, NVIDIA/open-gpu-kernel-modules issue 874.
     "A40": Gpu(47.71, 24.0, 0.94, 16.09, 0.126, 0.11, idle_w=110.0, busy_w=300.0),
     # [Vidur]. 23.53 GiB, google/RB-Modulation issue 5. 33 W with PyTorch loaded, Stanford Yens guide.
@@ -183,6 +189,8 @@ def expert_profile(
         network_s=np.zeros(len(pairs)),
         idle_w=gpu_columns["idle_w"],
         busy_w=gpu_columns["busy_w"],
+        standby_w=gpu_columns["standby_w"],
+        standby_s=gpu_columns["standby_s"],
         kv_block_gb=BLOCK_SIZE_TOKENS * kv_bytes / 1e9,
         token_budget=np.array([ENGINES[engine].token_budget or _default_token_budget(gpu) for _, gpu in pairs]),
         async_scheduling=np.full(len(pairs), ENGINES[engine].async_scheduling),

@@ -77,7 +77,7 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     )
     scheduled_s = jnp.where(jnp.any(emitting, -1), scheduled_s, 0.0)
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
-    experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero)
+    experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero_s, zero_s, zero)
     return World(experts, Telemetry(arrivals, None))
 
 

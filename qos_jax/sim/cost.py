@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from qos_jax.sim.types import ExpertProfile
+from qos_jax.sim.types import AnyArray, ExpertProfile
 
 _MAX_KV_TOKENS = 2**30
 
@@ -40,6 +40,11 @@ def iteration_bounds_s(experts: ExpertProfile, block_size: int) -> tuple[Array, 
     shortest_s = iteration_s(experts, 0 * one, one, 0 * one)
     kv_tokens = max_kv_blocks(experts, block_size) * block_size
     return shortest_s, iteration_s(experts, jnp.asarray(experts.token_budget), full, kv_tokens)
+
+
+def excess_energy_j(experts: ExpertProfile, busy_s: AnyArray, standby_s: AnyArray) -> AnyArray:
+    """Returns the energy [N] J that the experts use beyond ``idle_w`` in seconds of iterations and of standby [N]."""
+    return busy_s * (experts.busy_w - experts.idle_w) + standby_s * (experts.standby_w - experts.idle_w)
 
 
 def stretch_s(first_s: Array, growth_s: Array, iterations: Array) -> Array:

@@ -104,7 +104,9 @@ class ExpertState(struct.PyTreeNode):
     clock_s: Array  # [L] s, relative to now: when the next iteration may start
     scheduled_s: Array  # [L] s that the scheduled iteration will take, 0 if none is; asynchronous scheduling only
     taken_blocks: Array  # [L] int32 blocks taken from the head of the free queue, less those put there; may wrap around
+    standby_left_s: Array  # [L] s of standby to come if no request does; as before the iterations that run now
     busy_s: Array  # [L] s of iterations
+    standby_s: Array  # [L] s of standby
     kv_block_s: Array  # [L] blocks x s held during iterations
     passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
 
@@ -125,7 +127,7 @@ def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtyp
         jax.tree.map(lambda leaf: jnp.zeros(shape, jnp.asarray(leaf).dtype), payload),
     )  # fmt: skip
     zero_s, zero = jnp.zeros(lanes, dtype), jnp.zeros(lanes, jnp.int32)
-    return ExpertState(slots, zero_s, zero_s, zero, zero_s, zero_s, zero)
+    return ExpertState(slots, zero_s, zero_s, zero, zero_s, zero_s, zero_s, zero_s, zero)
 
 
 def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, duration_s: Array) -> ExpertState:
@@ -134,7 +136,7 @@ def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, durati
 
 
 def drain(spec: EngineSpec, experts: ExpertProfile, state: ExpertState) -> ExpertState:
-    """Runs every request to its end; now stays unchanged."""
+    """Runs every request to its end, and the standby after it; now stays unchanged."""
     never = jnp.full_like(state.clock_s, 1e30)
     return _drain(spec)(experts, state, never)
 
@@ -240,7 +242,7 @@ def _over_lanes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
-    """Runs every iteration that starts before ``horizon_s`` [L]; now stays unchanged."""
+    """Runs every iteration that starts before ``horizon_s`` [L], and standby up to there; now stays unchanged."""
 
     def busy(state: ExpertState) -> Array:
         return (state.clock_s < horizon_s) & jnp.any(state.slots.live, -1)
@@ -255,7 +257,19 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
 
         return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, (state, steady & busy(state)))[0]
 
-    return lax.while_loop(lambda state: jnp.any(busy(state)), schedule_then_decode, state)
+    after = lax.while_loop(lambda state: jnp.any(busy(state)), schedule_then_decode, state)
+    return _stand_by(experts, state, after, horizon_s)
+
+
+def _stand_by(experts: ExpertProfile, before: ExpertState, after: ExpertState, horizon_s: Array) -> ExpertState:
+    """Adds the standby from the last iteration, if it ends before ``horizon_s`` [L], up to there.
+
+    No request arrives meanwhile, so an expert is without work only at the end; it has iterated if its clock moved.
+    """
+    whole_s = jnp.asarray(experts.standby_s, horizon_s.dtype)
+    left_s = jnp.where(after.clock_s > before.clock_s, whole_s, before.standby_left_s)
+    standby_s = jnp.clip(horizon_s - after.clock_s, 0.0, left_s)
+    return after.replace(standby_left_s=left_s - standby_s, standby_s=after.standby_s + standby_s)
 
 
 def _rebase(state: ExpertState, now_s: Array) -> ExpertState:
@@ -351,7 +365,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
     )
     admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
-    state = ExpertState(
+    state = state.replace(
         slots=slots.replace(
             generated=generated,
             computed=computed,
@@ -434,7 +448,7 @@ def _decode_stretch(
         ),
         lambda: slots.cached_blocks,
     )
-    state = ExpertState(
+    state = state.replace(
         slots=slots.replace(
             generated=generated,
             computed=computed,

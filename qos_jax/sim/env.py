@@ -235,6 +235,11 @@ def _check_invariants(spec: WorldSpec, profile: ExpertProfile, world: World, gap
     checkify.check(jnp.isfinite(gap_s) & (gap_s >= 0), "the gap to the next arrival is {x}", x=gap_s)
     checkify.check(jnp.all(jnp.isfinite(experts.clock_s)), "a clock is not finite: {x}", x=experts.clock_s)
     checkify.check(jnp.all(experts.clock_s >= 0), "a clock is behind now: {x}", x=experts.clock_s)
+    checkify.check(
+        jnp.all((experts.standby_left_s >= 0) & (experts.standby_left_s <= profile.standby_s)),
+        "the standby left is {x}",
+        x=experts.standby_left_s,
+    )
     checkify.check(jnp.all(blocks <= profile.kv_blocks), "more KV blocks are held than there are: {x}", x=blocks)
     checkify.check(
         jnp.all(jnp.sum(slots.running, -1) <= profile.max_running), "more requests run than may: {x}", x=slots.running

@@ -36,12 +36,14 @@ class ExpertProfile(struct.PyTreeNode):
     max_running: AnyArray  # [N] requests in one iteration
     max_waiting: AnyArray  # [N] requests in the queue
     network_s: AnyArray = 0.0  # [N] s of network delay, added to the latency only
-    idle_w: AnyArray = 0.0  # [N] W while no iteration runs
+    idle_w: AnyArray = 0.0  # [N] W at other times
     busy_w: AnyArray = 0.0  # [N] W while an iteration runs
     kv_block_gb: AnyArray = LLAMA_7B_BLOCK_GB  # [N] GB (10^9 bytes) of one KV block
     token_budget: AnyArray = TOKEN_BUDGET  # [N] tokens in one iteration
     async_scheduling: AnyArray = False  # [N] bool: an iteration is scheduled when the one before it starts
     prefix_cache: AnyArray = False  # [N] bool: a preempted request finds those of its blocks that nobody took since
+    standby_w: AnyArray = 0.0  # [N] W for standby_s after an iteration, if none follows
+    standby_s: AnyArray = 0.0  # [N] s
 
 
 class Request(struct.PyTreeNode):

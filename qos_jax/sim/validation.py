@@ -18,7 +18,15 @@ MAX_SEED = 2**32 - 1  # of jax.random.key
 MAX_SIZE = 2**24  # tokens of a budget or a block; prefix sums over the slots count exactly to here
 _COUNTS = ("kv_blocks", "max_running", "max_waiting", "token_budget")
 _SWITCHES = ("async_scheduling", "prefix_cache")
-_TIMES = ("step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s", "network_s")
+_TIMES = (
+    "step_base_s",
+    "prefill_base_s",
+    "prefill_per_token_s",
+    "per_sequence_s",
+    "per_kv_token_s",
+    "network_s",
+    "standby_s",
+)
 _MAX_TIME_S = 1e6  # of a field of a profile; the engine takes 1e30 s, the longest of runs of such iterations, for never
 _MAX_ARRIVAL_S = 1e15
 

@@ -52,12 +52,28 @@ def test_short_prompts_cost_no_more_than_the_step_and_long_ones_do():
 def test_each_expert_has_its_own_row():
     profile = expert_profile([("alpaca-native", "A40"), ("chatglm-6b", "H100")], max_running=8, max_waiting=5)
     alone = expert_profile([("chatglm-6b", "H100")], max_running=8, max_waiting=5)
-    for name in ("step_base_s", "prefill_base_s", "kv_blocks", "per_sequence_s", "idle_w", "busy_w", "kv_block_gb"):
+    for name in (
+        "step_base_s",
+        "prefill_base_s",
+        "kv_blocks",
+        "per_sequence_s",
+        "idle_w",
+        "busy_w",
+        "standby_s",
+        "kv_block_gb",
+    ):
         assert getattr(profile, name).shape == (2,)
         assert getattr(profile, name)[1] == getattr(alone, name)[0]
     np.testing.assert_array_equal(profile.max_running, [8, 8])
     np.testing.assert_array_equal(profile.max_waiting, [5, 5])
     assert np.all(profile.idle_w < profile.busy_w)
+
+
+def test_gpus_stand_by_where_that_was_measured_between_idle_and_busy_power():
+    profile = expert_profile([("alpaca-native", gpu) for gpu in GPUS])
+    known = profile.standby_s > 0
+    assert [gpu for gpu, is_known in zip(GPUS, known, strict=True) if is_known] == ["A6000"]
+    assert np.all((profile.idle_w < profile.standby_w) & (profile.standby_w < profile.busy_w), where=known)
 
 
 def test_every_decoder_of_mix_instruct_has_a_profile():

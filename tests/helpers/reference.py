@@ -78,9 +78,9 @@ class ReferenceExpert:
         self.kv_blocks, self.max_running, self.max_waiting = (
             int(np.asarray(field)[n]) for field in (experts.kv_blocks, experts.max_running, experts.max_waiting)
         )
-        self.async_scheduling, self.prefix_cache, budget = (
+        self.async_scheduling, self.prefix_cache, budget, self.standby_s = (
             np.broadcast_to(field, np.shape(experts.kv_blocks))[n].item()
-            for field in (experts.async_scheduling, experts.prefix_cache, experts.token_budget)
+            for field in (experts.async_scheduling, experts.prefix_cache, experts.token_budget, experts.standby_s)
         )
         self.token_budget, self.block_size = token_budget or budget, block_size
         self.clock_s = -math.inf
@@ -95,6 +95,11 @@ class ReferenceExpert:
     def busy_s(self) -> float:
         """Seconds in which an iteration ran."""
         return math.fsum(iteration.duration_s for iteration in self.iterations)
+
+    def standby_until(self, time_s: float) -> float:
+        """Seconds of standby up to ``time_s``."""
+        start_s, duration_s = np.array([each[:2] for each in self.iterations]).reshape(-1, 2).T
+        return standby_between(start_s, start_s + duration_s, self.standby_s, time_s)
 
     def run_until(self, time_s: float) -> None:
         """Runs every iteration that starts before ``time_s``."""
@@ -244,6 +249,12 @@ class ReferenceExpert:
     def blocks_for(self, tokens: int) -> int:
         """Number of blocks that hold ``tokens``."""
         return -(-tokens // self.block_size)
+
+
+def standby_between(start_s: np.ndarray, end_s: np.ndarray, standby_s: float, until_s: float) -> float:
+    """Seconds of standby up to ``until_s``, of an expert that works from each start to its end, in order of start."""
+    pauses_s = np.append(start_s[1:], until_s) - np.maximum.accumulate(end_s)
+    return np.clip(pauses_s, 0.0, standby_s).sum()
 
 
 @dataclasses.dataclass

@@ -267,6 +267,7 @@ def small_worlds(draw: st.DrawFn, num_experts: int = 2, num_requests: int = 10) 
         token_budget=draw(st.sampled_from([8, 2048])),
         async_scheduling=integers(0, 1, num_experts) > 0,
         prefix_cache=integers(0, 1, num_experts) > 0,
+        standby_s=integers(0, 64, num_experts) * TICK_S,
     )
     trace = RequestTrace(
         arrival_s=np.cumsum(integers(0, 64, num_requests)) * TICK_S,
