@@ -21,15 +21,15 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, write_whole
 from qos_jax.io.text_files import CsvTable, parse_number, read_text, shown
-from qos_jax.sim.cost import iteration_s
+from qos_jax.sim.cost import Batch, iteration_s
 from qos_jax.sim.types import TOKEN_BUDGET, ExpertProfile
 
 TIMING_UNITS = {
@@ -40,6 +40,8 @@ TIMING_UNITS = {
     "per_kv_token_s": "s/token",
 }
 KINDS = ("decode", "prefill", "mixed", "chunked")
+
+Curve = tuple[np.ndarray, np.ndarray]  # ascending counts, seconds
 
 _ONCE_PER_MODEL = ("embedding", "emb", "final_layernorm")
 _TWICE_PER_LAYER = ("layernorm",)  # before the attention and before the MLP, one entry in LLMServingSim's table
@@ -67,11 +69,11 @@ class AttentionTable:
 
 @dataclasses.dataclass(frozen=True)
 class KernelTables:
-    """All measurements of one model on one GPU; a curve is a pair (ascending counts, seconds)."""
+    """All measurements of one model on one GPU."""
 
-    dense: dict[str, tuple[np.ndarray, np.ndarray]]  # curves over tokens, per layer; per model for _ONCE_PER_MODEL
+    dense: dict[str, Curve]  # curves over tokens, per layer; per model for _ONCE_PER_MODEL
     attention: AttentionTable
-    head: dict[str, tuple[np.ndarray, np.ndarray]]  # curves over requests, per model; empty if not measured
+    head: dict[str, Curve]  # curves over requests, per model; empty if not measured
     notes: tuple[str, ...]  # deviations from complete measurements, to be reported with the fit
 
 
@@ -84,6 +86,18 @@ class Iterations:
     requests: np.ndarray  # [R] requests B
     kv_tokens: np.ndarray  # [R] tokens K
     time_s: np.ndarray  # [R] s
+    prefix_tokens: np.ndarray  # [R] tokens of the prompts that are cached already
+    pairs: np.ndarray  # [R] for each prompt, tokens computed x (tokens cached + half of those computed)
+    decodes: np.ndarray  # [R] decoding requests
+
+    def rows(self, keep: np.ndarray) -> Iterations:
+        """Returns the rows where ``keep`` [R] is set."""
+        return Iterations(*(getattr(self, field.name)[keep] for field in dataclasses.fields(self)))
+
+    @property
+    def batch(self) -> Batch:
+        """What each iteration computes, for ``qos_jax.sim.cost``."""
+        return Batch(self.requests, self.prompt_tokens, self.kv_tokens, self.decodes, self.prefix_tokens, self.pairs)
 
 
 def read_tables(dense: str, attention: str, per_sequence: str | None = None) -> KernelTables:
@@ -132,8 +146,7 @@ def assemble(tables: KernelTables, num_layers: int, max_kv_tokens: int | None = 
     kind = np.select([prefix > 0, prompt == 0, decodes == 0], ["chunked", "decode", "prefill"], "mixed")
     tokens, requests, kv_tokens = prompt + decodes, decodes + (prompt > 0), decodes * decode_kv
     time_s = num_layers * layer_s
-    for name, curve in tables.dense.items():
-        count = 1 if name in _ONCE_PER_MODEL else num_layers * (2 if name in _TWICE_PER_LAYER else 1)
+    for count, curve in times_per_model(tables, num_layers):
         time_s = time_s + count * np.interp(tokens, *curve)
     for curve in tables.head.values():
         time_s = time_s + np.interp(requests, *curve)
@@ -143,7 +156,16 @@ def assemble(tables: KernelTables, num_layers: int, max_kv_tokens: int | None = 
     for counts, curves in ((tokens, tables.dense), (requests, tables.head)):
         for measured, _ in curves.values():
             usable &= (counts >= measured[0]) & (counts <= measured[-1])
-    return Iterations(kind[usable], prompt[usable], requests[usable], kv_tokens[usable], time_s[usable])
+    pairs = prompt * (prefix + prompt / 2)
+    return Iterations(kind, prompt, requests, kv_tokens, time_s, prefix, pairs, decodes).rows(usable)
+
+
+def times_per_model(tables: KernelTables, num_layers: int) -> list[tuple[int, Curve]]:
+    """Returns how often an iteration runs each matrix kernel, and its curve."""
+    return [
+        (1 if name in _ONCE_PER_MODEL else num_layers * (2 if name in _TWICE_PER_LAYER else 1), curve)
+        for name, curve in tables.dense.items()
+    ]
 
 
 def fit_timing(iterations: Iterations) -> dict[str, float]:
@@ -173,20 +195,18 @@ def fit_affine(iterations: Iterations) -> dict[str, float]:
     return dict(zip(TIMING_UNITS, (step_s, step_s, token_s, sequence_s, kv_s), strict=True))
 
 
-def relative_errors(timing: dict[str, float], iterations: Iterations) -> dict[str, dict[str, float]]:
+def relative_errors(timing: Mapping[str, Any], iterations: Iterations) -> dict[str, dict[str, float]]:
     """Returns the relative errors of the simulator's cost model, by kind of iteration.
 
     Args:
-      timing: the five coefficients.
+      timing: the five coefficients, and ``kernels`` if the tables count.
       iterations: measured iterations.
 
     Returns:
       For each kind: mean absolute error ``mape``, mean error ``bias``, largest absolute error ``max``, and the number
       of ``iterations``.
     """
-    counts = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
-    experts = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # iteration_s uses none of the three
-    error = np.asarray(iteration_s(experts, *map(jnp.asarray, counts)), np.float64) / iterations.time_s - 1
+    error = predicted_s(timing, iterations) / iterations.time_s - 1
     return {
         kind: {
             "mape": float(np.abs(error[of_kind]).mean()),
@@ -197,6 +217,12 @@ def relative_errors(timing: dict[str, float], iterations: Iterations) -> dict[st
         for kind in KINDS
         if (of_kind := iterations.kind == kind).any()
     }
+
+
+def predicted_s(timing: Mapping[str, Any], iterations: Iterations) -> np.ndarray:
+    """Returns the durations [R] s by the simulator's cost model; see ``relative_errors``."""
+    experts = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # iteration_s uses none of the three
+    return np.asarray(iteration_s(experts, iterations.batch), np.float64)
 
 
 def save_profile(path: str, profile: dict[str, Any]) -> None:
@@ -273,7 +299,7 @@ class _Table:
             raise InputError(f"{self.rows[row][0]}: {column} is {shown(str(cells[row]))}, must be {rule}")
 
 
-def _read_dense(table: _Table) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+def _read_dense(table: _Table) -> tuple[dict[str, Curve], list[str]]:
     """Returns the curves over tokens, and notes on cells that are interpolated."""
     notes = []
     if "layer" in table.columns:
@@ -314,12 +340,12 @@ def _read_attention(table: _Table) -> AttentionTable:
     return batches.rows(decode | (batch == 1))
 
 
-def _curves_by_layer(table: _Table, count: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _curves_by_layer(table: _Table, count: str) -> dict[str, Curve]:
     layer, counts, seconds = table.text("layer"), table.counts(count), table.seconds("time_us", 1e6)
     return {str(name): _curve(counts[layer == name], seconds[layer == name]) for name in np.unique(layer)}
 
 
-def _curve(counts: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _curve(counts: np.ndarray, seconds: np.ndarray) -> Curve:
     """Returns the curve in ascending order, with repeated measurements averaged."""
     unique, index = np.unique(counts, return_inverse=True)
     return unique, np.bincount(index, seconds) / np.bincount(index)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
-from qos_jax.sim.types import ExpertProfile, RequestTrace
+from qos_jax.sim.types import ATTENTION_TERMS, ExpertProfile, IterationTables, RequestTrace
 
 MAX_COUNT = 2**30 - 1  # the sum of two counts fits in int32
 MAX_TOKENS = 2**29  # of a prompt or an answer: both together are at most what a KV memory holds
@@ -59,15 +59,16 @@ def check_shapes(arrays: Mapping[str, tuple[Any, str]], **lengths: int) -> None:
 
 
 def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertProfile:
-    """Returns the profile with every field as a NumPy array [N]: times as ``dtype``, counts as int32.
+    """Returns the profile with every field as a NumPy array [N], of tables [N, K]: times as ``dtype``, counts as int32.
 
     Counts beyond ``MAX_COUNT`` become ``MAX_COUNT``, which limits nothing.
 
     Raises:
-      InputError: a field has a wrong shape, is NaN, infinite or negative, a time is above 1e6 s, or an iteration of an
-        expert takes no time.
+      InputError: a field has a wrong shape, is NaN, infinite or negative, a time is above 1e6 s, the knots of a table
+        do not increase, or an iteration of an expert takes no time.
     """
-    fields = {f.name: np.asarray(getattr(experts, f.name)) for f in dataclasses.fields(experts)}
+    names = [field.name for field in dataclasses.fields(experts) if field.name != "kernels"]
+    fields = {name: np.asarray(getattr(experts, name)) for name in names}
     num_experts = max((x.shape[0] for x in fields.values() if x.ndim == 1), default=1)
     checked = {}
     for name, values in fields.items():
@@ -99,7 +100,47 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
             f"experts.step_base_s, per_sequence_s and per_kv_token_s are all 0 for expert {timeless.argmax()}, "
             "one must be above 0, as an iteration takes time"
         )
-    return ExpertProfile(**checked)
+    kernels = experts.kernels
+    return ExpertProfile(**checked, kernels=None if kernels is None else _checked_kernels(kernels, num_experts, dtype))
+
+
+def _checked_kernels(kernels: IterationTables, num_experts: int, dtype: Any) -> IterationTables:
+    """Returns the tables with fields [N, K] or [N] of ``dtype``; see ``checked_experts``."""
+    sizes = {"dense": np.shape(kernels.dense_tokens)[-1:], "head": np.shape(kernels.head_requests)[-1:]}
+    sizes |= {"attention": (len(ATTENTION_TERMS),), "host": ()}
+    checked = {}
+    for field in dataclasses.fields(kernels):
+        name, values = f"experts.kernels.{field.name}", np.asarray(getattr(kernels, field.name))
+        shape = (num_experts, *sizes[field.name.split("_")[0]])
+        if values.shape != shape and not (len(shape) == 1 and values.shape == ()):
+            raise InputError(f"{name} has shape {values.shape}, must be {list(shape)}, one row per expert")
+        values = np.broadcast_to(values, shape).astype(np.float64)
+        bad = ~((values >= 0) & (values <= _MAX_TIME_S))
+        if bad.any():
+            raise InputError(
+                f"{name} is {values[bad][0]} for expert {_first_row(bad)}, must be >= 0 and <= {_MAX_TIME_S:g}"
+            )
+        checked[field.name] = values.astype(dtype)
+    for knots, times in (("dense_tokens", "dense_s"), ("head_requests", "head_s")):
+        steps = np.diff(checked[knots], axis=-1)
+        if steps.shape[-1] == 0 or not (steps > 0).all():
+            raise InputError(f"experts.kernels.{knots} must be two or more increasing numbers for each expert")
+        falls = np.diff(checked[times], axis=-1)[:, -1:] < 0
+        if falls.any():
+            raise InputError(f"experts.kernels.{times} falls at the end for expert {_first_row(falls)}, "
+                             "must not, as that slope goes on beyond the last knot")  # fmt: skip
+    timeless = checked["dense_s"].min(-1) + checked["head_s"].min(-1) + checked["host_s"] <= 0
+    if timeless.any():
+        raise InputError(
+            f"experts.kernels.dense_s, head_s and host_s are 0 for expert {timeless.argmax()}, "
+            "one must be above 0, as an iteration takes time"
+        )
+    return IterationTables(**checked)
+
+
+def _first_row(bad: np.ndarray) -> int:
+    """Returns the first row of ``bad`` [N, K] or [N] with an entry that is set."""
+    return int(np.argmax(bad.reshape(len(bad), -1).any(-1)))
 
 
 def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
