@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
+from qos_jax.fleet.profile_fitting import load_profile, load_tables
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, IterationTables
 
 MEMORY_SHARE = 0.9  # vLLM's default gpu_memory_utilization
 OVERHEAD_GB = 1.237  # 1.236 to 1.238 reproduce the 2,588 blocks
@@ -106,15 +109,9 @@ GPUS = {
     "H100": Gpu(84.94, 5.70, 0.189, 4.84, 0.0184, 0.0069, idle_w=121.7, busy_w=700.0),
 }
 
-# Timing of pairs with measurements of their own, as qos-jax fit-profile prints it for [LLMServingSim].
+# Pairs whose own kernels were measured: what qos-jax fit-profile wrote for [LLMServingSim], with errors and sources.
 MEASURED = {
-    ("llama-3.1-8b", "RTX 4090"): {
-        "step_base_s": 16.875e-3,
-        "prefill_base_s": 9.17229e-3,
-        "prefill_per_token_s": 8.90011e-5,
-        "per_sequence_s": 4.19692e-5,
-        "per_kv_token_s": 1.49256e-7,
-    },
+    ("llama-3.1-8b", "RTX 4090"): pathlib.Path(__file__).with_name("measured") / "llama-3.1-8b_rtx-4090.json",
 }
 
 
@@ -127,7 +124,8 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
         max_waiting: maximum number of waiting requests; an expert with a full queue drops further ones.
 
     Returns:
-        The profile, fields are NumPy arrays [N].
+        The profile, fields are NumPy arrays [N]. Pairs in `MEASURED` have the coefficients of their own kernels, and
+        `kernels` holds their tables if all of the pairs are such.
 
     Raises:
         InputError: there is no pair, a name is unknown, an LLM does not fit its GPU, or a limit is below 1.
@@ -150,11 +148,15 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
         "per_sequence_s": gpu_columns["per_sequence_ms"] / 1e3,
         "per_kv_token_s": gpu_columns["kv_ms_per_1000_tokens"] * kv_bytes / _LLAMA_7B.kv_bytes_per_token / 1e6,
     }
+    tables = {}
     for expert, pair in enumerate(pairs):
-        for name, value in MEASURED.get((pair[0], pair[1]), {}).items():
-            timing[name][expert] = value
+        if path := MEASURED.get((pair[0], pair[1])):
+            tables[expert] = load_tables(path)
+            for name, value in load_profile(path).items():
+                timing[name][expert] = value
     return ExpertProfile(
         **timing,
+        kernels=_side_by_side(list(tables.values())) if len(tables) == len(pairs) else None,
         kv_blocks=np.array([_kv_blocks(*pair) for pair in pairs]),
         max_running=np.full(len(pairs), max_running),
         max_waiting=np.full(len(pairs), max_waiting),
@@ -163,6 +165,22 @@ def expert_profile(pairs: Sequence[tuple[str, str]], max_running: int = 32, max_
         busy_w=gpu_columns["busy_w"],
         kv_block_gb=BLOCK_SIZE_TOKENS * kv_bytes / 1e9,
     )
+
+
+def _side_by_side(tables: Sequence[IterationTables]) -> IterationTables:
+    """Returns the tables of several experts as one; shorter ones get knots at which their last slope goes on."""
+
+    def joined(*rows: np.ndarray) -> np.ndarray:
+        longest = max(row.shape[-1] for row in rows)
+        return np.concatenate([row if row.ndim == 1 else _extended(row, longest) for row in rows])
+
+    return jax.tree.map(joined, *tables)
+
+
+def _extended(row: np.ndarray, length: int) -> np.ndarray:
+    """Returns ``row`` [1, K] as [1, ``length``]: each further number is larger by its last step."""
+    further = np.arange(1, length - row.shape[-1] + 1)
+    return np.append(row, row[:, -1:] + (row[:, -1:] - row[:, -2:-1]) * further, axis=-1)
 
 
 def _kv_blocks(llm_name: str, gpu_name: str) -> int:

@@ -101,45 +101,47 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
             "one must be above 0, as an iteration takes time"
         )
     kernels = experts.kernels
-    return ExpertProfile(**checked, kernels=None if kernels is None else _checked_kernels(kernels, num_experts, dtype))
+    return ExpertProfile(**checked, kernels=None if kernels is None else checked_tables(kernels, num_experts, dtype))
 
 
-def _checked_kernels(kernels: IterationTables, num_experts: int, dtype: Any) -> IterationTables:
-    """Returns the tables with fields [N, K] or [N] of ``dtype``; see ``checked_experts``."""
-    sizes = {"dense": np.shape(kernels.dense_tokens)[-1:], "head": np.shape(kernels.head_requests)[-1:]}
-    sizes |= {"attention": (len(ATTENTION_TERMS),), "host": ()}
+def checked_tables(
+    tables: IterationTables, num_experts: int, dtype: Any = np.float64, name: str = "experts.kernels"
+) -> IterationTables:
+    """Returns the tables with every field as a NumPy array [N, K] or [N] of ``dtype``; ``name`` is for messages.
+
+    Raises:
+      InputError: a field has a wrong shape or a value that is NaN, negative or above 1e6, there are fewer than two knots
+        or they do not increase, the times at the last two knots fall, or an iteration of an expert takes no time.
+    """
+    lengths = {"dense": np.shape(tables.dense_tokens)[-1:], "head": np.shape(tables.head_requests)[-1:]}
+    lengths |= {"attention": (len(ATTENTION_TERMS),), "host": ()}
     checked = {}
-    for field in dataclasses.fields(kernels):
-        name, values = f"experts.kernels.{field.name}", np.asarray(getattr(kernels, field.name))
-        shape = (num_experts, *sizes[field.name.split("_")[0]])
-        if values.shape != shape and not (len(shape) == 1 and values.shape == ()):
-            raise InputError(f"{name} has shape {values.shape}, must be {list(shape)}, one row per expert")
-        values = np.broadcast_to(values, shape).astype(np.float64)
+    for field in (field.name for field in dataclasses.fields(tables)):
+        values = np.asarray(getattr(tables, field), np.float64)
+        shape = (num_experts, *lengths[field.split("_")[0]])
+        if values.shape != shape:
+            raise InputError(f"{name}.{field} has shape {values.shape}, must be {list(shape)}")
         bad = ~((values >= 0) & (values <= _MAX_TIME_S))
         if bad.any():
-            raise InputError(
-                f"{name} is {values[bad][0]} for expert {_first_row(bad)}, must be >= 0 and <= {_MAX_TIME_S:g}"
-            )
-        checked[field.name] = values.astype(dtype)
+            raise InputError(f"{name}.{field} is {values[bad][0]} for expert {_row(bad)}, must be from 0 to 1e6")
+        checked[field] = values
     for knots, times in (("dense_tokens", "dense_s"), ("head_requests", "head_s")):
-        steps = np.diff(checked[knots], axis=-1)
-        if steps.shape[-1] == 0 or not (steps > 0).all():
-            raise InputError(f"experts.kernels.{knots} must be two or more increasing numbers for each expert")
-        falls = np.diff(checked[times], axis=-1)[:, -1:] < 0
+        stuck = np.diff(checked[knots]) <= 0
+        if stuck.size == 0 or stuck.any():
+            raise InputError(f"{name}.{knots} is {checked[knots].tolist()}, must be two or more increasing numbers")
+        falls = checked[times][:, -1] < checked[times][:, -2]
         if falls.any():
-            raise InputError(f"experts.kernels.{times} falls at the end for expert {_first_row(falls)}, "
-                             "must not, as that slope goes on beyond the last knot")  # fmt: skip
+            raise InputError(f"{name}.{times} falls at its end for expert {_row(falls)}, must not: that slope goes on")
     timeless = checked["dense_s"].min(-1) + checked["head_s"].min(-1) + checked["host_s"] <= 0
     if timeless.any():
         raise InputError(
-            f"experts.kernels.dense_s, head_s and host_s are 0 for expert {timeless.argmax()}, "
-            "one must be above 0, as an iteration takes time"
+            f"{name}.dense_s, head_s and host_s are 0 for expert {_row(timeless)}, but iterations take time"
         )
-    return IterationTables(**checked)
+    return IterationTables(**{field: values.astype(dtype) for field, values in checked.items()})
 
 
-def _first_row(bad: np.ndarray) -> int:
-    """Returns the first row of ``bad`` [N, K] or [N] with an entry that is set."""
+def _row(bad: np.ndarray) -> int:
+    """Returns the first row of ``bad`` [N, ...] with an entry that is set."""
     return int(np.argmax(bad.reshape(len(bad), -1).any(-1)))
 
 

@@ -203,7 +203,7 @@ def example_observation(spec: WorldSpec) -> Observation:
     """Returns an observation with placeholder values, for the shapes and dtypes of its arrays."""
     floats, counts = jnp.ones(spec.num_experts, jnp.float32), jnp.ones(spec.num_experts, jnp.int32)
     off = jnp.zeros(spec.num_experts, bool)
-    profile = ExpertProfile(*[floats] * 5, *[counts] * 3, *[floats] * 4, counts, *[off] * 2)  # type: ignore[arg-type]
+    profile = ExpertProfile(*[floats] * 5, *[counts] * 3, *[floats] * 4, counts, *[off] * 2)  # type: ignore[arg-type, call-arg]
     request = Request(jnp.int32(1), counts, floats, jnp.float32(1.0), floats, floats)
     return observe(spec, profile, empty_world(spec, profile), request)
 

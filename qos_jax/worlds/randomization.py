@@ -151,5 +151,6 @@ def _saturation_rates(
 
 
 def _profile(pairs: list[Pair], max_running: int, max_waiting: int) -> ExpertProfile:
-    profile = checked_experts(expert_profile(pairs, max_running=max_running, max_waiting=max_waiting), np.float32)
-    return jax.tree.map(jnp.asarray, profile)
+    profile = expert_profile(pairs, max_running=max_running, max_waiting=max_waiting)
+    profile = profile.replace(kernels=None)  # not every pair was measured, and all worlds have the same fields
+    return jax.tree.map(jnp.asarray, checked_experts(profile, np.float32))
