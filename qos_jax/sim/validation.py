@@ -110,8 +110,8 @@ def checked_tables(
     """Returns the tables with every field as a NumPy array [N, K] or [N] of ``dtype``; ``name`` is for messages.
 
     Raises:
-      InputError: a field has a wrong shape or a value that is NaN, negative or above 1e6, there are fewer than two knots
-        or they do not increase, the times at the last two knots fall, or an iteration of an expert takes no time.
+      InputError: a field has a wrong shape or a value that is NaN, negative or above 1e6, there are fewer than two
+        knots or they do not increase, the times at the last two knots fall, or an iteration takes no time.
     """
     lengths = {"dense": np.shape(tables.dense_tokens)[-1:], "head": np.shape(tables.head_requests)[-1:]}
     lengths |= {"attention": (len(ATTENTION_TERMS),), "host": ()}
@@ -135,7 +135,7 @@ def checked_tables(
     timeless = checked["dense_s"].min(-1) + checked["head_s"].min(-1) + checked["host_s"] <= 0
     if timeless.any():
         raise InputError(
-            f"{name}.dense_s, head_s and host_s are 0 for expert {_row(timeless)}, but iterations take time"
+            f"{name}.dense_s, head_s and host_s are 0 for expert {_row(timeless)}, but an iteration takes time"
         )
     return IterationTables(**{field: values.astype(dtype) for field, values in checked.items()})
 
