@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile
+from qos_jax.fleet.profile_fitting import load_profile, load_tables
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, IterationTables
 
 MEMORY_SHARE = 0.9  # vLLM's default gpu_memory_utilization
 _LARGE_MEMORY_GB = 70 * 2**30 / 1e9  # from here on vLLM takes larger iterations
@@ -130,15 +133,9 @@ GPUS = {
     "H100": Gpu(84.94, 5.70, 0.189, 4.84, 0.0184, 0.0069, idle_w=121.7, busy_w=700.0),
 }
 
-# Timing of pairs with measurements of their own, as qos-jax fit-profile prints it for [LLMServingSim].
+# Pairs whose own kernels were measured: what qos-jax fit-profile wrote for [LLMServingSim], with errors and sources.
 MEASURED = {
-    ("llama-3.1-8b", "RTX 4090"): {
-        "step_base_s": 16.875e-3,
-        "prefill_base_s": 9.17229e-3,
-        "prefill_per_token_s": 8.90011e-5,
-        "per_sequence_s": 4.19692e-5,
-        "per_kv_token_s": 1.49256e-7,
-    },
+    ("llama-3.1-8b", "RTX 4090"): pathlib.Path(__file__).with_name("measured") / "llama-3.1-8b_rtx-4090.json",
 }
 
 
@@ -154,7 +151,8 @@ def expert_profile(
         engine: of all experts, a name in `ENGINES`.
 
     Returns:
-        The profile, fields are NumPy arrays [N].
+        The profile, fields are NumPy arrays [N]. Pairs in `MEASURED` have the coefficients of their own kernels, and
+        `kernels` holds their tables if all of the pairs are such.
 
     Raises:
         InputError: there is no pair, a name is unknown, an LLM does not fit its GPU, or a limit is below 1.
@@ -178,11 +176,15 @@ def expert_profile(
         "per_sequence_s": gpu_columns["per_sequence_ms"] / 1e3,
         "per_kv_token_s": gpu_columns["kv_ms_per_1000_tokens"] * kv_bytes / _LLAMA_7B.kv_bytes_per_token / 1e6,
     }
+    tables = {}
     for expert, pair in enumerate(pairs):
-        for name, value in MEASURED.get((pair[0], pair[1]), {}).items():
-            timing[name][expert] = value
+        if path := MEASURED.get((pair[0], pair[1])):
+            tables[expert] = load_tables(path)
+            for name, value in load_profile(path).items():
+                timing[name][expert] = value
     return ExpertProfile(
         **timing,
+        kernels=_side_by_side(list(tables.values())) if len(tables) == len(pairs) else None,
         kv_blocks=np.array([_kv_blocks(*pair) for pair in pairs]),
         max_running=np.full(len(pairs), max_running),
         max_waiting=np.full(len(pairs), max_waiting),
@@ -202,6 +204,22 @@ def _default_token_budget(gpu_name: str) -> int:
     """Returns vLLM's default of `max_num_batched_tokens` on a GPU (vllm/engine/arg_utils.py, 0.32)."""
     large = GPUS[gpu_name].memory_gb >= _LARGE_MEMORY_GB and gpu_name != "A100"
     return 8192 if large else TOKEN_BUDGET
+
+
+def _side_by_side(tables: Sequence[IterationTables]) -> IterationTables:
+    """Returns the tables of several experts as one; shorter ones get knots at which their last slope goes on."""
+
+    def joined(*rows: np.ndarray) -> np.ndarray:
+        longest = max(row.shape[-1] for row in rows)
+        return np.concatenate([row if row.ndim == 1 else _extended(row, longest) for row in rows])
+
+    return jax.tree.map(joined, *tables)
+
+
+def _extended(row: np.ndarray, length: int) -> np.ndarray:
+    """Returns ``row`` [1, K] as [1, ``length``]: each further number is larger by its last step."""
+    further = np.arange(1, length - row.shape[-1] + 1)
+    return np.append(row, row[:, -1:] + (row[:, -1:] - row[:, -2:-1]) * further, axis=-1)
 
 
 def _kv_blocks(llm_name: str, gpu_name: str) -> int:

@@ -168,8 +168,13 @@ def define_fit_profile(values: FlagValues) -> None:
     group.string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
     group.integer("num_layers", 32, "Layers of the model.", 1)
     group.integer("max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", 1)
+    group = FlagGroup(values, "Host")
+    group.number("host_us", 0.0, "Time of the host in an iteration that no kernel hides [us].", 0.0)
+    group.number("host_per_sequence_us", 0.0, "Time of the host for each request in an iteration [us].", 0.0)
     group = FlagGroup(values, "Output")
     group.string("name", None, "Name of the profile; left out: that of the file.")
+    group.string("llm", None, "Name of the LLM, for the record.")
+    group.string("gpu", None, "Name of the GPU, for the record.")
     group.string("out", None, "File to write.", required=True)
 
 

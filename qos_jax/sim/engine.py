@@ -30,7 +30,9 @@ from flax import struct
 from jax import Array, lax
 
 from qos_jax.sim.cost import (
+    Batch,
     blocks_of,
+    decode_s,
     fits_in_memory,
     iteration_s,
     iterations_started,
@@ -339,23 +341,21 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     )
     partly_filled = finished & has_place & (computed % spec.block_size > 0)
     # A block of a finished request that is not full goes to the head of the free queue, and counts as not taken.
-    requests, prefill_tokens, kv_tokens, blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady = (
-        _totals(
-            scheduled,
-            jnp.where(decoding, 0, new_tokens),
-            jnp.where(decoding, cached_tokens, 0),
-            next_blocks,
-            next_blocks - held_blocks - partly_filled.astype(jnp.int32),
-            finished,
-            has_place & ~finished,
-            waiting & ~admitted,
-            eligible & ~fits,
-            (running | admitted) & ~(will_emit | finished),
-        )
+    columns, pairs = _computed(experts, dtype, new_tokens, cached_tokens, decoding)
+    blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady, *sums = _totals(
+        next_blocks,
+        next_blocks - held_blocks - partly_filled.astype(jnp.int32),
+        finished,
+        has_place & ~finished,
+        waiting & ~admitted,
+        eligible & ~fits,
+        (running | admitted) & ~(will_emit | finished),
+        *columns,
     )
-    next_s = iteration_s(experts, prefill_tokens, requests, kv_tokens)
+    batch = Batch(*sums).replace(pairs=pairs)
+    next_s = iteration_s(experts, batch)
     duration_s = jnp.where(active, jnp.where(experts.async_scheduling, state.scheduled_s, next_s), 0.0)
-    next_s = jnp.where(requests > 0, next_s, 0.0)
+    next_s = jnp.where(batch.requests > 0, next_s, 0.0)
     clock_s = state.clock_s + duration_s
     age_s = clock_s[..., None] - slots.arrival_s
     taken_blocks = state.taken_blocks + new_blocks
@@ -404,9 +404,8 @@ def _decode_stretch(
     is_async = experts.async_scheduling & active
     left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
     requests, kv_tokens = _totals(running, jnp.where(running, slots.computed, 0))
-    first_s = iteration_s(experts, jnp.zeros_like(requests), requests, kv_tokens)
+    first_s, growth_s = decode_s(experts, requests, kv_tokens)
     as_time = partial(jnp.asarray, dtype=first_s.dtype)
-    growth_s = experts.per_kv_token_s * as_time(requests)
     lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
     duration_s = jnp.where(active, horizon_s - state.clock_s - lead_s, 1.0)
     iterations = iterations_started(first_s, growth_s, jnp.maximum(duration_s, 1e-9), jnp.min(left_tokens, -1) - lead)
@@ -438,7 +437,7 @@ def _decode_stretch(
         decodes,
         jnp.where(decodes, computed - 1, 0),
     )
-    next_s = iteration_s(experts, jnp.zeros_like(requests), decoding, kv_tokens)
+    next_s, _ = decode_s(experts, decoding, kv_tokens)
     taken_blocks = state.taken_blocks + new_blocks
     waits_for_own = slots.waiting & (slots.cached_blocks > 0)
     cached_blocks = lax.cond(
@@ -465,6 +464,29 @@ def _decode_stretch(
         passes=state.passes + 1,
     )
     return state, (decoding > 0) & (decoding < requests) & (clock_s < horizon_s)
+
+
+def _computed(
+    experts: ExpertProfile, dtype: Any, new_tokens: Array, cached_tokens: Array, decoding: Array
+) -> tuple[tuple[Array, ...], Array | float]:
+    """Returns what an iteration computes: columns [L, S] whose sums begin a ``Batch``, and its ``pairs`` [L].
+
+    Only tables ask for more than the first three columns.
+
+    Args:
+      experts: profile [L].
+      dtype: of times.
+      new_tokens: [L, S] that each request computes, 0 for those that are not scheduled.
+      cached_tokens: [L, S] of each request before the iteration.
+      decoding: [L, S] bool: it computes its newest token.
+    """
+    of_prompt = jnp.where(decoding, 0, new_tokens)
+    columns = (new_tokens > 0, of_prompt, jnp.where(decoding, cached_tokens, 0))
+    if experts.kernels is None:
+        return columns, 0.0
+    tokens, cached = of_prompt.astype(dtype), cached_tokens.astype(dtype)  # their product may exceed int32
+    pairs = jnp.sum(tokens * (cached + tokens / 2.0), -1)
+    return (*columns, decoding, jnp.where(of_prompt > 0, cached_tokens, 0)), pairs
 
 
 def _not_yet_taken(slots: Slots, taken_blocks: Array) -> Array:

@@ -133,7 +133,7 @@ def replay_many(
     length = 1 + max((int(position.max(initial=-1)) for position in positions), default=0)
     lanes = [_sort_into_lanes(*args, num_experts, length) for args in zip(traces, assignments, positions, strict=True)]
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *lanes)
-    fleets = jax.tree.map(lambda x: np.tile(x, len(traces)), experts)
+    fleets = jax.tree.map(lambda x: np.concatenate([x] * len(traces)), experts)
     log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype)
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))

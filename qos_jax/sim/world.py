@@ -208,7 +208,7 @@ def example_observation(spec: WorldSpec) -> Observation:
     floats, counts = jnp.ones(spec.num_experts, jnp.float32), jnp.ones(spec.num_experts, jnp.int32)
     off = jnp.zeros(spec.num_experts, bool)
     fields = *[floats] * 5, *[counts] * 3, *[floats] * 4, counts, *[off] * 2, *[floats] * 2
-    profile = ExpertProfile(*fields)  # type: ignore[call-arg]
+    profile = ExpertProfile(*fields)  # type: ignore[arg-type]
     request = Request(jnp.int32(1), counts, floats, jnp.float32(1.0), floats, floats)
     return observe(spec, profile, empty_world(spec, profile), request)
 

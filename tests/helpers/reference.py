@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestLog, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, IterationTables, RequestLog, RequestTrace
 
 DROPPED_BY_ROUTER = -1
 
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     jobs: list[tuple[Job, bool]]  # requests, and whether each emits a token
     prefill_tokens: int
     decoded_kv_tokens: int  # cached tokens that its decoding requests read
+    prompts: list[tuple[int, int]]  # for each request that does not decode, tokens cached before and tokens computed
 
 
 class Iteration(NamedTuple):
@@ -58,6 +60,52 @@ class Iteration(NamedTuple):
     scheduled: int  # requests
     decoded_kv_tokens: int  # cached tokens that its decoding requests read
     blocks_held: int  # while it ran, by all running requests
+
+
+class ReferenceTables:
+    """The measured tables of one expert."""
+
+    def __init__(self, tables: IterationTables, n: int) -> None:
+        """Takes row ``n`` of the tables."""
+        row = {
+            field.name: np.asarray(getattr(tables, field.name), np.float64)[n].tolist()
+            for field in dataclasses.fields(tables)
+        }
+        self.dense = list(zip(row["dense_tokens"], row["dense_s"], strict=True))
+        self.head = list(zip(row["head_requests"], row["head_s"], strict=True))
+        self.attention = row["attention_s"]
+        self.host_s, self.host_per_sequence_s = row["host_s"], row["host_per_sequence_s"]
+
+    def duration(self, batch: Batch) -> float:
+        """Seconds of one iteration."""
+        requests, decodes = len(batch.jobs), len(batch.jobs) - len(batch.prompts)
+        host_s = self.host_s + self.host_per_sequence_s * requests
+        kernels_s = on_line(self.dense, batch.prefill_tokens + decodes) + on_line(self.head, requests)
+        return kernels_s + self.attention_s(batch, decodes) + host_s
+
+    def attention_s(self, batch: Batch, decodes: int) -> float:
+        """Seconds in attention kernels, which take prompts and decoding requests together where there are both."""
+        decode, per_decode, per_kv, prompt, mixed, mixed_cached, mixed_per_decode, mixed_per_kv = self.attention[:8]
+        early, late, per_pair, per_prefix = self.attention[8:]
+        if not batch.prompts:
+            return decode + per_decode * decodes + per_kv * batch.decoded_kv_tokens
+        prefix = sum(cached for cached, _ in batch.prompts)
+        pairs = sum(take * (cached + take / 2) for cached, take in batch.prompts)
+        tokens = batch.prefill_tokens
+        prompt_s = early * min(tokens, 128) + late * max(tokens - 128, 0) + per_pair * pairs + per_prefix * prefix
+        if not decodes:
+            return prompt + prompt_s
+        together_s = mixed_cached if prefix else mixed
+        return together_s + mixed_per_decode * decodes + mixed_per_kv * batch.decoded_kv_tokens + prompt_s
+
+
+def on_line(points: list[tuple[float, float]], x: float) -> float:
+    """The piecewise linear function through the points: constant before the first, its last slope after the last."""
+    if x <= points[0][0]:
+        return points[0][1]
+    pieces = list(itertools.pairwise(points))
+    (x0, y0), (x1, y1) = next((piece for piece in pieces if x <= piece[1][0]), pieces[-1])
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 class ReferenceExpert:
@@ -83,6 +131,7 @@ class ReferenceExpert:
             for field in (experts.async_scheduling, experts.prefix_cache, experts.token_budget, experts.standby_s)
         )
         self.token_budget, self.block_size = token_budget or budget, block_size
+        self.tables = None if experts.kernels is None else ReferenceTables(experts.kernels, n)
         self.clock_s = -math.inf
         self.free_blocks = collections.deque(range(self.kv_blocks))  # the first one is taken first
         self.content: dict[int, tuple[Job, int]] = {}  # which full block of which request a block still holds
@@ -176,18 +225,19 @@ class ReferenceExpert:
     def started(self, chosen: list[tuple[Job, int]]) -> Batch:
         """Counts the chosen tokens as computed."""
         prefill_tokens = decoded_kv_tokens = 0
-        jobs = []
+        jobs, prompts = [], []
         for job, take in chosen:
             if job.generated + job.in_flight >= 1 and job.known - job.computed == 1:
                 decoded_kv_tokens += job.computed
             else:
                 prefill_tokens += take
+                prompts.append((job.computed, take))
             job.computed += take
             self.note_full_blocks(job, min(job.computed, job.prompt_tokens + job.generated))
             emits = job.computed == job.known
             jobs.append((job, emits))
             job.in_flight += emits
-        return Batch(jobs, prefill_tokens, decoded_kv_tokens)
+        return Batch(jobs, prefill_tokens, decoded_kv_tokens, prompts)
 
     def note_full_blocks(self, job: Job, tokens: int) -> None:
         """Notes which full blocks hold the first ``tokens`` of a request; a token must be known for that."""
@@ -239,6 +289,8 @@ class ReferenceExpert:
 
     def duration(self, batch: Batch) -> float:
         """Seconds of one iteration."""
+        if self.tables is not None:
+            return self.tables.duration(batch)
         prefill_s = self.prefill_base_s + self.prefill_per_token_s * batch.prefill_tokens
         return (
             max(self.step_base_s, prefill_s if batch.prefill_tokens > 0 else 0.0)
