@@ -29,7 +29,8 @@ from qos_jax.workload.prediction import parse_prediction
 from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.presets import preset_named
 
-TIMING = ("step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s")
+COEFFICIENTS = ("step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s")
+TABLES = tuple(f"kernels.{name}" for name in ("dense_s", "head_s", "attention_s", "host_s", "host_per_sequence_s"))
 GROUPS = ("control", "coefficients", "engine", "predictions", "clock", "arrivals")
 BELIEFS = ("stale", "true", "both")
 _PREDICTIONS = ("none", "realistic", "perfect")
@@ -93,12 +94,19 @@ class Change:
 
 
 def changes(
-    world: WorldConfig, amounts: Amounts, *, groups: Sequence[str] = GROUPS, belief: str = "stale", seeds: int
+    world: WorldConfig,
+    experts: ExpertProfile,
+    amounts: Amounts,
+    *,
+    groups: Sequence[str] = GROUPS,
+    belief: str = "stale",
+    seeds: int,
 ) -> list[Change]:
     """Returns the changes of a world, each by itself.
 
     Args:
       world: the unchanged world; its engine, predictions and law of arrivals are replaced by other ones.
+      experts: its profile; where it has tables of measured kernels, these are changed, not the coefficients.
       amounts: how far it is changed.
       groups: of ``GROUPS``, the kinds of changes.
       belief: of ``BELIEFS``: routers observe the unchanged profile, the changed one, or once each.
@@ -108,15 +116,16 @@ def changes(
     engine, prediction = world.engine or preset.engine, world.prediction or preset.prediction
     law = world.arrivals or ("trace" if world.trace is not None else preset.arrivals)
     other_law = _BURSTY if law == "poisson" else "poisson"
+    timing = COEFFICIENTS if experts.kernels is None else TABLES
     by, clock = _signed(amounts.coefficient), _signed(amounts.rate)
     (_, less), (_, more) = by
-    worse = dict.fromkeys(TIMING, more) | {"kv_blocks": less}
-    better = dict.fromkeys(TIMING, less) | {"kv_blocks": more}
+    worse = dict.fromkeys(timing, more) | {"kv_blocks": less}
+    better = dict.fromkeys(timing, less) | {"kv_blocks": more}
     together = f"all {100 * amounts.coefficient:g} %"
     found = {
         "control": [Change("other requests", seeds_on=seeds)],
         "coefficients": [
-            *(Change(f"{name} {text}", {name: factor}) for name in (*TIMING, "kv_blocks") for text, factor in by),
+            *(Change(f"{name} {text}", {name: factor}) for name in (*timing, "kv_blocks") for text, factor in by),
             Change(f"{together} worse", worse),
             Change(f"{together} better", better),
         ],
@@ -139,7 +148,12 @@ def changes(
 
 
 def scaled(experts: ExpertProfile, factors: Mapping[str, float]) -> ExpertProfile:
-    """Returns a profile with some fields multiplied; whole numbers are rounded, and stay 1 or more."""
+    """Returns a profile with some fields multiplied; whole numbers are rounded, and stay 1 or more.
+
+    Args:
+      experts: the profile.
+      factors: by the names of fields; ``kernels.NAME`` is one of its tables.
+    """
 
     def times(values: AnyArray, factor: float) -> AnyArray:
         values = jnp.asarray(values)
@@ -147,7 +161,15 @@ def scaled(experts: ExpertProfile, factors: Mapping[str, float]) -> ExpertProfil
             return jnp.maximum(jnp.round(values * factor), 1).astype(values.dtype)
         return values * jnp.asarray(factor, values.dtype)
 
-    return experts.replace(**{name: times(getattr(experts, name), factor) for name, factor in factors.items()})
+    for name, factor in factors.items():
+        table = name.removeprefix("kernels.")
+        if table == name:
+            experts = experts.replace(**{name: times(getattr(experts, name), factor)})
+        else:
+            kernels = experts.kernels
+            assert kernels is not None
+            experts = experts.replace(kernels=kernels.replace(**{table: times(getattr(kernels, table), factor)}))
+    return experts
 
 
 def with_engine(experts: ExpertProfile, pairs: Sequence[tuple[str, str]], engine: str) -> ExpertProfile:

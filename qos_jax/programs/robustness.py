@@ -40,6 +40,7 @@ from qos_jax.programs.world_flags import import_plugins, note_limits, numbers, w
 from qos_jax.report.robustness_page import robustness_markdown
 from qos_jax.routers import Router
 from qos_jax.sim.env import Environment
+from qos_jax.sim.types import ExpertProfile
 from qos_jax.worlds.config import WorldConfig
 
 _METRICS = ("qos", "violation_rate", "drop_rate", "latency_per_token_s")
@@ -49,7 +50,7 @@ def main(values: FlagValues) -> None:
     """Judges the routers in every world, and writes the numbers and the page."""
     import_plugins(values, values.routers)
     env, params = (world := world_config(values)).build()
-    changes = _changes(values, world)
+    changes = _changes(values, world, params.experts)
     seeds = range(values.first_seed, values.first_seed + values.seeds)
     asked = scenarios(params, numbers("load", values.load), seeds)
     every_seed = {change.scenario(scenario).seed for change in changes for scenario in asked}
@@ -76,7 +77,7 @@ def main(values: FlagValues) -> None:
     print(f"written: {folder / 'robustness.md'}")
 
 
-def _changes(values: FlagValues, world: WorldConfig) -> list[Change]:
+def _changes(values: FlagValues, world: WorldConfig, experts: ExpertProfile) -> list[Change]:
     """Returns the unchanged world and the changes that the flags ask for.
 
     Raises:
@@ -88,7 +89,7 @@ def _changes(values: FlagValues, world: WorldConfig) -> list[Change]:
     groups = dict.fromkeys(values.changes)
     return [
         Change(),
-        *robustness.changes(world, amounts, groups=list(groups), belief=values.belief, seeds=values.seeds),
+        *robustness.changes(world, experts, amounts, groups=list(groups), belief=values.belief, seeds=values.seeds),
     ]
 
 

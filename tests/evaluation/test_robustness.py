@@ -9,7 +9,8 @@ import pytest
 
 from qos_jax.evaluation import robustness
 from qos_jax.evaluation.evaluate import Scenario
-from qos_jax.evaluation.robustness import Amounts, Change, changes, scaled, with_engine
+from qos_jax.evaluation.robustness import TABLES, Amounts, Change, changes, scaled, with_engine
+from qos_jax.fleet.profiles import expert_profile
 from qos_jax.programs import choices
 from qos_jax.report.robustness_page import robustness_markdown
 from qos_jax.sim.types import ExpertProfile
@@ -21,7 +22,7 @@ NOISE = np.array([-0.002, -0.001, 0.001, 0.002])  # of four seeds; an interval h
 
 
 def by_label(world: WorldConfig = PAPER_3, **options: object) -> dict[str, Change]:
-    return {change.label: change for change in changes(world, Amounts(), seeds=16, **options)}  # type: ignore[arg-type]
+    return {change.label: change for change in changes(world, small_experts(), Amounts(), seeds=16, **options)}  # type: ignore[arg-type]
 
 
 def table(*levels: float) -> np.ndarray:
@@ -38,12 +39,24 @@ def test_a_factor_changes_its_field_and_nothing_else() -> None:
     changed = scaled(experts, {"step_base_s": 1.1, "kv_blocks": 0.9})
     assert changed.kv_blocks.tolist() == [36, 37, 4]  # whole, and rounded
     np.testing.assert_allclose(changed.step_base_s, 1.1 * np.asarray(experts.step_base_s), rtol=1e-6)
-    for field in dataclasses.fields(ExpertProfile):
+    for field in (field for field in dataclasses.fields(ExpertProfile) if field.name != "kernels"):
         before, after = getattr(experts, field.name), getattr(changed, field.name)
         # With another type or a weak one the evaluation of the unchanged world could not be reused.
         assert (after.dtype, after.weak_type, after.shape) == (before.dtype, before.weak_type, before.shape)
         if field.name not in ("step_base_s", "kv_blocks"):
             np.testing.assert_array_equal(after, before)
+
+
+def test_measured_tables_are_changed_where_they_make_the_time() -> None:
+    experts = expert_profile([("llama-3.1-8b", "RTX 4090")])
+    found = changes(WorldConfig("golden-rtx4090"), experts, Amounts(), groups=["coefficients"], seeds=16)
+    assert [change.label for change in found[:10:2]] == [f"{name} -10 %" for name in TABLES]
+    (worse,) = (change for change in found if change.label == "all 10 % worse")
+    before, after = experts.kernels, scaled(experts, worse.factors).kernels
+    assert before is not None
+    for name in ("dense_s", "head_s", "attention_s"):
+        np.testing.assert_allclose(getattr(after, name), 1.1 * getattr(before, name), rtol=1e-6)
+    np.testing.assert_array_equal(after.dense_tokens, before.dense_tokens)
 
 
 def test_memory_keeps_a_block() -> None:
