@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["qos_jax", "qos_jax.*"]),
-    package_data={"qos_jax": ["py.typed"]},
+    package_data={"qos_jax": ["py.typed"], "qos_jax.fleet": ["measured/*.json"]},
     entry_points={"console_scripts": ["qos-jax = qos_jax.programs.main:main"]},
     install_requires=[
         "absl-py>=2.3.1",

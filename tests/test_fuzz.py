@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from qos_jax import InputError
 from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.overrides import overridden
-from qos_jax.fleet.profile_fitting import TIMING_UNITS, load_profile
+from qos_jax.fleet.profile_fitting import TIMING_UNITS, load_profile, load_tables
+from qos_jax.fleet.profiles import MEASURED
 from qos_jax.predictor.data import read_prediction_table
 from qos_jax.predictor.heads import Head, HeadConfig, HeadNetwork, fit_scale
 from qos_jax.predictor.predictor import Predictor, load_predictor
@@ -92,6 +93,9 @@ def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]
     profile = folder / "profile.json"
     profile.write_text(json.dumps({"timing": {field: 0.5 for field in TIMING_UNITS}}))
     yield "profile", profile, lambda path: load_profile(str(path))
+    tables = folder / "tables.json"
+    tables.write_text(next(iter(MEASURED.values())).read_text())
+    yield "tables", tables, load_tables
     run = _write_run(folder / "run")
     yield "run", run / CONFIG, lambda path: load_router(path.parent)
     yield "checksums", run / "checkpoints" / "32" / "checksums.json", lambda path: load_router(path.parents[2])

@@ -137,7 +137,7 @@ def _float64(experts: ExpertProfile, served: Served) -> np.ndarray:
     trace = RequestTrace(arrival_s, served.prompt_tokens, tokens, score, served.latency_limit_s)
     _, log = native_loop.simulate(experts, trace, served.expert)
     unknown = np.full(shape[1], np.nan)
-    run = experts, trace, served.expert, ReplayResult(log, busy_s=unknown, kv_block_s=unknown)
+    run = experts, trace, served.expert, ReplayResult(log, busy_s=unknown, standby_s=unknown, kv_block_s=unknown)
     latency_s = latency_per_token_s(*run)
     ends_s = passed_s[_STRETCH - 1 :: _STRETCH]
     stretch = np.searchsorted(ends_s, log.finish_s)

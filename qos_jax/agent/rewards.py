@@ -13,10 +13,11 @@ from flax import struct
 from jax import Array
 
 from qos_jax.impact.estimate import impact, in_flight_qos
+from qos_jax.sim.cost import excess_energy_j
 from qos_jax.sim.engine import ExpertState
 from qos_jax.sim.env import EnvParams
 from qos_jax.sim.types import ExpertProfile, Observation
-from qos_jax.sim.world import slot_latency_per_token_s
+from qos_jax.sim.world import Completions, slot_latency_per_token_s
 
 
 class RewardWeights(struct.PyTreeNode):
@@ -25,7 +26,7 @@ class RewardWeights(struct.PyTreeNode):
     violation: Array | float = 0.0  # per answer beyond its latency limit
     drop: Array | float = 0.0  # per dropped request
     kv_memory: Array | float = 0.0  # per GB s of KV memory held
-    energy: Array | float = 0.0  # per kJ of iterations, in excess of idle power
+    energy: Array | float = 0.0  # per kJ of iterations and standby, in excess of idle power
     predicted_loss: Array | float = 0.0  # per QoS that a placement is predicted to cost other requests; 1 in the paper
     potential: Array | float = 0.0  # of potential-based shaping with the predicted QoS in flight; 0 or 1
 
@@ -45,7 +46,7 @@ def expert_returns(
     margin_s = slots.payload.latency_limit_s - slot_latency_per_token_s(profile, slots)
     in_time = jax.nn.sigmoid(margin_s / width_s)
     soft_qos = slots.payload.score * in_time - weights.violation * (1.0 - in_time)
-    cost = _resource_cost(profile, experts.kv_block_s, experts.busy_s, weights)
+    cost = _resource_cost(profile, experts, weights)
     return jnp.sum(jnp.where(slots.finished, soft_qos, 0.0), -1) - cost
 
 
@@ -72,14 +73,14 @@ def shaped_reward(
     completions = info["completions"]
     violations, dropped = (x.astype(reward.dtype) for x in (completions.violations, info["dropped"]))
     reward = reward - weights.violation * violations - weights.drop * dropped
-    reward -= jnp.sum(_resource_cost(params.experts, completions.kv_block_s, completions.busy_s, weights))
+    reward -= jnp.sum(_resource_cost(params.experts, completions, weights))
     lost = jnp.append(impact(obs).qos_change, 0.0)[action]
     after = in_flight_qos(info["final_observation"])
     return reward + weights.predicted_loss * lost + weights.potential * (gamma * after - in_flight_qos(obs))
 
 
-def _resource_cost(profile: ExpertProfile, kv_block_s: Array, busy_s: Array, weights: RewardWeights) -> Array:
+def _resource_cost(profile: ExpertProfile, used: ExpertState | Completions, weights: RewardWeights) -> Array:
     """Returns the weighted cost [N] of KV memory and energy."""
-    memory_gb_s = kv_block_s * profile.kv_block_gb
-    energy_kj = busy_s * (jnp.asarray(profile.busy_w) - profile.idle_w) / 1e3
+    memory_gb_s = used.kv_block_s * profile.kv_block_gb
+    energy_kj = excess_energy_j(profile, used.busy_s, used.standby_s) / 1e3
     return weights.kv_memory * memory_gb_s + weights.energy * energy_kj

@@ -79,7 +79,7 @@ def _node_table(obs: Observation, expert_of: np.ndarray, slot: np.ndarray) -> di
 
     put(kind == 0, obs.arrived, ["prompt_tokens", "latency_limit_s"])
     put(kind == 1, obs.experts, [name for name in _names(ExpertView) if name != "profile"])
-    put(kind == 1, obs.experts.profile, _names(ExpertProfile))
+    put(kind == 1, obs.experts.profile, [name for name in _names(ExpertProfile) if name != "kernels"])
     masks = ("running", "waiting")
     put(kind == 2, obs.requests, [name for name in _names(RequestView) if name not in masks], (expert_of, slot))
     return {"kind": kind, **columns}

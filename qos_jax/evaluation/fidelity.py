@@ -11,13 +11,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from qos_jax.errors import InputError
 from qos_jax.evaluation.measured_run import MeasuredRun
-from qos_jax.fleet.profile_fitting import KINDS, TIMING_UNITS, Iterations
-from qos_jax.sim.cost import iteration_s
+from qos_jax.fleet.profile_fitting import KINDS, TIMING_UNITS, Iterations, predicted_s
 from qos_jax.sim.iterations import Activity, IterationLog, iterations_of
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import ExpertProfile, RequestLog, RequestTrace
@@ -153,7 +151,7 @@ def parts_of_time(run: Iterations, kernels: Iterations, timing: Mapping[str, flo
     from scipy.spatial import KDTree  # slow to import
 
     rows = []
-    table_error = _predicted_s(kernels, timing) / kernels.time_s - 1
+    table_error = predicted_s(timing, kernels) / kernels.time_s - 1
     for kind in KINDS:
         in_run, measured = run.kind == kind, kernels.kind == kind
         if not in_run.any():
@@ -234,7 +232,7 @@ def parts_left_out(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, d
 def _expert(run: MeasuredRun, timing: Mapping[str, float]) -> ExpertProfile:
     fields = {name: timing[name] for name in TIMING_UNITS}
     fields |= {"kv_blocks": run.kv_blocks, "max_running": run.max_running, "max_waiting": _UNLIMITED}
-    return ExpertProfile(**{name: np.array([value]) for name, value in fields.items()})
+    return ExpertProfile(**{name: np.array([value]) for name, value in fields.items()})  # type: ignore[arg-type]
 
 
 def _trace(run: MeasuredRun) -> RequestTrace:
@@ -255,8 +253,17 @@ def _batches(log: IterationLog, cached: np.ndarray) -> Iterations:
     prompt_tokens, decoding = (log.tokens * prefills).sum(1), decodes.sum(1)
     continued = (prefills & (before > 0)).any(1)
     kind = np.select([continued, prompt_tokens == 0, decoding == 0], ["chunked", "decode", "prefill"], "mixed")
-    kv_tokens = (before * decodes).sum(1)
-    return Iterations(kind, prompt_tokens, decoding + prefills.sum(1), kv_tokens, log.duration_s)
+    pairs = (log.tokens * (before + log.tokens / 2) * prefills).sum(1)
+    return Iterations(
+        kind=kind,
+        prompt_tokens=prompt_tokens,
+        requests=decoding + prefills.sum(1),
+        kv_tokens=(before * decodes).sum(1),
+        time_s=log.duration_s,
+        prefix_tokens=(before * prefills).sum(1),
+        pairs=pairs,
+        decodes=decoding,
+    )
 
 
 def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, float]) -> np.ndarray:
@@ -265,15 +272,9 @@ def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, float]) -> np.ndarray
     requests = np.interp(times_s, run.tick_s, run.running)
     blocks = np.interp(times_s, run.tick_s, run.kv_share) * run.kv_blocks
     kv_tokens = np.maximum(run.block_size * (blocks - requests / 2), 0)
-    batches = Iterations(np.full(times_s.shape, "decode"), np.zeros(times_s.shape), requests, kv_tokens, times_s)
-    return np.mean(requests / _predicted_s(batches, timing), 0) * np.diff(run.tick_s)
-
-
-def _predicted_s(iterations: Iterations, timing: Mapping[str, float]) -> np.ndarray:
-    """Returns the durations [R] s by the cost model."""
-    counts = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
-    expert = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # iteration_s uses none of the three
-    return np.asarray(iteration_s(expert, *map(jnp.asarray, counts)), np.float64)
+    kind, zeros = np.full(times_s.shape, "decode"), np.zeros(times_s.shape)
+    batches = Iterations(kind, zeros, requests, kv_tokens, times_s, zeros, zeros, requests)
+    return np.mean(requests / predicted_s(timing, batches), 0) * np.diff(run.tick_s)
 
 
 def _log_counts(iterations: Iterations, selected: np.ndarray) -> np.ndarray:

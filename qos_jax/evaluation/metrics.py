@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from qos_jax.sim.replay import ReplayResult
+from qos_jax.sim.cost import excess_energy_j
+from qos_jax.sim.replay import ReplayResult, run_end_s
 from qos_jax.sim.types import ExpertProfile, RequestTrace
 from qos_jax.sim.validation import check_shapes
 
@@ -45,7 +46,8 @@ def metrics_of(
 
     Means are over the requests after the first ``warmup`` ones: QoS, violation rate and drop rate over all of them (a
     dropped request has QoS 0 and is a violation), scores and times over the answered ones. Metrics of the experts (KV
-    memory, energy) are over the whole run, from the first arrival to the last token.
+    memory, energy) are over the whole run, from the first arrival to the last token, or to the last arrival if that is
+    later.
 
     Args:
       experts: profile of the N experts.
@@ -101,13 +103,11 @@ def _fleet_metrics(
 ) -> dict[str, float]:
     """Returns the metrics of the experts over the whole run."""
     log = result.log
-    last_s = np.nanmax(log.finish_s) if (~log.dropped).any() else trace.arrival_s[-1]
-    run_s = max(float(last_s - trace.arrival_s[0]), 1e-9)
+    run_s = max(float(run_end_s(trace, log) - trace.arrival_s[0]), 1e-9)
     qos = float(qos_of(experts, trace, assignment, result).sum())
     tokens = float(select_assigned(trace.output_tokens, assignment)[~log.dropped].sum())
     gb_s = float(np.sum(result.kv_block_s * experts.kv_block_gb))
-    idle_s = np.maximum(run_s - result.busy_s, 0.0)
-    energy_j = float(np.sum(experts.busy_w * result.busy_s + experts.idle_w * idle_s))
+    energy_j = float(np.sum(excess_energy_j(experts, result.busy_s, result.standby_s) + experts.idle_w * run_s))
     return {
         "kv_utilisation": float(np.mean(result.kv_block_s / (run_s * experts.kv_blocks))),
         "qos_per_gb_s": _ratio(qos, gb_s),

@@ -21,16 +21,18 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, write_whole
 from qos_jax.io.text_files import CsvTable, parse_number, read_text, shown
-from qos_jax.sim.cost import iteration_s
-from qos_jax.sim.types import TOKEN_BUDGET, ExpertProfile
+from qos_jax.sim.cost import Batch, iteration_s
+from qos_jax.sim.types import ATTENTION_TERMS, TOKEN_BUDGET, ExpertProfile, IterationTables
+from qos_jax.sim.validation import checked_tables
 
 TIMING_UNITS = {
     "step_base_s": "s",
@@ -39,7 +41,10 @@ TIMING_UNITS = {
     "per_sequence_s": "s/request",
     "per_kv_token_s": "s/token",
 }
+PROFILE_VERSION = 2  # of the file; version 1 has no tables
 KINDS = ("decode", "prefill", "mixed", "chunked")
+
+Curve = tuple[np.ndarray, np.ndarray]  # ascending counts, seconds
 
 _ONCE_PER_MODEL = ("embedding", "emb", "final_layernorm")
 _TWICE_PER_LAYER = ("layernorm",)  # before the attention and before the MLP, one entry in LLMServingSim's table
@@ -67,11 +72,11 @@ class AttentionTable:
 
 @dataclasses.dataclass(frozen=True)
 class KernelTables:
-    """All measurements of one model on one GPU; a curve is a pair (ascending counts, seconds)."""
+    """All measurements of one model on one GPU."""
 
-    dense: dict[str, tuple[np.ndarray, np.ndarray]]  # curves over tokens, per layer; per model for _ONCE_PER_MODEL
+    dense: dict[str, Curve]  # curves over tokens, per layer; per model for _ONCE_PER_MODEL
     attention: AttentionTable
-    head: dict[str, tuple[np.ndarray, np.ndarray]]  # curves over requests, per model; empty if not measured
+    head: dict[str, Curve]  # curves over requests, per model; empty if not measured
     notes: tuple[str, ...]  # deviations from complete measurements, to be reported with the fit
 
 
@@ -84,6 +89,18 @@ class Iterations:
     requests: np.ndarray  # [R] requests B
     kv_tokens: np.ndarray  # [R] tokens K
     time_s: np.ndarray  # [R] s
+    prefix_tokens: np.ndarray  # [R] tokens of the prompts that are cached already
+    pairs: np.ndarray  # [R] for each prompt, tokens computed x (tokens cached + half of those computed)
+    decodes: np.ndarray  # [R] decoding requests
+
+    def rows(self, keep: np.ndarray) -> Iterations:
+        """Returns the rows where ``keep`` [R] is set."""
+        return Iterations(*(getattr(self, field.name)[keep] for field in dataclasses.fields(self)))
+
+    @property
+    def batch(self) -> Batch:
+        """What each iteration computes, for ``qos_jax.sim.cost``."""
+        return Batch(self.requests, self.prompt_tokens, self.kv_tokens, self.decodes, self.prefix_tokens, self.pairs)
 
 
 def read_tables(dense: str, attention: str, per_sequence: str | None = None) -> KernelTables:
@@ -132,8 +149,7 @@ def assemble(tables: KernelTables, num_layers: int, max_kv_tokens: int | None = 
     kind = np.select([prefix > 0, prompt == 0, decodes == 0], ["chunked", "decode", "prefill"], "mixed")
     tokens, requests, kv_tokens = prompt + decodes, decodes + (prompt > 0), decodes * decode_kv
     time_s = num_layers * layer_s
-    for name, curve in tables.dense.items():
-        count = 1 if name in _ONCE_PER_MODEL else num_layers * (2 if name in _TWICE_PER_LAYER else 1)
+    for count, curve in times_per_model(tables, num_layers):
         time_s = time_s + count * np.interp(tokens, *curve)
     for curve in tables.head.values():
         time_s = time_s + np.interp(requests, *curve)
@@ -143,7 +159,16 @@ def assemble(tables: KernelTables, num_layers: int, max_kv_tokens: int | None = 
     for counts, curves in ((tokens, tables.dense), (requests, tables.head)):
         for measured, _ in curves.values():
             usable &= (counts >= measured[0]) & (counts <= measured[-1])
-    return Iterations(kind[usable], prompt[usable], requests[usable], kv_tokens[usable], time_s[usable])
+    pairs = prompt * (prefix + prompt / 2)
+    return Iterations(kind, prompt, requests, kv_tokens, time_s, prefix, pairs, decodes).rows(usable)
+
+
+def times_per_model(tables: KernelTables, num_layers: int) -> list[tuple[int, Curve]]:
+    """Returns how often an iteration runs each matrix kernel, and its curve."""
+    return [
+        (1 if name in _ONCE_PER_MODEL else num_layers * (2 if name in _TWICE_PER_LAYER else 1), curve)
+        for name, curve in tables.dense.items()
+    ]
 
 
 def fit_timing(iterations: Iterations) -> dict[str, float]:
@@ -173,20 +198,18 @@ def fit_affine(iterations: Iterations) -> dict[str, float]:
     return dict(zip(TIMING_UNITS, (step_s, step_s, token_s, sequence_s, kv_s), strict=True))
 
 
-def relative_errors(timing: dict[str, float], iterations: Iterations) -> dict[str, dict[str, float]]:
+def relative_errors(timing: Mapping[str, Any], iterations: Iterations) -> dict[str, dict[str, float]]:
     """Returns the relative errors of the simulator's cost model, by kind of iteration.
 
     Args:
-      timing: the five coefficients.
+      timing: the five coefficients, and ``kernels`` if the tables count.
       iterations: measured iterations.
 
     Returns:
       For each kind: mean absolute error ``mape``, mean error ``bias``, largest absolute error ``max``, and the number
       of ``iterations``.
     """
-    counts = (iterations.prompt_tokens, iterations.requests, iterations.kv_tokens)
-    experts = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # iteration_s uses none of the three
-    error = np.asarray(iteration_s(experts, *map(jnp.asarray, counts)), np.float64) / iterations.time_s - 1
+    error = predicted_s(timing, iterations) / iterations.time_s - 1
     return {
         kind: {
             "mape": float(np.abs(error[of_kind]).mean()),
@@ -199,6 +222,12 @@ def relative_errors(timing: dict[str, float], iterations: Iterations) -> dict[st
     }
 
 
+def predicted_s(timing: Mapping[str, Any], iterations: Iterations) -> np.ndarray:
+    """Returns the durations [R] s by the simulator's cost model; see ``relative_errors``."""
+    experts = ExpertProfile(**timing, kv_blocks=0, max_running=0, max_waiting=0)  # iteration_s uses none of the three
+    return np.asarray(iteration_s(experts, iterations.batch), np.float64)
+
+
 def save_profile(path: str, profile: dict[str, Any]) -> None:
     """Writes a profile as JSON; the file appears whole or not at all.
 
@@ -208,23 +237,64 @@ def save_profile(path: str, profile: dict[str, Any]) -> None:
     write_whole(path, json.dumps(profile, indent=2, allow_nan=False) + "\n")
 
 
-def load_profile(path: str) -> dict[str, float]:
+def load_profile(path: str | os.PathLike[str]) -> dict[str, float]:
     """Returns the timing coefficients in a file that ``save_profile`` wrote, by field of ``ExpertProfile``.
 
     Raises:
       InputError: the file cannot be read, or a coefficient is missing, not a finite number, or negative.
     """
-    profile = parse_json(read_text(path), path, parse_int=float)
-    timing = profile.get("timing") if isinstance(profile, dict) else None
-    if not isinstance(timing, dict):
+    return _numbers(path, "timing", _read_profile(path), tuple(TIMING_UNITS))
+
+
+def load_tables(path: str | os.PathLike[str]) -> IterationTables:
+    """Returns the tables in a file that ``save_profile`` wrote, with N = 1.
+
+    Raises:
+      InputError: the file cannot be read, is of version 1, which has no tables, or a field is missing or illegal.
+    """
+    profile = _read_profile(path)
+    curves = ("dense_tokens", "dense_s", "head_requests", "head_s")
+    fields: dict[str, Any] = _numbers(path, "kernels", profile, ("host_s", "host_per_sequence_s"))
+    for name in curves:
+        values = profile["kernels"].get(name)
+        if not isinstance(values, list) or not all(isinstance(value, float) for value in values):
+            raise InputError(f"{path}: kernels.{name} is {shown(str(values))}, must be a list of numbers")
+        fields[name] = values
+    attention = _numbers(path, "attention_s", profile["kernels"], ATTENTION_TERMS, "kernels.")
+    fields["attention_s"] = list(attention.values())
+    tables = IterationTables(**{name: np.array([value]) for name, value in fields.items()})
+    return checked_tables(tables, 1, name=f"{path}: kernels")
+
+
+def tables_as_json(tables: IterationTables) -> dict[str, Any]:
+    """Returns the tables of one expert as ``load_tables`` reads them under ``kernels``."""
+    fields = {field.name: np.asarray(getattr(tables, field.name))[0].tolist() for field in dataclasses.fields(tables)}
+    return fields | {"attention_s": dict(zip(ATTENTION_TERMS, fields["attention_s"], strict=True))}
+
+
+def _read_profile(path: str | os.PathLike[str]) -> dict[str, Any]:
+    profile = parse_json(read_text(path), str(path), parse_int=float)
+    if not isinstance(profile, dict):
         raise InputError(f"{path}: has no object 'timing', must have one with {', '.join(TIMING_UNITS)}")
-    for name in TIMING_UNITS:
-        if name not in timing:
-            raise InputError(f"{path}: timing.{name} is missing, must be a finite number >= 0")
-        value = timing[name]
+    version = profile.get("version", 1.0)
+    if version not in (1.0, PROFILE_VERSION):
+        raise InputError(f"{path}: version is {version!r}, must be 1 or {PROFILE_VERSION}")
+    return profile
+
+
+def _numbers(
+    path: str | os.PathLike[str], key: str, within: dict[str, Any], names: Sequence[str], prefix: str = ""
+) -> dict[str, float]:
+    """Returns the numbers of these names in the object ``within[key]``; each is finite and not negative."""
+    values = within.get(key)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: has no object '{prefix}{key}', must have one with {', '.join(names)}")
+    for name in names:
+        value = values.get(name)
         if not isinstance(value, float) or not 0 <= value < math.inf:
-            raise InputError(f"{path}: timing.{name} is {value!r}, must be a finite number >= 0")
-    return {name: timing[name] for name in TIMING_UNITS}
+            found = f"is {value!r}" if name in values else "is missing"
+            raise InputError(f"{path}: {prefix}{key}.{name} {found}, must be a finite number >= 0")
+    return {name: values[name] for name in names}
 
 
 class _Table:
@@ -273,7 +343,7 @@ class _Table:
             raise InputError(f"{self.rows[row][0]}: {column} is {shown(str(cells[row]))}, must be {rule}")
 
 
-def _read_dense(table: _Table) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+def _read_dense(table: _Table) -> tuple[dict[str, Curve], list[str]]:
     """Returns the curves over tokens, and notes on cells that are interpolated."""
     notes = []
     if "layer" in table.columns:
@@ -314,12 +384,12 @@ def _read_attention(table: _Table) -> AttentionTable:
     return batches.rows(decode | (batch == 1))
 
 
-def _curves_by_layer(table: _Table, count: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _curves_by_layer(table: _Table, count: str) -> dict[str, Curve]:
     layer, counts, seconds = table.text("layer"), table.counts(count), table.seconds("time_us", 1e6)
     return {str(name): _curve(counts[layer == name], seconds[layer == name]) for name in np.unique(layer)}
 
 
-def _curve(counts: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _curve(counts: np.ndarray, seconds: np.ndarray) -> Curve:
     """Returns the curve in ascending order, with repeated measurements averaged."""
     unique, index = np.unique(counts, return_inverse=True)
     return unique, np.bincount(index, seconds) / np.bincount(index)

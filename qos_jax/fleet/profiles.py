@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile
+from qos_jax.fleet.profile_fitting import load_profile, load_tables
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, TOKEN_BUDGET, ExpertProfile, IterationTables
 
 MEMORY_SHARE = 0.9  # vLLM's default gpu_memory_utilization
 _LARGE_MEMORY_GB = 70 * 2**30 / 1e9  # from here on vLLM takes larger iterations
@@ -67,6 +70,8 @@ class Gpu:
     per_sequence_ms: float
     idle_w: float  # with a model in memory and no request
     busy_w: float
+    standby_w: float = 0.0  # after the last token of a batch
+    standby_s: float = 0.0  # for this time; without a measurement, the GPU is idle at once
 
 
 _LLAMA_7B = Llm(13.5, 6.607, 524_288)
@@ -106,14 +111,18 @@ LLMS = {
 # head, scaled to LLaMA-7B by parameters (6.607 / 7.505) and KV bytes. [Vidur]: microsoft/vidur 7d47513 and
 # AKafakA/vidur_opt_scheduler 20bdc49, Llama-2-7B without output head, with the step base scaled by 6.607 / 6.476.
 # KV slopes are measured on RTX 4090 and A100; the others assume 80 to 83 % of the memory bandwidth, as on RTX 4090.
-# Memory is what CUDA reports in public logs. Busy power is the vendor's limit (TDP), idle power as published in:
+# Memory is what CUDA reports in public logs. Busy power is the vendor's limit (TDP), idle power as published in the
+# sources below. Standby was measured on A6000 only. A40, A100 and H100 keep their clocks up for as long as a model is
+# loaded, so their idle power is already that of standby. RTX 4090, RTX 3090 and A30 are assumed to be idle at once, and
+# their energy is a lower bound.
 GPUS = {
     # [LLMServingSim]. 25,250,627,584 bytes in that run. 22 W in nvidia-smi at P8, github.com/RLinf/RLinf/issues/255.
     "RTX 4090": Gpu(25.250627584, 14.8, 0.64, 7.51, 0.083, 0.0445, idle_w=22.0, busy_w=450.0),
     # [LLMServingSim]. 23.56 GiB, noonghunna/club-3090 issue 58. 28 W with 21 GB loaded, its issue 127.
     "RTX 3090": Gpu(25.30, 18.9, 0.675, 13.59, 0.200, 0.0859, idle_w=28.0, busy_w=350.0),
-    # [LLMServingSim]. 47.54 GiB in PyTorch logs. 15 W at P8 with a vLLM engine loaded, the higher of two in nvidia-smi.
-    "A6000": Gpu(51.05, 20.8, 0.822, 10.90, 0.1346, 0.0459, idle_w=15.0, busy_w=300.0),
+    # [LLMServingSim]. 47.54 GiB in PyTorch logs. Power with Llama-3.1-8B in vLLM, from its figure 6 (e0f4911): 298 to
+    # 299 W with 2 to 8 requests in a batch, 90 W for 17 to 18 s after the last token, then 33 W.
+    "A6000": Gpu(51.05, 20.8, 0.822, 10.90, 0.1346, 0.0459, idle_w=33.0, busy_w=299.0, standby_w=90.0, standby_s=17.5),
     # [Vidur]. 46,068 MiB less 569 reserved and 110 W with a model loaded, NVIDIA/open-gpu-kernel-modules issue 874.
     "A40": Gpu(47.71, 24.0, 0.94, 16.09, 0.126, 0.11, idle_w=110.0, busy_w=300.0),
     # [Vidur]. 23.53 GiB, google/RB-Modulation issue 5. 33 W with PyTorch loaded, Stanford Yens guide.
@@ -124,15 +133,9 @@ GPUS = {
     "H100": Gpu(84.94, 5.70, 0.189, 4.84, 0.0184, 0.0069, idle_w=121.7, busy_w=700.0),
 }
 
-# Timing of pairs with measurements of their own, as qos-jax fit-profile prints it for [LLMServingSim].
+# Pairs whose own kernels were measured: what qos-jax fit-profile wrote for [LLMServingSim], with errors and sources.
 MEASURED = {
-    ("llama-3.1-8b", "RTX 4090"): {
-        "step_base_s": 16.875e-3,
-        "prefill_base_s": 9.17229e-3,
-        "prefill_per_token_s": 8.90011e-5,
-        "per_sequence_s": 4.19692e-5,
-        "per_kv_token_s": 1.49256e-7,
-    },
+    ("llama-3.1-8b", "RTX 4090"): pathlib.Path(__file__).with_name("measured") / "llama-3.1-8b_rtx-4090.json",
 }
 
 
@@ -148,7 +151,8 @@ def expert_profile(
         engine: of all experts, a name in `ENGINES`.
 
     Returns:
-        The profile, fields are NumPy arrays [N].
+        The profile, fields are NumPy arrays [N]. Pairs in `MEASURED` have the coefficients of their own kernels, and
+        `kernels` holds their tables if all of the pairs are such.
 
     Raises:
         InputError: there is no pair, a name is unknown, an LLM does not fit its GPU, or a limit is below 1.
@@ -172,17 +176,23 @@ def expert_profile(
         "per_sequence_s": gpu_columns["per_sequence_ms"] / 1e3,
         "per_kv_token_s": gpu_columns["kv_ms_per_1000_tokens"] * kv_bytes / _LLAMA_7B.kv_bytes_per_token / 1e6,
     }
+    tables = {}
     for expert, pair in enumerate(pairs):
-        for name, value in MEASURED.get((pair[0], pair[1]), {}).items():
-            timing[name][expert] = value
+        if path := MEASURED.get((pair[0], pair[1])):
+            tables[expert] = load_tables(path)
+            for name, value in load_profile(path).items():
+                timing[name][expert] = value
     return ExpertProfile(
         **timing,
+        kernels=_side_by_side(list(tables.values())) if len(tables) == len(pairs) else None,
         kv_blocks=np.array([_kv_blocks(*pair) for pair in pairs]),
         max_running=np.full(len(pairs), max_running),
         max_waiting=np.full(len(pairs), max_waiting),
         network_s=np.zeros(len(pairs)),
         idle_w=gpu_columns["idle_w"],
         busy_w=gpu_columns["busy_w"],
+        standby_w=gpu_columns["standby_w"],
+        standby_s=gpu_columns["standby_s"],
         kv_block_gb=BLOCK_SIZE_TOKENS * kv_bytes / 1e9,
         token_budget=np.array([ENGINES[engine].token_budget or _default_token_budget(gpu) for _, gpu in pairs]),
         async_scheduling=np.full(len(pairs), ENGINES[engine].async_scheduling),
@@ -194,6 +204,22 @@ def _default_token_budget(gpu_name: str) -> int:
     """Returns vLLM's default of `max_num_batched_tokens` on a GPU (vllm/engine/arg_utils.py, 0.32)."""
     large = GPUS[gpu_name].memory_gb >= _LARGE_MEMORY_GB and gpu_name != "A100"
     return 8192 if large else TOKEN_BUDGET
+
+
+def _side_by_side(tables: Sequence[IterationTables]) -> IterationTables:
+    """Returns the tables of several experts as one; shorter ones get knots at which their last slope goes on."""
+
+    def joined(*rows: np.ndarray) -> np.ndarray:
+        longest = max(row.shape[-1] for row in rows)
+        return np.concatenate([row if row.ndim == 1 else _extended(row, longest) for row in rows])
+
+    return jax.tree.map(joined, *tables)
+
+
+def _extended(row: np.ndarray, length: int) -> np.ndarray:
+    """Returns ``row`` [1, K] as [1, ``length``]: each further number is larger by its last step."""
+    further = np.arange(1, length - row.shape[-1] + 1)
+    return np.append(row, row[:, -1:] + (row[:, -1:] - row[:, -2:-1]) * further, axis=-1)
 
 
 def _kv_blocks(llm_name: str, gpu_name: str) -> int:

@@ -28,7 +28,7 @@ from qos_jax.sim.types import Observation
 
 Info = dict[str, Any]
 
-_COMPLETIONS = ("finished", "score", "latency_per_token_s", "violations", "busy_s", "kv_block_s")
+_COMPLETIONS = ("finished", "score", "latency_per_token_s", "violations", "busy_s", "standby_s", "kv_block_s")
 _SEEDS = 2**32  # JAX keeps this many bits of a seed; a larger one would repeat a smaller one
 
 

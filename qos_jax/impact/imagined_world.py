@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
-from qos_jax.sim.cost import iteration_s, max_kv_blocks
+from qos_jax.sim.cost import decode_s, max_kv_blocks
 from qos_jax.sim.engine import ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
 from qos_jax.sim.world import SlotPayload, Telemetry, World
@@ -69,15 +69,14 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     slots = jax.tree.map(lambda x: jnp.where(occupied, x, jnp.zeros_like(x)), slots)
     zero_s, zero = no_time_s[:, 0], no_tokens[:, 0]
     emitting = slots.emitting & slots.live
-    scheduled_s = iteration_s(
+    scheduled_s, _ = decode_s(
         profile,
-        zero,
         jnp.sum(emitting, -1, dtype=jnp.int32),
         jnp.sum(jnp.where(emitting, computed - 1, 0), -1, dtype=jnp.int32),
     )
     scheduled_s = jnp.where(jnp.any(emitting, -1), scheduled_s, 0.0)
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
-    experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero)
+    experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero_s, zero_s, zero)
     return World(experts, Telemetry(arrivals, None))
 
 

@@ -12,27 +12,39 @@ import platform
 import shlex
 import sys
 from importlib.metadata import version
+from typing import Any
 
+import numpy as np
 from absl.flags import FlagValues
 
 from qos_jax.fleet import profile_fitting
+from qos_jax.fleet.table_fitting import fit_tables
 
 
 def main(values: FlagValues) -> None:
     """Fits, writes the profile and prints it with its errors."""
-    tables = profile_fitting.read_tables(values.dense, values.attention, values.per_sequence)
-    iterations = profile_fitting.assemble(tables, values.num_layers, values.max_kv_tokens)
+    measured = profile_fitting.read_tables(values.dense, values.attention, values.per_sequence)
+    iterations = profile_fitting.assemble(measured, values.num_layers, values.max_kv_tokens)
     timing, affine = profile_fitting.fit_timing(iterations), profile_fitting.fit_affine(iterations)
-    forms = {"hinge": timing, "affine": affine}
+    host_s, host_per_sequence_s = values.host_us / 1e6, values.host_per_sequence_us / 1e6
+    tables = fit_tables(measured, iterations, values.num_layers)
+    forms: dict[str, dict[str, Any]] = {"tables": timing | {"kernels": tables}, "hinge": timing, "affine": affine}
     errors = {form: profile_fitting.relative_errors(fitted, iterations) for form, fitted in forms.items()}
     sources = {"dense": values.dense, "attention": values.attention, "per_sequence": values.per_sequence}
+    tables = tables.replace(host_s=np.array([host_s]), host_per_sequence_s=np.array([host_per_sequence_s]))
+    timing["step_base_s"] += host_s
+    timing["per_sequence_s"] += host_per_sequence_s
     profile = {
+        "version": profile_fitting.PROFILE_VERSION,
         "name": values.name or pathlib.Path(values.out).stem,
+        "llm": values.llm,
+        "gpu": values.gpu,
         "timing": timing,
         "units": profile_fitting.TIMING_UNITS,
+        "kernels": profile_fitting.tables_as_json(tables),
         "errors": errors,
         "affine_timing": affine,
-        "notes": tables.notes,
+        "notes": measured.notes,
         "sources": {key: _source(path) for key, path in sources.items() if path is not None},
         "command": shlex.join(["qos-jax", "fit-profile", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "numpy", "scipy")},
@@ -40,7 +52,7 @@ def main(values: FlagValues) -> None:
     profile_fitting.save_profile(values.out, profile)
     for name, unit in profile_fitting.TIMING_UNITS.items():
         print(f"{name:20} {timing[name]:.6g} {unit}")
-    for note in tables.notes:
+    for note in measured.notes:
         print(f"note: {note}")
     print(f"{'':16} {'iterations':>10} {'mean |e|':>9} {'bias':>7} {'max |e|':>8}")
     for form, kinds in errors.items():

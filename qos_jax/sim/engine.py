@@ -30,7 +30,9 @@ from flax import struct
 from jax import Array, lax
 
 from qos_jax.sim.cost import (
+    Batch,
     blocks_of,
+    decode_s,
     fits_in_memory,
     iteration_s,
     iterations_started,
@@ -104,7 +106,9 @@ class ExpertState(struct.PyTreeNode):
     clock_s: Array  # [L] s, relative to now: when the next iteration may start
     scheduled_s: Array  # [L] s that the scheduled iteration will take, 0 if none is; asynchronous scheduling only
     taken_blocks: Array  # [L] int32 blocks taken from the head of the free queue, less those put there; may wrap around
+    standby_left_s: Array  # [L] s of standby to come if no request does; as before the iterations that run now
     busy_s: Array  # [L] s of iterations
+    standby_s: Array  # [L] s of standby
     kv_block_s: Array  # [L] blocks x s held during iterations
     passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
 
@@ -125,7 +129,7 @@ def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtyp
         jax.tree.map(lambda leaf: jnp.zeros(shape, jnp.asarray(leaf).dtype), payload),
     )  # fmt: skip
     zero_s, zero = jnp.zeros(lanes, dtype), jnp.zeros(lanes, jnp.int32)
-    return ExpertState(slots, zero_s, zero_s, zero, zero_s, zero_s, zero)
+    return ExpertState(slots, zero_s, zero_s, zero, zero_s, zero_s, zero_s, zero_s, zero)
 
 
 def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, duration_s: Array) -> ExpertState:
@@ -134,7 +138,7 @@ def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, durati
 
 
 def drain(spec: EngineSpec, experts: ExpertProfile, state: ExpertState) -> ExpertState:
-    """Runs every request to its end; now stays unchanged."""
+    """Runs every request to its end, and the standby after it; now stays unchanged."""
     never = jnp.full_like(state.clock_s, 1e30)
     return _drain(spec)(experts, state, never)
 
@@ -240,7 +244,7 @@ def _over_lanes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
-    """Runs every iteration that starts before ``horizon_s`` [L]; now stays unchanged."""
+    """Runs every iteration that starts before ``horizon_s`` [L], and standby up to there; now stays unchanged."""
 
     def busy(state: ExpertState) -> Array:
         return (state.clock_s < horizon_s) & jnp.any(state.slots.live, -1)
@@ -255,7 +259,19 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
 
         return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, (state, steady & busy(state)))[0]
 
-    return lax.while_loop(lambda state: jnp.any(busy(state)), schedule_then_decode, state)
+    after = lax.while_loop(lambda state: jnp.any(busy(state)), schedule_then_decode, state)
+    return _stand_by(experts, state, after, horizon_s)
+
+
+def _stand_by(experts: ExpertProfile, before: ExpertState, after: ExpertState, horizon_s: Array) -> ExpertState:
+    """Adds the standby from the last iteration, if it ends before ``horizon_s`` [L], up to there.
+
+    No request arrives meanwhile, so an expert is without work only at the end; it has iterated if its clock moved.
+    """
+    whole_s = jnp.asarray(experts.standby_s, horizon_s.dtype)
+    left_s = jnp.where(after.clock_s > before.clock_s, whole_s, before.standby_left_s)
+    standby_s = jnp.clip(horizon_s - after.clock_s, 0.0, left_s)
+    return after.replace(standby_left_s=left_s - standby_s, standby_s=after.standby_s + standby_s)
 
 
 def _rebase(state: ExpertState, now_s: Array) -> ExpertState:
@@ -325,23 +341,21 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     )
     partly_filled = finished & has_place & (computed % spec.block_size > 0)
     # A block of a finished request that is not full goes to the head of the free queue, and counts as not taken.
-    requests, prefill_tokens, kv_tokens, blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady = (
-        _totals(
-            scheduled,
-            jnp.where(decoding, 0, new_tokens),
-            jnp.where(decoding, cached_tokens, 0),
-            next_blocks,
-            next_blocks - held_blocks - partly_filled.astype(jnp.int32),
-            finished,
-            has_place & ~finished,
-            waiting & ~admitted,
-            eligible & ~fits,
-            (running | admitted) & ~(will_emit | finished),
-        )
+    columns, pairs = _computed(experts, dtype, new_tokens, cached_tokens, decoding)
+    blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady, *sums = _totals(
+        next_blocks,
+        next_blocks - held_blocks - partly_filled.astype(jnp.int32),
+        finished,
+        has_place & ~finished,
+        waiting & ~admitted,
+        eligible & ~fits,
+        (running | admitted) & ~(will_emit | finished),
+        *columns,
     )
-    next_s = iteration_s(experts, prefill_tokens, requests, kv_tokens)
+    batch = Batch(*sums).replace(pairs=pairs)
+    next_s = iteration_s(experts, batch)
     duration_s = jnp.where(active, jnp.where(experts.async_scheduling, state.scheduled_s, next_s), 0.0)
-    next_s = jnp.where(requests > 0, next_s, 0.0)
+    next_s = jnp.where(batch.requests > 0, next_s, 0.0)
     clock_s = state.clock_s + duration_s
     age_s = clock_s[..., None] - slots.arrival_s
     taken_blocks = state.taken_blocks + new_blocks
@@ -351,7 +365,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
     )
     admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
-    state = ExpertState(
+    state = state.replace(
         slots=slots.replace(
             generated=generated,
             computed=computed,
@@ -390,9 +404,8 @@ def _decode_stretch(
     is_async = experts.async_scheduling & active
     left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
     requests, kv_tokens = _totals(running, jnp.where(running, slots.computed, 0))
-    first_s = iteration_s(experts, jnp.zeros_like(requests), requests, kv_tokens)
+    first_s, growth_s = decode_s(experts, requests, kv_tokens)
     as_time = partial(jnp.asarray, dtype=first_s.dtype)
-    growth_s = experts.per_kv_token_s * as_time(requests)
     lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
     duration_s = jnp.where(active, horizon_s - state.clock_s - lead_s, 1.0)
     iterations = iterations_started(first_s, growth_s, jnp.maximum(duration_s, 1e-9), jnp.min(left_tokens, -1) - lead)
@@ -424,7 +437,7 @@ def _decode_stretch(
         decodes,
         jnp.where(decodes, computed - 1, 0),
     )
-    next_s = iteration_s(experts, jnp.zeros_like(requests), decoding, kv_tokens)
+    next_s, _ = decode_s(experts, decoding, kv_tokens)
     taken_blocks = state.taken_blocks + new_blocks
     waits_for_own = slots.waiting & (slots.cached_blocks > 0)
     cached_blocks = lax.cond(
@@ -434,7 +447,7 @@ def _decode_stretch(
         ),
         lambda: slots.cached_blocks,
     )
-    state = ExpertState(
+    state = state.replace(
         slots=slots.replace(
             generated=generated,
             computed=computed,
@@ -451,6 +464,29 @@ def _decode_stretch(
         passes=state.passes + 1,
     )
     return state, (decoding > 0) & (decoding < requests) & (clock_s < horizon_s)
+
+
+def _computed(
+    experts: ExpertProfile, dtype: Any, new_tokens: Array, cached_tokens: Array, decoding: Array
+) -> tuple[tuple[Array, ...], Array | float]:
+    """Returns what an iteration computes: columns [L, S] whose sums begin a ``Batch``, and its ``pairs`` [L].
+
+    Only tables ask for more than the first three columns.
+
+    Args:
+      experts: profile [L].
+      dtype: of times.
+      new_tokens: [L, S] that each request computes, 0 for those that are not scheduled.
+      cached_tokens: [L, S] of each request before the iteration.
+      decoding: [L, S] bool: it computes its newest token.
+    """
+    of_prompt = jnp.where(decoding, 0, new_tokens)
+    columns = (new_tokens > 0, of_prompt, jnp.where(decoding, cached_tokens, 0))
+    if experts.kernels is None:
+        return columns, 0.0
+    tokens, cached = of_prompt.astype(dtype), cached_tokens.astype(dtype)  # their product may exceed int32
+    pairs = jnp.sum(tokens * (cached + tokens / 2.0), -1)
+    return (*columns, decoding, jnp.where(of_prompt > 0, cached_tokens, 0)), pairs
 
 
 def _not_yet_taken(slots: Slots, taken_blocks: Array) -> Array:

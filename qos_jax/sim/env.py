@@ -35,6 +35,12 @@ class EnvParams(struct.PyTreeNode):
     max_steps_in_episode: Array | int = 5000  # requests
     staleness_s: Array | float = 0.0  # s, least age of the metrics that the router observes; needs a spec with history
     saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN if not computed
+    believed_experts: ExpertProfile | None = None  # what routers are told of the experts, if not what they are
+
+    @property
+    def observed_experts(self) -> ExpertProfile:
+        """The profile that routers observe, [N] each."""
+        return self.experts if self.believed_experts is None else self.believed_experts
 
     def at_load(self, load: Array | float) -> EnvParams:
         """Returns the same world at another load, a fraction of the fleet's saturation rate."""
@@ -184,7 +190,7 @@ class Environment:
 
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
         """Returns the router's observation of a state."""
-        return observe(self.spec, params.experts, state.world, state.request, params.staleness_s)
+        return observe(self.spec, params.observed_experts, state.world, state.request, params.staleness_s)
 
     def _params_or_default(self, params: EnvParams | None) -> EnvParams:
         return self.default_params if params is None else params
@@ -235,6 +241,11 @@ def _check_invariants(spec: WorldSpec, profile: ExpertProfile, world: World, gap
     checkify.check(jnp.isfinite(gap_s) & (gap_s >= 0), "the gap to the next arrival is {x}", x=gap_s)
     checkify.check(jnp.all(jnp.isfinite(experts.clock_s)), "a clock is not finite: {x}", x=experts.clock_s)
     checkify.check(jnp.all(experts.clock_s >= 0), "a clock is behind now: {x}", x=experts.clock_s)
+    checkify.check(
+        jnp.all((experts.standby_left_s >= 0) & (experts.standby_left_s <= profile.standby_s)),
+        "the standby left is {x}",
+        x=experts.standby_left_s,
+    )
     checkify.check(jnp.all(blocks <= profile.kv_blocks), "more KV blocks are held than there are: {x}", x=blocks)
     checkify.check(
         jnp.all(jnp.sum(slots.running, -1) <= profile.max_running), "more requests run than may: {x}", x=slots.running

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
-from qos_jax.sim.cost import iteration_s
+from qos_jax.sim.cost import longest_iteration_s
 from qos_jax.sim.engine import EngineSpec, ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestTrace
 from qos_jax.sim.validation import checked_assignment, checked_experts, checked_trace, checked_whole
@@ -119,7 +119,7 @@ class _Stepper:
             return 0.0
         kv_tokens = jnp.sum(jnp.asarray(self.prompt_tokens + self.output_tokens), dtype=jnp.float32)[None]
         requests = jnp.minimum(self.profile.max_running, len(self.arrival_s))
-        return float(iteration_s(self.profile, self.profile.token_budget, requests, kv_tokens)[0])
+        return float(longest_iteration_s(self.profile, requests, kv_tokens)[0])
 
     @property
     def boundary_s(self) -> float:

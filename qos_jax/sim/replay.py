@@ -32,6 +32,7 @@ class ReplayResult(struct.PyTreeNode):
 
     log: RequestLog
     busy_s: np.ndarray  # [N] s of iterations
+    standby_s: np.ndarray  # [N] s of standby up to ``run_end_s``
     kv_block_s: np.ndarray  # [N] blocks x s held
 
 
@@ -51,6 +52,7 @@ class LaneLog(struct.PyTreeNode):
     preemptions: np.ndarray  # [J, L] int32
     dropped: np.ndarray  # [J, L] bool
     busy_s: np.ndarray  # [L] s of iterations
+    standby_s: np.ndarray  # [L] s of standby, that after the last token included
     kv_block_s: np.ndarray  # [L] blocks x s held
 
 
@@ -84,6 +86,11 @@ def replay(
         experts, [trace], [assignment], token_budget=token_budget, block_size=block_size, dtype=dtype
     )
     return result.log
+
+
+def run_end_s(trace: RequestTrace, log: RequestLog) -> float:
+    """Returns when a run of at least one request ends [s]: at its last token or arrival, whichever is later."""
+    return float(np.fmax.reduce(log.finish_s, initial=trace.arrival_s[-1]))
 
 
 def replay_many(
@@ -126,12 +133,12 @@ def replay_many(
     length = 1 + max((int(position.max(initial=-1)) for position in positions), default=0)
     lanes = [_sort_into_lanes(*args, num_experts, length) for args in zip(traces, assignments, positions, strict=True)]
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *lanes)
-    fleets = jax.tree.map(lambda x: np.tile(x, len(traces)), experts)
+    fleets = jax.tree.map(lambda x: np.concatenate([x] * len(traces)), experts)
     log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype)
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
     ]
-    return [_in_trace_order(*args) for args in zip(fleet_logs, traces, assignments, positions, strict=True)]
+    return [_in_trace_order(experts, *args) for args in zip(fleet_logs, traces, assignments, positions, strict=True)]
 
 
 def _positions(assignment: np.ndarray, num_experts: int) -> np.ndarray:
@@ -158,8 +165,10 @@ def _sort_into_lanes(
     return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens)
 
 
-def _in_trace_order(log: LaneLog, trace: RequestTrace, assignment: np.ndarray, position: np.ndarray) -> ReplayResult:
-    """Returns the logs of the lanes in the order of the trace."""
+def _in_trace_order(
+    experts: ExpertProfile, log: LaneLog, trace: RequestTrace, assignment: np.ndarray, position: np.ndarray
+) -> ReplayResult:
+    """Returns the logs of the lanes in the order of the trace, and the standby without that after the run."""
     sent = assignment >= 0
     cell = (position[sent], assignment[sent])
     finish_s, first_token_s = np.full((2, len(sent)), np.nan)
@@ -167,7 +176,12 @@ def _in_trace_order(log: LaneLog, trace: RequestTrace, assignment: np.ndarray, p
     finish_s[sent] = trace.arrival_s[sent] + log.finish_s[cell]
     first_token_s[sent] = trace.arrival_s[sent] + log.first_token_s[cell]
     preemptions[sent], dropped[sent] = log.preemptions[cell], log.dropped[cell]
-    return ReplayResult(RequestLog(finish_s, first_token_s, preemptions, dropped), log.busy_s, log.kv_block_s)
+    requests = RequestLog(finish_s, first_token_s, preemptions, dropped)
+    last_token_s = np.full(len(log.standby_s), -np.inf)
+    np.fmax.at(last_token_s, assignment[sent], finish_s[sent])
+    end_s = run_end_s(trace, requests) if len(sent) else 0.0
+    standby_s = log.standby_s - np.maximum(last_token_s + experts.standby_s - end_s, 0.0)
+    return ReplayResult(requests, log.busy_s, standby_s, log.kv_block_s)
 
 
 def replay_lanes(
@@ -215,8 +229,8 @@ def replay_lanes(
     first_token_s[index, lane] = rows["first_token_s"][finished]
     preemptions[index, lane] = rows["preemptions"][finished]
     dropped = np.asarray(dropped).reshape(-1, lanes)[:length]
-    busy_s, kv_block_s = (np.asarray(x, np.float64).sum(0) for x in integrals)
-    return LaneLog(finish_s, first_token_s, preemptions, dropped, busy_s, kv_block_s)
+    busy_s, standby_s, kv_block_s = (np.asarray(x, np.float64).sum(0) for x in integrals)
+    return LaneLog(finish_s, first_token_s, preemptions, dropped, busy_s, standby_s, kv_block_s)
 
 
 def _split_into_chunks(values: np.ndarray, chunks: int) -> np.ndarray:
@@ -264,7 +278,7 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) ->
     return rows, dropped, integrals, overflow
 
 
-def _collect(state: ExpertState) -> tuple[dict[str, Array], tuple[Array, Array], ExpertState]:
+def _collect(state: ExpertState) -> tuple[dict[str, Array], tuple[Array, Array, Array], ExpertState]:
     """Returns the finished requests by slot (index -1 in other slots), the integrals, and the state with these at 0."""
     slots = state.slots
     rows = {
@@ -274,4 +288,5 @@ def _collect(state: ExpertState) -> tuple[dict[str, Array], tuple[Array, Array],
         "preemptions": slots.preemptions,
     }
     zero = jnp.zeros_like(state.busy_s)
-    return rows, (state.busy_s, state.kv_block_s), state.replace(busy_s=zero, kv_block_s=zero)
+    integrals = state.busy_s, state.standby_s, state.kv_block_s
+    return rows, integrals, state.replace(busy_s=zero, standby_s=zero, kv_block_s=zero)

@@ -82,13 +82,13 @@ def space_class(own: type) -> Any:
 
 
 def space_of(x: Any) -> Any:
-    """Returns the space of a pytree of structs: a ``Dict`` of each struct, and a ``Box`` of each array.
+    """Returns the space of a pytree of structs: a ``Dict`` of each struct, and a ``Box`` of each array; None has none.
 
     Args:
       x: arrays or ``jax.ShapeDtypeStruct``s. Booleans are bounded by 0 and 1, other numbers by their type.
     """
     if not hasattr(x, "dtype"):
-        return space_class(Dict)({name: space_of(value) for name, value in vars(x).items()})
+        return space_class(Dict)({name: space_of(value) for name, value in vars(x).items() if value is not None})
     low, high = -jnp.inf, jnp.inf
     if x.dtype == bool:
         low, high = 0, 1

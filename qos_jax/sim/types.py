@@ -19,12 +19,44 @@ TOKEN_BUDGET = 2048
 LLAMA_7B_BLOCK_GB = BLOCK_SIZE_TOKENS * 524_288 / 1e9  # of one KV block: 32 layers x 2 x 4096 x 2 bytes per token
 
 
+ATTENTION_TERMS = (
+    "decode",  # s, of an iteration that only decodes
+    "decode_per_request",  # s/request, there
+    "decode_per_kv_token",  # s per cached token of its requests, there
+    "prompt",  # s, of an iteration that only computes prompts
+    "mixed",  # s, of one that does both and computes prompts from their first token on
+    "mixed_chunked",  # s, of one that does both, where a part of a prompt is cached already
+    "mixed_per_request",  # s per decoding request of an iteration that does both
+    "mixed_per_kv_token",  # s per cached token of these requests
+    "per_early_prompt_token",  # s per prompt token of the iteration, up to ``EARLY_PROMPT_TOKENS`` of them
+    "per_late_prompt_token",  # s per prompt token beyond
+    "per_pair",  # s per pair of a prompt token and a token before it in the same prompt
+    "per_prefix_token",  # s per token of these prompts that is cached already
+)
+EARLY_PROMPT_TOKENS = 128  # one tile of a prefill kernel
+
+
+class IterationTables(struct.PyTreeNode):
+    """Measured durations of an iteration's kernels, and of the host: the durations add up (``qos_jax.sim.cost``).
+
+    Between two knots a table is linear; below the first it is constant, and beyond the last its last slope goes on.
+    """
+
+    dense_tokens: AnyArray  # [N, K1] knots: tokens in the iteration, prompt tokens and one of each decoding request
+    dense_s: AnyArray  # [N, K1] s of all matrix kernels
+    head_requests: AnyArray  # [N, K2] knots: requests in the iteration
+    head_s: AnyArray  # [N, K2] s of the output head
+    attention_s: AnyArray  # [N, 12] s of the attention of all layers, coefficients of ``ATTENTION_TERMS``
+    host_s: AnyArray  # [N] s of the host that no kernel hides
+    host_per_sequence_s: AnyArray  # [N] s/request, of the host
+
+
 class ExpertProfile(struct.PyTreeNode):
     """Timing, memory and power of N experts; an expert is one LLM on one GPU.
 
     One iteration takes ``max(step_base_s, [P > 0] (prefill_base_s + prefill_per_token_s P)) + per_sequence_s B +
     per_kv_token_s K`` seconds for ``P`` prompt tokens, ``B`` scheduled requests and ``K`` cached tokens of its decoding
-    requests.
+    requests. With ``kernels`` it takes what these tables say; the coefficients are then their summary, for routers.
     """
 
     step_base_s: AnyArray  # [N] s to read the weights once: lower bound of an iteration
@@ -36,12 +68,15 @@ class ExpertProfile(struct.PyTreeNode):
     max_running: AnyArray  # [N] requests in one iteration
     max_waiting: AnyArray  # [N] requests in the queue
     network_s: AnyArray = 0.0  # [N] s of network delay, added to the latency only
-    idle_w: AnyArray = 0.0  # [N] W while no iteration runs
+    idle_w: AnyArray = 0.0  # [N] W at other times
     busy_w: AnyArray = 0.0  # [N] W while an iteration runs
     kv_block_gb: AnyArray = LLAMA_7B_BLOCK_GB  # [N] GB (10^9 bytes) of one KV block
     token_budget: AnyArray = TOKEN_BUDGET  # [N] tokens in one iteration
     async_scheduling: AnyArray = False  # [N] bool: an iteration is scheduled when the one before it starts
     prefix_cache: AnyArray = False  # [N] bool: a preempted request finds those of its blocks that nobody took since
+    standby_w: AnyArray = 0.0  # [N] W for standby_s after an iteration, if none follows
+    standby_s: AnyArray = 0.0  # [N] s
+    kernels: IterationTables | None = None  # tables of all experts, or of none: then the five coefficients hold
 
 
 class Request(struct.PyTreeNode):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
-from qos_jax.sim.types import ExpertProfile, RequestTrace
+from qos_jax.sim.types import ATTENTION_TERMS, ExpertProfile, IterationTables, RequestTrace
 
 MAX_COUNT = 2**30 - 1  # the sum of two counts fits in int32
 MAX_TOKENS = 2**29  # of a prompt or an answer: both together are at most what a KV memory holds
@@ -18,7 +18,15 @@ MAX_SEED = 2**32 - 1  # of jax.random.key
 MAX_SIZE = 2**24  # tokens of a budget or a block; prefix sums over the slots count exactly to here
 _COUNTS = ("kv_blocks", "max_running", "max_waiting", "token_budget")
 _SWITCHES = ("async_scheduling", "prefix_cache")
-_TIMES = ("step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s", "network_s")
+_TIMES = (
+    "step_base_s",
+    "prefill_base_s",
+    "prefill_per_token_s",
+    "per_sequence_s",
+    "per_kv_token_s",
+    "network_s",
+    "standby_s",
+)
 _MAX_TIME_S = 1e6  # of a field of a profile; the engine takes 1e30 s, the longest of runs of such iterations, for never
 _MAX_ARRIVAL_S = 1e15
 
@@ -59,15 +67,16 @@ def check_shapes(arrays: Mapping[str, tuple[Any, str]], **lengths: int) -> None:
 
 
 def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertProfile:
-    """Returns the profile with every field as a NumPy array [N]: times as ``dtype``, counts as int32.
+    """Returns the profile with every field as a NumPy array [N], of tables [N, K]: times as ``dtype``, counts as int32.
 
     Counts beyond ``MAX_COUNT`` become ``MAX_COUNT``, which limits nothing.
 
     Raises:
-      InputError: a field has a wrong shape, is NaN, infinite or negative, a time is above 1e6 s, or an iteration of an
-        expert takes no time.
+      InputError: a field has a wrong shape, is NaN, infinite or negative, a time is above 1e6 s, the knots of a table
+        do not increase, or an iteration of an expert takes no time.
     """
-    fields = {f.name: np.asarray(getattr(experts, f.name)) for f in dataclasses.fields(experts)}
+    names = [field.name for field in dataclasses.fields(experts) if field.name != "kernels"]
+    fields = {name: np.asarray(getattr(experts, name)) for name in names}
     num_experts = max((x.shape[0] for x in fields.values() if x.ndim == 1), default=1)
     checked = {}
     for name, values in fields.items():
@@ -99,7 +108,49 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
             f"experts.step_base_s, per_sequence_s and per_kv_token_s are all 0 for expert {timeless.argmax()}, "
             "one must be above 0, as an iteration takes time"
         )
-    return ExpertProfile(**checked)
+    kernels = experts.kernels
+    return ExpertProfile(**checked, kernels=None if kernels is None else checked_tables(kernels, num_experts, dtype))
+
+
+def checked_tables(
+    tables: IterationTables, num_experts: int, dtype: Any = np.float64, name: str = "experts.kernels"
+) -> IterationTables:
+    """Returns the tables with every field as a NumPy array [N, K] or [N] of ``dtype``; ``name`` is for messages.
+
+    Raises:
+      InputError: a field has a wrong shape or a value that is NaN, negative or above 1e6, there are fewer than two
+        knots or they do not increase, the times at the last two knots fall, or an iteration takes no time.
+    """
+    lengths = {"dense": np.shape(tables.dense_tokens)[-1:], "head": np.shape(tables.head_requests)[-1:]}
+    lengths |= {"attention": (len(ATTENTION_TERMS),), "host": ()}
+    checked = {}
+    for field in (field.name for field in dataclasses.fields(tables)):
+        values = np.asarray(getattr(tables, field), np.float64)
+        shape = (num_experts, *lengths[field.split("_")[0]])
+        if values.shape != shape:
+            raise InputError(f"{name}.{field} has shape {values.shape}, must be {list(shape)}")
+        bad = ~((values >= 0) & (values <= _MAX_TIME_S))
+        if bad.any():
+            raise InputError(f"{name}.{field} is {values[bad][0]} for expert {_row(bad)}, must be from 0 to 1e6")
+        checked[field] = values
+    for knots, times in (("dense_tokens", "dense_s"), ("head_requests", "head_s")):
+        stuck = np.diff(checked[knots]) <= 0
+        if stuck.size == 0 or stuck.any():
+            raise InputError(f"{name}.{knots} is {checked[knots].tolist()}, must be two or more increasing numbers")
+        falls = checked[times][:, -1] < checked[times][:, -2]
+        if falls.any():
+            raise InputError(f"{name}.{times} falls at its end for expert {_row(falls)}, must not: that slope goes on")
+    timeless = checked["dense_s"].min(-1) + checked["head_s"].min(-1) + checked["host_s"] <= 0
+    if timeless.any():
+        raise InputError(
+            f"{name}.dense_s, head_s and host_s are 0 for expert {_row(timeless)}, but an iteration takes time"
+        )
+    return IterationTables(**{field: values.astype(dtype) for field, values in checked.items()})
+
+
+def _row(bad: np.ndarray) -> int:
+    """Returns the first row of ``bad`` [N, ...] with an entry that is set."""
+    return int(np.argmax(bad.reshape(len(bad), -1).any(-1)))
 
 
 def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:

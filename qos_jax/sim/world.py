@@ -77,6 +77,7 @@ class Completions(struct.PyTreeNode):
     latency_per_token_s: Array  # [] sum of latencies per token
     violations: Array  # [] int32 requests beyond their limit
     busy_s: Array  # [N] s
+    standby_s: Array  # [N] s
     kv_block_s: Array  # [N] blocks x s
     passes: Array  # [] int32 passes through the engine's loops
 
@@ -159,6 +160,7 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
         latency_per_token_s=jnp.sum(jnp.where(done, latency_per_token_s, 0.0)),
         violations=jnp.sum(done & ~in_time, dtype=jnp.int32),
         busy_s=experts.busy_s,
+        standby_s=experts.standby_s,
         kv_block_s=experts.kv_block_s,
         passes=jnp.max(experts.passes),
     )
@@ -166,7 +168,9 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
     slots = slots.replace(
         output_tokens=jnp.where(done, 0, slots.output_tokens), generated=jnp.where(done, 0, slots.generated)
     )
-    experts = experts.replace(slots=slots, busy_s=zero, kv_block_s=zero, passes=jnp.zeros_like(experts.passes))
+    experts = experts.replace(
+        slots=slots, busy_s=zero, standby_s=zero, kv_block_s=zero, passes=jnp.zeros_like(experts.passes)
+    )
     return world.replace(experts=experts), completions
 
 
@@ -203,7 +207,8 @@ def example_observation(spec: WorldSpec) -> Observation:
     """Returns an observation with placeholder values, for the shapes and dtypes of its arrays."""
     floats, counts = jnp.ones(spec.num_experts, jnp.float32), jnp.ones(spec.num_experts, jnp.int32)
     off = jnp.zeros(spec.num_experts, bool)
-    profile = ExpertProfile(*[floats] * 5, *[counts] * 3, *[floats] * 4, counts, *[off] * 2)  # type: ignore[call-arg]
+    fields = *[floats] * 5, *[counts] * 3, *[floats] * 4, counts, *[off] * 2, *[floats] * 2
+    profile = ExpertProfile(*fields)  # type: ignore[arg-type]
     request = Request(jnp.int32(1), counts, floats, jnp.float32(1.0), floats, floats)
     return observe(spec, profile, empty_world(spec, profile), request)
 

@@ -73,7 +73,7 @@ PRESETS = {
     # The fleet and the requests of a measured vLLM run, whose rate of 10 requests/s was far beyond saturation.
     "golden-rtx4090": Preset(
         (("llama-3.1-8b", "RTX 4090"),),
-        saturation_per_s=1.77,
+        saturation_per_s=1.72,
         latency_limit_s=0.05,
         max_running=256,
         max_waiting=256,

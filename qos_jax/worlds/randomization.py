@@ -153,5 +153,6 @@ def _saturation_rates(
 
 
 def _profile(pairs: list[Pair], max_running: int, max_waiting: int, engine: str) -> ExpertProfile:
-    profile = checked_experts(expert_profile(pairs, max_running, max_waiting, engine), np.float32)
-    return jax.tree.map(jnp.asarray, profile)
+    profile = expert_profile(pairs, max_running, max_waiting, engine)
+    profile = profile.replace(kernels=None)  # not every pair was measured, and all worlds have the same fields
+    return jax.tree.map(jnp.asarray, checked_experts(profile, np.float32))

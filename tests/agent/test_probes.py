@@ -17,7 +17,7 @@ import scipy.special
 from flax import struct
 from jax import Array, lax
 
-from qos_jax import Observation, Request, RequestTrace
+from qos_jax import ExpertProfile, Observation, Request, RequestLog, RequestTrace
 from qos_jax.agent.probes import Probe, SoftQos, empty_probes, marginal_values, simulate, start_probe
 from qos_jax.agent.rewards import RewardWeights
 from qos_jax.evaluation.metrics import latency_per_token_s, select_assigned
@@ -25,6 +25,7 @@ from qos_jax.sim import engine
 from qos_jax.sim.env import EnvParams, EnvState
 from qos_jax.sim.replay import ReplayResult, replay_many
 from tests.helpers.decision_processes import quick_jit, stacked
+from tests.helpers.reference import standby_between
 from tests.helpers.small_env import small_env, small_params
 
 NUM_EXPERTS, DROP = 3, 3
@@ -74,8 +75,13 @@ def world(seed: int, rate_per_s: float, **fields: Any) -> EnvParams:
         predicted_tokens=output_tokens.astype(float),
     )
     table = TableWorkload(rng.exponential(1.0 / rate_per_s, NUM_REQUESTS + 1), requests)
-    power = {"idle_w": 50.0, "busy_w": np.array([200.0, 300.0, 400.0]), "network_s": np.array([0.0, 0.02, 0.05])}
-    params = small_params(NUM_EXPERTS, max_steps_in_episode=10_000, **(power | fields))
+    unequal = {
+        "busy_w": np.array([200.0, 300.0, 400.0]),
+        "standby_s": np.array([0.0, 0.3, 2.0]),
+        "network_s": np.array([0.0, 0.02, 0.05]),
+    }
+    fields = {"idle_w": 50.0, "standby_w": 100.0} | unequal | fields
+    params = small_params(NUM_EXPERTS, max_steps_in_episode=10_000, **fields)
     return params.replace(
         workload=jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else None), table)
     )
@@ -162,9 +168,24 @@ def return_of(of_world: int, run: tuple[Any, Any, Any], weights: RewardWeights, 
     in_time = scipy.special.expit(margin_s / width_s)
     answers = select_assigned(trace.score, assignment) * in_time - weights.violation * (1.0 - in_time)
     memory_gb_s = np.sum(replayed.kv_block_s * experts.kv_block_gb)
-    energy_kj = np.sum(replayed.busy_s * (experts.busy_w - experts.idle_w)) / 1e3
+    busy_j = replayed.busy_s * (experts.busy_w - experts.idle_w)
+    standby_j = standby_to_the_end_s(experts, trace, assignment, replayed.log) * (experts.standby_w - experts.idle_w)
+    energy_kj = np.sum(busy_j + standby_j) / 1e3
     plain = np.sum(np.where(replayed.log.dropped, -weights.drop, answers))
     return plain - weights.kv_memory * memory_gb_s - weights.energy * energy_kj
+
+
+def standby_to_the_end_s(
+    experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, log: RequestLog
+) -> np.ndarray:
+    """Returns the standby [N] s, that after each expert's last token included."""
+    served = [(assignment == n) & ~log.dropped for n in range(NUM_EXPERTS)]
+    return np.array(
+        [
+            standby_between(trace.arrival_s[mask], log.finish_s[mask], standby_s, np.inf)
+            for mask, standby_s in zip(served, experts.standby_s, strict=True)
+        ]
+    )
 
 
 def brute_force(costs: str, width_s: float = WIDTH_S) -> np.ndarray:
@@ -237,12 +258,19 @@ def test_the_actual_world_is_that_of_the_environment() -> None:
     np.testing.assert_array_equal(sums.dropped, steps["dropped"][:, :-1].reshape(by_stretch).sum(-1))
 
 
-def compacted(state: EnvState) -> tuple[Any, Any]:
-    """Returns the requests without the gaps between slots, which depend on the last compaction, and the clocks."""
+def compacted(state: EnvState) -> tuple[Any, Any, Any]:
+    """Returns the requests, the clocks and the standby left.
+
+    Gaps between slots depend on the last compaction, and so do what a slot keeps of a request before and is not in use.
+    """
     experts = engine.compact(ENV.spec.engine, jax.tree.map(jnp.asarray, state.world.experts))
-    started = experts.slots.generated > 0
-    first_token_s = jnp.where(started, experts.slots.first_token_s, 0.0)
-    return experts.slots.replace(first_token_s=first_token_s, finish_s=0.0), experts.clock_s
+    slots = experts.slots
+    slots = slots.replace(
+        first_token_s=jnp.where(slots.generated > 0, slots.first_token_s, 0.0),
+        finish_s=0.0,
+        taken_at=jnp.where(slots.cached_blocks > 0, slots.taken_at, 0),
+    )
+    return slots, experts.clock_s, experts.standby_left_s
 
 
 def test_a_probe_keeps_the_observation_and_action_of_its_decision() -> None:

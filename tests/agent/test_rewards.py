@@ -19,8 +19,10 @@ from tests.helpers.decision_processes import quick_jit
 from tests.helpers.observations import observation, running
 from tests.helpers.small_env import small_env, small_experts, small_params
 
-WATTS = {"idle_w": np.array([50.0, 100.0]), "busy_w": np.array([250.0, 500.0])}
-BUSY_S, KV_BLOCK_S, BLOCK_GB = np.array([2.0, 1.0]), np.array([30.0, 10.0]), 0.5
+WATTS = {
+    "idle_w": np.array([50.0, 100.0]), "busy_w": np.array([250.0, 500.0]), "standby_w": np.array([80.0, 100.0])
+}  # fmt: skip
+BUSY_S, STANDBY_S, KV_BLOCK_S, BLOCK_GB = np.array([2.0, 1.0]), np.array([10.0, 5.0]), np.array([30.0, 10.0]), 0.5
 
 
 def two_experts(**fields: Any) -> Any:
@@ -48,7 +50,8 @@ class TestExpertReturns:
             finish_s=per_token_s * tokens - self.profile.network_s[:, None],
             payload=payload,
         )
-        return state.replace(slots=slots, busy_s=jnp.array(BUSY_S), kv_block_s=jnp.array(KV_BLOCK_S))
+        used = {"busy_s": jnp.array(BUSY_S), "standby_s": jnp.array(STANDBY_S), "kv_block_s": jnp.array(KV_BLOCK_S)}
+        return state.replace(slots=slots, **used)
 
     @pytest.mark.parametrize("width_s", [1e-3, 5e-3])
     def test_answers_get_the_soft_qos(self, width_s: float) -> None:
@@ -65,7 +68,7 @@ class TestExpertReturns:
         "weights, cost",
         [
             (RewardWeights(kv_memory=0.02), 0.02 * KV_BLOCK_S * BLOCK_GB),
-            (RewardWeights(energy=0.3), 0.3 * BUSY_S * np.array([0.2, 0.4])),
+            (RewardWeights(energy=0.3), 0.3 * (BUSY_S * [0.2, 0.4] + STANDBY_S * [0.03, 0.0])),
             (RewardWeights(drop=9.0, predicted_loss=9.0, potential=9.0), [0.0, 0.0]),
         ],
     )
@@ -86,6 +89,7 @@ COMPLETIONS = Completions(
     latency_per_token_s=jnp.float32(0.2),
     violations=jnp.int32(3),
     busy_s=jnp.array(BUSY_S),
+    standby_s=jnp.array(STANDBY_S),
     kv_block_s=jnp.array(KV_BLOCK_S),
     passes=jnp.int32(7),
 )
@@ -108,7 +112,7 @@ def reward_of(weights: RewardWeights, action: int = EXPERT, dropped: bool = Fals
         (RewardWeights(drop=0.4), False, QOS),
         (RewardWeights(drop=0.4), True, QOS - 0.4),
         (RewardWeights(kv_memory=0.02), False, QOS - 0.02 * 40.0 * BLOCK_GB),
-        (RewardWeights(energy=0.3), False, QOS - 0.3 * (2.0 * 0.2 + 1.0 * 0.4)),
+        (RewardWeights(energy=0.3), False, QOS - 0.3 * (2.0 * 0.2 + 1.0 * 0.4 + 10.0 * 0.03)),
     ],
 )
 def test_the_costs_of_a_step_are_those_computed_by_hand(weights: RewardWeights, dropped: bool, expected: float) -> None:

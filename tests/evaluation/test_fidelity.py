@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -151,8 +152,9 @@ def test_errors_without_a_part_of_the_model(calm: Made, crowded: Made) -> None:
 
 def batches(*rows: tuple[str, int, int, int], factor: float = 1.0) -> profile_fitting.Iterations:
     kinds, *counts = zip(*rows, strict=True)
-    found = profile_fitting.Iterations(np.array(kinds), *map(np.array, counts), np.ones(len(rows)))
-    return profile_fitting.Iterations(found.kind, *map(np.array, counts), factor * fidelity._predicted_s(found, TIMING))
+    ones, zeros = np.ones(len(rows)), np.zeros(len(rows))
+    found = profile_fitting.Iterations(np.array(kinds), *map(np.array, counts), ones, zeros, zeros, zeros)
+    return dataclasses.replace(found, time_s=factor * profile_fitting.predicted_s(TIMING, found))
 
 
 def test_errors_of_the_cost_model_are_those_of_the_nearest_kernels() -> None:

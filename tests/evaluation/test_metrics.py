@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 
 from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
 from qos_jax.evaluation.metrics import latency_per_token_s, metrics_of, qos_of
-from qos_jax.sim.replay import ReplayResult, replay_many
+from qos_jax.fleet.profiles import expert_profile
+from qos_jax.sim.cost import excess_energy_j
+from qos_jax.sim.replay import ReplayResult, replay_many, run_end_s
 from tests.helpers.workloads import profile
 
 NAN = math.nan
@@ -20,6 +24,8 @@ EXPERTS = profile(
     kv_blocks=[100, 200],
     idle_w=[100.0, 50.0],
     busy_w=[400.0, 300.0],
+    standby_w=[150.0, 80.0],
+    standby_s=[0.5, 2.0],
     kv_block_gb=[0.01, 0.02],
 )
 # Request 0 meets its limit exactly. Request 1 misses it because of the network delay. Request 2 meets it exactly, on an
@@ -40,6 +46,7 @@ REPLAYED = ReplayResult(
         dropped=np.array([False, False, False, True, True, False]),
     ),
     busy_s=np.array([3.0, 1.5]),
+    standby_s=np.array([0.25, 0.5]),
     kv_block_s=np.array([90.0, 180.0]),
 )
 EXPECTED = {
@@ -57,9 +64,9 @@ EXPECTED = {
     "preemptions": 3,
     "kv_utilisation": (90 / (4.5 * 100) + 180 / (4.5 * 200)) / 2,
     "qos_per_gb_s": 2.2 / (90 * 0.01 + 180 * 0.02),
-    "energy_j_per_request": 1950 / 6,  # 400 x 3 + 100 x 1.5 and 300 x 1.5 + 50 x 3 J
-    "energy_j_per_token": 1950 / 33,
-    "qos_per_kj": 2.2 / 1.95,
+    "energy_j_per_request": 1977.5 / 6,  # 400 x 3 + 150 x .25 + 100 x 1.25 and 300 x 1.5 + 80 x .5 + 50 x 2.5 J
+    "energy_j_per_token": 1977.5 / 33,
+    "qos_per_kj": 2.2 / 1.9775,
     "busy_fraction": (3.0 / 4.5 + 1.5 / 4.5) / 2,
 }
 OF_THE_WHOLE_RUN = ("kv_utilisation", "qos_per_gb_s", "energy_j_per_token", "qos_per_kj", "busy_fraction")
@@ -102,7 +109,8 @@ def test_where_all_requests_are_dropped_times_are_unknown(num_requests: int) -> 
     trace = jax.tree.map(lambda x: x[:num_requests], TRACE)
     nothing = np.full(num_requests, NAN)
     log = RequestLog(nothing, nothing, np.zeros(num_requests, int), np.ones(num_requests, bool))
-    metrics = metrics_of(EXPERTS, trace, np.full(num_requests, -1), ReplayResult(log, np.zeros(2), np.zeros(2)))
+    result = ReplayResult(log, *[np.zeros(2)] * 3)
+    metrics = metrics_of(EXPERTS, trace, np.full(num_requests, -1), result)
     unknown = {name for name, value in metrics.items() if math.isnan(value)}
     answers = {"score", "latency_per_token_s", "ttft_s", "tpot_s", "energy_j_per_token", "qos_per_gb_s"}
     percentiles = {f"latency_per_token_p{p}_s" for p in (50, 95, 99)}
@@ -136,7 +144,8 @@ def test_a_run_known_exactly() -> None:
     experts = ExpertProfile(
         step_base_s=np.array([0.01, 0.05]), prefill_base_s=0.0, prefill_per_token_s=0.0, per_sequence_s=0.0,
         per_kv_token_s=0.0, kv_blocks=np.array([10, 50]), max_running=4, max_waiting=4,
-        idle_w=np.array([100.0, 10.0]), busy_w=np.array([400.0, 999.0]), kv_block_gb=0.01,
+        idle_w=np.array([100.0, 10.0]), busy_w=np.array([400.0, 999.0]), standby_w=150.0, standby_s=0.5,
+        kv_block_gb=0.01,
     )  # fmt: skip
     trace = RequestTrace(
         arrival_s=np.array([5.0, 7.0]),
@@ -149,7 +158,8 @@ def test_a_run_known_exactly() -> None:
     (result,) = replay_many(experts, [trace], [assignment])
     metrics = metrics_of(experts, trace, assignment, result)
     run_s, busy_s, blocks_s = 2.3, 0.6, 2 * 0.01 * (13 * 2 + 16 * 3 + 4)
-    energy_j = 400 * busy_s + 100 * (run_s - busy_s) + 10 * run_s
+    # It stands by after the first request only, as the run ends with the second one.
+    energy_j = 400 * busy_s + 150 * 0.5 + 100 * (run_s - busy_s - 0.5) + 10 * run_s
     expected = {
         "qos": 0.625,
         "latency_per_token_s": 0.01,
@@ -164,3 +174,28 @@ def test_a_run_known_exactly() -> None:
         "busy_fraction": busy_s / run_s / 2,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_measured_energy_of_a_gpu_follows_from_three_power_states(data_dir: pathlib.Path) -> None:
+    """Three bursts of 10 requests, 60 s apart, on vLLM 0.11 with Llama-3.1-8B and an A6000 whose power was sampled.
+
+    Timing and power are those of the shipped profile. A second expert serves the same requests without standby.
+    """
+    folder = data_dir / "golden-power-a6000"
+    time_s, power_w = np.loadtxt(folder / "gpu_power_tp1.csv", delimiter=",", skiprows=1).T
+    rows = [json.loads(line) for line in (folder / "requests.jsonl").read_text(encoding="utf-8").splitlines()]
+    experts = expert_profile([("llama-3.1-8b", "A6000")] * 2)
+    experts = experts.replace(standby_s=experts.standby_s * [1.0, 0.0])
+    served = {name: np.repeat([row[name] for row in rows], 2) for name in rows[0]}
+    # The router drops a request at both ends of the samples, so that the run is as long. The bursts start at 8.6 s.
+    arrival_s = np.concatenate([time_s[:1], served["arrival_s"] + 7.6, time_s[-1:]])
+    prompts, outputs = (np.pad(served[name], 1, constant_values=1) for name in ("input_toks", "output_toks"))
+    trace = RequestTrace(arrival_s, prompts, np.tile(outputs[:, None], 2))
+    (result,) = replay_many(experts, [trace], [np.array([-1, *[0, 1] * len(rows), -1])])
+
+    run_s = run_end_s(trace, result.log) - arrival_s[0]
+    energy_j = excess_energy_j(experts, result.busy_s, result.standby_s) + experts.idle_w * run_s
+    measured_j = np.trapezoid(power_w, time_s)
+    assert measured_j == pytest.approx(19_787, abs=1)
+    assert energy_j[0] == pytest.approx(measured_j, rel=0.05)
+    assert energy_j[1] < 0.85 * measured_j

@@ -1,8 +1,11 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from qos_jax.errors import InputError
-from qos_jax.fleet.profiles import GPUS, LLMS, expert_profile
+from qos_jax.fleet.profiles import GPUS, LLMS, MEASURED, expert_profile
 from qos_jax.workload import constants
 
 
@@ -52,12 +55,53 @@ def test_short_prompts_cost_no_more_than_the_step_and_long_ones_do():
 def test_each_expert_has_its_own_row():
     profile = expert_profile([("alpaca-native", "A40"), ("chatglm-6b", "H100")], max_running=8, max_waiting=5)
     alone = expert_profile([("chatglm-6b", "H100")], max_running=8, max_waiting=5)
-    for name in ("step_base_s", "prefill_base_s", "kv_blocks", "per_sequence_s", "idle_w", "busy_w", "kv_block_gb"):
+    for name in (
+        "step_base_s",
+        "prefill_base_s",
+        "kv_blocks",
+        "per_sequence_s",
+        "idle_w",
+        "busy_w",
+        "standby_s",
+        "kv_block_gb",
+    ):
         assert getattr(profile, name).shape == (2,)
         assert getattr(profile, name)[1] == getattr(alone, name)[0]
     np.testing.assert_array_equal(profile.max_running, [8, 8])
     np.testing.assert_array_equal(profile.max_waiting, [5, 5])
     assert np.all(profile.idle_w < profile.busy_w)
+
+
+def test_gpus_stand_by_where_that_was_measured_between_idle_and_busy_power():
+    profile = expert_profile([("alpaca-native", gpu) for gpu in GPUS])
+    known = profile.standby_s > 0
+    assert [gpu for gpu, is_known in zip(GPUS, known, strict=True) if is_known] == ["A6000"]
+    assert np.all((profile.idle_w < profile.standby_w) & (profile.standby_w < profile.busy_w), where=known)
+
+
+def test_measured_pairs_have_tables_if_all_are_measured():
+    alone = expert_profile([("llama-3.1-8b", "RTX 4090")])
+    twice = expert_profile([("llama-3.1-8b", "RTX 4090")] * 2)
+    mixed = expert_profile([("alpaca-native", "A40"), ("llama-3.1-8b", "RTX 4090")])
+    for field in dataclasses.fields(alone.kernels):
+        row = getattr(alone.kernels, field.name)
+        np.testing.assert_array_equal(getattr(twice.kernels, field.name), np.concatenate([row, row]))
+    assert mixed.kernels is None
+    assert mixed.step_base_s[1] == alone.step_base_s[0] == pytest.approx(16.875e-3, rel=1e-3)
+
+
+def test_tables_of_unequal_length_stand_side_by_side(tmp_path, monkeypatch):
+    measured = json.loads(MEASURED["llama-3.1-8b", "RTX 4090"].read_text())
+    measured["kernels"] |= {"dense_tokens": [1, 100, 2048], "dense_s": [0.01, 0.02, 0.2]}
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps(measured))
+    monkeypatch.setitem(MEASURED, ("alpaca-native", "A40"), path)
+    kernels = expert_profile([("alpaca-native", "A40"), ("llama-3.1-8b", "RTX 4090")]).kernels
+    tokens, seconds = kernels.dense_tokens[0], kernels.dense_s[0]
+    assert len(tokens) == len(kernels.dense_tokens[1]) > 3
+    expected_s = 0.02 + (tokens[1:] - 100) * 0.18 / 1948
+    np.testing.assert_allclose(seconds[1:], expected_s)
+    assert (np.diff(tokens) > 0).all()
 
 
 def test_every_decoder_of_mix_instruct_has_a_profile():

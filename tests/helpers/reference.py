@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestLog, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, IterationTables, RequestLog, RequestTrace
 
 DROPPED_BY_ROUTER = -1
 
@@ -29,7 +30,8 @@ class Job:
     generated: int = 0  # tokens emitted
     in_flight: int = 0  # tokens that scheduled iterations will emit
     computed: int = 0  # tokens whose keys and values are cached, or will be after the scheduled iterations
-    blocks: list[int] = dataclasses.field(default_factory=list)  # KV blocks held, in order
+    held: int = 0  # KV blocks
+    blocks: list[int] = dataclasses.field(default_factory=list)  # which ones, in order; with a prefix cache only
     first_token_s: float = math.nan
     finish_s: float = math.nan
     preemptions: int = 0
@@ -47,6 +49,7 @@ class Batch(NamedTuple):
     jobs: list[tuple[Job, bool]]  # requests, and whether each emits a token
     prefill_tokens: int
     decoded_kv_tokens: int  # cached tokens that its decoding requests read
+    prompts: list[tuple[int, int]]  # for each request that does not decode, tokens cached before and tokens computed
 
 
 class Iteration(NamedTuple):
@@ -58,6 +61,90 @@ class Iteration(NamedTuple):
     scheduled: int  # requests
     decoded_kv_tokens: int  # cached tokens that its decoding requests read
     blocks_held: int  # while it ran, by all running requests
+
+
+class ReferenceTables:
+    """The measured tables of one expert."""
+
+    def __init__(self, tables: IterationTables, n: int) -> None:
+        """Takes row ``n`` of the tables."""
+        row = {
+            field.name: np.asarray(getattr(tables, field.name), np.float64)[n].tolist()
+            for field in dataclasses.fields(tables)
+        }
+        self.dense = list(zip(row["dense_tokens"], row["dense_s"], strict=True))
+        self.head = list(zip(row["head_requests"], row["head_s"], strict=True))
+        self.attention = row["attention_s"]
+        self.host_s, self.host_per_sequence_s = row["host_s"], row["host_per_sequence_s"]
+
+    def duration(self, batch: Batch) -> float:
+        """Seconds of one iteration."""
+        requests, decodes = len(batch.jobs), len(batch.jobs) - len(batch.prompts)
+        host_s = self.host_s + self.host_per_sequence_s * requests
+        kernels_s = on_line(self.dense, batch.prefill_tokens + decodes) + on_line(self.head, requests)
+        return kernels_s + self.attention_s(batch, decodes) + host_s
+
+    def attention_s(self, batch: Batch, decodes: int) -> float:
+        """Seconds in attention kernels, which take prompts and decoding requests together where there are both."""
+        decode, per_decode, per_kv, prompt, mixed, mixed_cached, mixed_per_decode, mixed_per_kv = self.attention[:8]
+        early, late, per_pair, per_prefix = self.attention[8:]
+        if not batch.prompts:
+            return decode + per_decode * decodes + per_kv * batch.decoded_kv_tokens
+        prefix = sum(cached for cached, _ in batch.prompts)
+        pairs = sum(take * (cached + take / 2) for cached, take in batch.prompts)
+        tokens = batch.prefill_tokens
+        prompt_s = early * min(tokens, 128) + late * max(tokens - 128, 0) + per_pair * pairs + per_prefix * prefix
+        if not decodes:
+            return prompt + prompt_s
+        together_s = mixed_cached if prefix else mixed
+        return together_s + mixed_per_decode * decodes + mixed_per_kv * batch.decoded_kv_tokens + prompt_s
+
+
+def on_line(points: list[tuple[float, float]], x: float) -> float:
+    """The piecewise linear function through the points: constant before the first, its last slope after the last."""
+    if x <= points[0][0]:
+        return points[0][1]
+    pieces = list(itertools.pairwise(points))
+    (x0, y0), (x1, y1) = next((piece for piece in pieces if x <= piece[1][0]), pieces[-1])
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+class PrefixCache:
+    """Free KV blocks as a queue, and which full block of which request each block still holds."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        """All ``blocks`` are free, and the first one is taken first."""
+        self.queue, self.block_size = collections.deque(range(blocks)), block_size
+        self.content: dict[int, tuple[Job, int]] = {}
+        self.place: dict[tuple[Job, int], int] = {}
+
+    def note_full_blocks(self, job: Job, tokens: int) -> None:
+        """Notes which full blocks hold the first ``tokens`` of a request; a token must be known for that."""
+        for index in range(tokens // self.block_size):
+            if (job, index) not in self.place:
+                self.content[job.blocks[index]] = job, index
+                self.place[job, index] = job.blocks[index]
+
+    def take(self, job: Job, blocks: int) -> None:
+        """Takes blocks from the head until the request has ``blocks``; what they held is forgotten."""
+        while len(job.blocks) < blocks:
+            block = self.queue.popleft()
+            if block in self.content:
+                del self.place[self.content.pop(block)]
+            job.blocks.append(block)
+
+    def put_back(self, job: Job) -> None:
+        """Puts the full blocks of a request to the end, its last one first, and the others to the head."""
+        self.queue.extendleft(block for block in job.blocks if block not in self.content)
+        self.queue.extend(block for block in reversed(job.blocks) if block in self.content)
+        job.blocks = []
+
+    def find(self, job: Job) -> int:
+        """Takes back a preempted request's full blocks, from the first, as far as nobody has taken them."""
+        while (block := self.place.get((job, len(job.blocks)))) is not None:
+            self.queue.remove(block)
+            job.blocks.append(block)
+        return len(job.blocks)
 
 
 class ReferenceExpert:
@@ -78,14 +165,15 @@ class ReferenceExpert:
         self.kv_blocks, self.max_running, self.max_waiting = (
             int(np.asarray(field)[n]) for field in (experts.kv_blocks, experts.max_running, experts.max_waiting)
         )
-        self.async_scheduling, self.prefix_cache, budget = (
+        self.async_scheduling, prefix_cache, budget, self.standby_s = (
             np.broadcast_to(field, np.shape(experts.kv_blocks))[n].item()
-            for field in (experts.async_scheduling, experts.prefix_cache, experts.token_budget)
+            for field in (experts.async_scheduling, experts.prefix_cache, experts.token_budget, experts.standby_s)
         )
         self.token_budget, self.block_size = token_budget or budget, block_size
+        self.tables = None if experts.kernels is None else ReferenceTables(experts.kernels, n)
         self.clock_s = -math.inf
-        self.free_blocks = collections.deque(range(self.kv_blocks))  # the first one is taken first
-        self.content: dict[int, tuple[Job, int]] = {}  # which full block of which request a block still holds
+        self.free_blocks = self.kv_blocks
+        self.cache = PrefixCache(self.kv_blocks, block_size) if prefix_cache else None
         self.running: list[Job] = []
         self.waiting: collections.deque[Job] = collections.deque()
         self.scheduled: Batch | None = None  # with asynchronous scheduling: the iteration that starts next
@@ -95,6 +183,11 @@ class ReferenceExpert:
     def busy_s(self) -> float:
         """Seconds in which an iteration ran."""
         return math.fsum(iteration.duration_s for iteration in self.iterations)
+
+    def standby_until(self, time_s: float) -> float:
+        """Seconds of standby up to ``time_s``."""
+        start_s, duration_s = np.array([each[:2] for each in self.iterations]).reshape(-1, 2).T
+        return standby_between(start_s, start_s + duration_s, self.standby_s, time_s)
 
     def run_until(self, time_s: float) -> None:
         """Runs every iteration that starts before ``time_s``."""
@@ -119,7 +212,7 @@ class ReferenceExpert:
             following = self.schedule()
             self.scheduled = following if following.jobs else None
         duration_s = self.duration(batch)
-        blocks_held = self.kv_blocks - len(self.free_blocks)
+        blocks_held = self.kv_blocks - self.free_blocks
         self.iterations.append(
             Iteration(
                 self.clock_s, duration_s, batch.prefill_tokens, len(batch.jobs), batch.decoded_kv_tokens, blocks_held
@@ -146,7 +239,7 @@ class ReferenceExpert:
                 continue
             take = min(job.known - job.computed, budget)
             target = self.blocks_for(job.computed + take)
-            while position < len(self.running) and target - len(job.blocks) > len(self.free_blocks):
+            while position < len(self.running) and target - job.held > self.free_blocks:
                 self.preempt_last()
                 preempted = True
             if position == len(self.running):  # it preempted itself
@@ -158,7 +251,7 @@ class ReferenceExpert:
 
         while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_running:
             job = self.waiting[0]
-            if self.blocks_for(job.known) > len(self.free_blocks):
+            if self.blocks_for(job.known) > self.free_blocks:
                 break
             self.find_own_blocks(job)
             take = min(job.known - job.computed, budget)
@@ -171,23 +264,20 @@ class ReferenceExpert:
     def started(self, chosen: list[tuple[Job, int]]) -> Batch:
         """Counts the chosen tokens as computed."""
         prefill_tokens = decoded_kv_tokens = 0
-        jobs = []
+        jobs, prompts = [], []
         for job, take in chosen:
             if job.generated + job.in_flight >= 1 and job.known - job.computed == 1:
                 decoded_kv_tokens += job.computed
             else:
                 prefill_tokens += take
+                prompts.append((job.computed, take))
             job.computed += take
-            self.note_full_blocks(job, min(job.computed, job.prompt_tokens + job.generated))
+            if self.cache:
+                self.cache.note_full_blocks(job, min(job.computed, job.prompt_tokens + job.generated))
             emits = job.computed == job.known
             jobs.append((job, emits))
             job.in_flight += emits
-        return Batch(jobs, prefill_tokens, decoded_kv_tokens)
-
-    def note_full_blocks(self, job: Job, tokens: int) -> None:
-        """Notes which full blocks hold the first ``tokens`` of a request; a token must be known for that."""
-        for index in range(tokens // self.block_size):
-            self.content[job.blocks[index]] = (job, index)
+        return Batch(jobs, prefill_tokens, decoded_kv_tokens, prompts)
 
     def preempt_last(self) -> None:
         """Preempts the last admitted request; it keeps its tokens but must compute them again."""
@@ -198,34 +288,32 @@ class ReferenceExpert:
         self.waiting.appendleft(job)
 
     def allocate(self, job: Job, blocks: int) -> None:
-        """Gives a request free blocks until it holds ``blocks``; what they held is forgotten."""
-        while len(job.blocks) < blocks:
-            block = self.free_blocks.popleft()
-            self.content.pop(block, None)
-            job.blocks.append(block)
+        """Gives a request free blocks until it holds ``blocks``."""
+        self.free_blocks -= blocks - job.held
+        job.held = blocks
+        if self.cache:
+            self.cache.take(job, blocks)
 
     def free(self, job: Job) -> None:
-        """Frees the blocks of a request: full ones are taken last, of these its last one first."""
-        for block in job.blocks:
-            if block not in self.content:
-                self.free_blocks.appendleft(block)
-        self.free_blocks.extend(block for block in reversed(job.blocks) if block in self.content)
-        job.blocks = []
+        """Frees the blocks of a request."""
+        self.free_blocks += job.held
+        job.held = 0
+        if self.cache:
+            self.cache.put_back(job)
 
     def find_own_blocks(self, job: Job) -> None:
-        """Takes back those of a preempted request's full blocks, from the first, that nobody has taken since."""
-        held = {content: block for block, content in self.content.items()} if self.prefix_cache else {}
-        while (block := held.get((job, len(job.blocks)))) is not None:
-            self.free_blocks.remove(block)
-            job.blocks.append(block)
-        job.computed = len(job.blocks) * self.block_size
+        """Takes back the blocks that the prefix cache still has of a preempted request."""
+        if self.cache:
+            job.held = self.cache.find(job)
+            self.free_blocks -= job.held
+            job.computed = job.held * self.block_size
 
     def emit(self, job: Job) -> None:
         """Emits one token at the clock."""
         job.generated += 1
         job.in_flight -= 1
-        if job.blocks:
-            self.note_full_blocks(job, job.computed - job.in_flight)
+        if self.cache and job.blocks:
+            self.cache.note_full_blocks(job, job.computed - job.in_flight)
         if job.generated == 1:
             job.first_token_s = self.clock_s
         if job.generated == job.output_tokens:
@@ -234,6 +322,8 @@ class ReferenceExpert:
 
     def duration(self, batch: Batch) -> float:
         """Seconds of one iteration."""
+        if self.tables is not None:
+            return self.tables.duration(batch)
         prefill_s = self.prefill_base_s + self.prefill_per_token_s * batch.prefill_tokens
         return (
             max(self.step_base_s, prefill_s if batch.prefill_tokens > 0 else 0.0)
@@ -244,6 +334,12 @@ class ReferenceExpert:
     def blocks_for(self, tokens: int) -> int:
         """Number of blocks that hold ``tokens``."""
         return -(-tokens // self.block_size)
+
+
+def standby_between(start_s: np.ndarray, end_s: np.ndarray, standby_s: float, until_s: float) -> float:
+    """Seconds of standby up to ``until_s``, of an expert that works from each start to its end, in order of start."""
+    pauses_s = np.append(start_s[1:], until_s) - np.maximum.accumulate(end_s)
+    return np.clip(pauses_s, 0.0, standby_s).sum()
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qos_jax import ExpertProfile, RequestTrace
+from qos_jax.sim.types import IterationTables
 
 NUM_EXPERTS = 3
 NUM_REQUESTS = 64
@@ -61,7 +62,9 @@ def side_by_side(worlds: Sequence[World]) -> World:
     ]
     return World(
         experts=jax.tree.map(
-            lambda *fields: np.concatenate([np.broadcast_to(x, size) for x, size in zip(fields, sizes, strict=True)]),
+            lambda *fields: np.concatenate(
+                [np.broadcast_to(x, (size, *np.shape(x)[1:])) for x, size in zip(fields, sizes, strict=True)]
+            ),
             *(world.experts for world in worlds),
         ),
         trace=RequestTrace(
@@ -213,6 +216,36 @@ def on_the_boundary(rng: np.random.Generator) -> World:
     return _world(rng, experts, np.cumsum(gaps_s), (1, 40), (1, 40))
 
 
+def measured(rng: np.random.Generator) -> World:
+    """Tables of kernels that rise and fall; prompts in chunks, preemptions, and budgets beyond the last knot."""
+    experts = _experts(rng, kv_blocks=rng.integers(30, 400, NUM_EXPERTS), max_running=16).replace(kernels=_tables(rng))
+    return _world(rng, experts, _poisson(rng, 0.05), (1, 400), (1, 100), token_budget=int(rng.choice([40, 300, 2048])))
+
+
+def _tables(rng: np.random.Generator) -> IterationTables:
+    """Tables in which every term has a weight, so that a wrong sum shows."""
+
+    def knots(high: int, count: int) -> np.ndarray:
+        return np.sort([rng.choice(np.arange(1, high), count, replace=False) for _ in range(NUM_EXPERTS)])
+
+    def times(high_s: float, count: int) -> np.ndarray:
+        rising = np.sort(rng.uniform(0.002, high_s, (NUM_EXPERTS, count)))
+        rising[:, 1:-1] *= rng.uniform(0.8, 1.2, (NUM_EXPERTS, count - 2))
+        rising[:, -1] = np.maximum(rising[:, -1], rising[:, -2])
+        return rising
+
+    largest = np.array([4e-3, 1e-4, 3e-6, 2e-3, 6e-3, 8e-3, 2e-4, 8e-6, 2e-5, 4e-5, 1e-8, 1e-6])
+    return IterationTables(
+        dense_tokens=knots(400, 9),
+        dense_s=times(0.05, 9),
+        head_requests=knots(12, 4),
+        head_s=times(0.005, 4),
+        attention_s=rng.uniform(0.0, largest, (NUM_EXPERTS, len(largest))),
+        host_s=rng.uniform(0.0, 1e-3, NUM_EXPERTS),
+        host_per_sequence_s=rng.uniform(0.0, 1e-4, NUM_EXPERTS),
+    )
+
+
 def crowd(rng: np.random.Generator) -> World:
     """Three hundred requests on one expert at once, which exhaust its memory."""
     experts = profile(
@@ -242,6 +275,7 @@ KINDS: dict[str, Callable[[np.random.Generator], World]] = {
         never_fitting,
         unequal,
         on_the_boundary,
+        measured,
         crowd,
     )
 }
@@ -267,6 +301,7 @@ def small_worlds(draw: st.DrawFn, num_experts: int = 2, num_requests: int = 10) 
         token_budget=draw(st.sampled_from([8, 2048])),
         async_scheduling=integers(0, 1, num_experts) > 0,
         prefix_cache=integers(0, 1, num_experts) > 0,
+        standby_s=integers(0, 64, num_experts) * TICK_S,
     )
     trace = RequestTrace(
         arrival_s=np.cumsum(integers(0, 64, num_requests)) * TICK_S,

@@ -9,8 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qos_jax.sim.cost import blocks_of, fits_in_memory, max_kv_blocks, mean_blocks
-from tests.helpers.workloads import profile
+from qos_jax.sim.cost import (
+    Batch,
+    blocks_of,
+    decode_s,
+    fits_in_memory,
+    iteration_s,
+    longest_iteration_s,
+    max_kv_blocks,
+    mean_blocks,
+)
+from qos_jax.sim.types import ExpertProfile
+from qos_jax.sim.validation import checked_experts
+from tests.helpers.workloads import KINDS, NUM_EXPERTS, profile
 
 MOST = 2**31 - 1
 
@@ -46,3 +57,37 @@ def test_what_fits_in_memory(prompt_tokens: int, output_tokens: int, kv_blocks: 
 def test_memory_beyond_the_largest_counts_as_the_largest() -> None:
     experts = profile(step_base_s=0.01, kv_blocks=np.array([100, 2**26, 10**9], np.int32))
     assert max_kv_blocks(experts, 16).tolist() == [100, 2**26, 2**26]
+
+
+def with_tables(seed: int) -> ExpertProfile:
+    return jax.tree.map(jnp.asarray, checked_experts(KINDS["measured"](np.random.default_rng(seed)).experts))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_decode_stretch_on_tables_grows_by_the_same_time_in_each_iteration(seed: int) -> None:
+    with jax.enable_x64(True):
+        experts = with_tables(seed)
+        requests, kv_tokens = jnp.array([1, 7, 40]), jnp.array([5, 900, 3000])
+        first_s, growth_s = decode_s(experts, requests, kv_tokens)
+        for iteration in (1, 10):
+            batch = Batch.of_decodes(requests, kv_tokens + iteration * requests)
+            np.testing.assert_allclose(iteration_s(experts, batch), first_s + iteration * growth_s, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_iteration_on_tables_exceeds_the_longest(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    budget, requests, kv_tokens = 500, 16, 4000
+    with jax.enable_x64(True):
+        experts = with_tables(seed).replace(token_budget=jnp.full(NUM_EXPERTS, budget))
+        most = jnp.full(NUM_EXPERTS, requests), jnp.full(NUM_EXPERTS, kv_tokens)
+        longest_s = longest_iteration_s(experts, *most)
+        share = rng.choice([0.0, 0.5, 1.0], (200, 4, 1)) * np.ones(NUM_EXPERTS)
+        for of_prompt, of_decodes, of_cached, of_prefix in share:
+            decodes = np.floor(of_decodes * (requests - 1))
+            prompt = np.floor(of_prompt * (budget - decodes))
+            prefix = np.floor(of_prefix * kv_tokens) * (prompt > 0)
+            cached = np.floor(of_cached * (kv_tokens - prefix)) * (decodes > 0)
+            pairs = prompt * (prefix + prompt / 2)
+            batch = Batch(decodes + (prompt > 0), prompt, cached, decodes, prefix, pairs)
+            assert (iteration_s(experts, batch) <= longest_s * (1 + 1e-12)).all()

@@ -23,6 +23,7 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import Observation
 from qos_jax.sim.world import Completions, World, collect
+from tests.helpers.reference import standby_between
 from tests.helpers.small_env import SmallWorkload, small_env, small_params
 
 NUM_ENVS = 4
@@ -94,8 +95,8 @@ def in_flight(world: Any) -> np.ndarray:
 CHECKED = small_env(check=True)
 # Different loads, limits and memory side by side; preemptions and full queues included.
 WORLDS = stacked(
-    small_params(rate_per_s=2.0, latency_limit_s=0.03, max_waiting=8),
-    small_params(rate_per_s=12.0, latency_limit_s=0.1),
+    small_params(rate_per_s=2.0, latency_limit_s=0.03, max_waiting=8, standby_s=np.array([0.0, 0.1, 1e6])),
+    small_params(rate_per_s=12.0, latency_limit_s=0.1, standby_s=0.05),
     small_params(rate_per_s=12.0, kv_blocks=14),
     small_params(rate_per_s=30.0, max_running=2, latency_limit_s=0.2),
 )
@@ -198,6 +199,18 @@ def test_an_episode_is_truncated_and_the_next_one_begins_empty() -> None:
     chex.assert_trees_all_close(*within, rtol=1e-6)
     first_prompts = rows["next_obs"].arrived.prompt_tokens[:, ends]
     assert len(np.unique(first_prompts)) > 1  # episodes differ
+
+
+def test_routers_observe_what_they_are_told_of_the_experts() -> None:
+    params = small_params()
+    told = params.experts.replace(kv_blocks=jnp.array([40, 0, 40]), step_base_s=2 * params.experts.step_base_s)
+    env, key = small_env(), jax.random.key(0)
+    obs, state = env.reset(key, params)
+    told_obs, told_state = env.reset(key, params.replace(believed_experts=told))
+    assert obs.experts.profile is params.experts
+    assert told_obs.experts.profile is told
+    assert (np.asarray(obs.action_mask[:-1]).all(), told_obs.action_mask[:-1].tolist()) == (True, [True, False, True])
+    chex.assert_trees_all_equal(told_state, state)
 
 
 def test_the_state_does_not_grow_with_the_episode() -> None:
@@ -307,6 +320,10 @@ def test_reward_and_what_is_in_flight_are_the_qos_of_a_replay(played: dict[str, 
         assert float(total_per_token_s) == pytest.approx(np.nansum(per_token_s), rel=1e-4)
         qos = one["reward"].sum(dtype=np.float64) + float(rest.qos)
         assert qos == pytest.approx(qos_of(experts, trace, assignment, replayed).sum(), rel=1e-5)
+        for n, standby_s in enumerate(experts.standby_s):
+            served = (assignment == n) & ~replayed.log.dropped
+            expected_s = standby_between(trace.arrival_s[served], replayed.log.finish_s[served], standby_s, np.inf)
+            assert answers.standby_s[:, n].sum() + rest.standby_s[n] == pytest.approx(expected_s, rel=1e-4, abs=1e-3)
 
 
 def test_the_order_of_the_experts_does_not_matter(played: dict[str, Any]) -> None:

@@ -61,8 +61,9 @@ def assert_equal(log: RequestLog, answer: dict[str, Any]) -> None:
     np.testing.assert_array_equal(log.preemptions, answer["preemptions"])
 
 
-def test_the_engine_gives_every_request_the_times_of_vllm(data_dir: pathlib.Path) -> None:
-    pairs = [pair for mode in FILES for pair in workloads(data_dir, mode)]
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_engine_gives_every_request_the_times_of_vllm(data_dir: pathlib.Path, every: int) -> None:
+    pairs = [pair for mode in FILES for pair in workloads(data_dir, mode)[every // 2 :: every]]
     world = side_by_side([world for world, _ in pairs])
     log = qos_jax.replay(world.experts, world.trace, world.assignment)
     for expert, (_, answer) in enumerate(pairs):

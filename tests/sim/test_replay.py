@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import qos_jax
 from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
-from qos_jax.sim.replay import replay_many
+from qos_jax.sim.replay import ReplayResult, replay_many, run_end_s
 from tests.helpers.reference import ReferenceRun, replay_reference
 from tests.helpers.workloads import KINDS, UNLIMITED, World, profile, side_by_side, small_worlds
 
@@ -24,11 +25,17 @@ WORLDS_PER_KIND = 20
 CROWDS = 3
 REPLICAS, REPLICA_REQUESTS, WARM_UP_REQUESTS = 16, 2048, 300
 
+STANDBY_S = (0.0, 0.02, 0.5, 1e6)  # none, within an iteration, between bursts, for ever
+
 any_world = settings(deadline=None, max_examples=60)
 
 
 def replay(world: World, dtype: Any = np.float64) -> RequestLog:
     return qos_jax.replay(world.experts, world.trace, world.assignment, dtype=dtype)
+
+
+def replay_with_power(world: World, dtype: Any = np.float64) -> ReplayResult:
+    return replay_many(world.experts, [world.trace], [world.assignment], dtype=dtype)[0]
 
 
 def reference(world: World) -> ReferenceRun:
@@ -38,22 +45,38 @@ def reference(world: World) -> ReferenceRun:
 @functools.cache
 def batches(kind: str) -> list[tuple[World, ReferenceRun]]:
     """Random worlds of a kind and their runs by the reference; small worlds are joined into one program."""
+
+    def with_standby(world: World) -> World:
+        standby_s = np.resize(STANDBY_S, len(world.experts.step_base_s))
+        return dataclasses.replace(world, experts=world.experts.replace(standby_s=standby_s))
+
     if kind == "crowd":
         worlds = [KINDS[kind](np.random.default_rng(seed)) for seed in range(CROWDS)]
     else:
         worlds = [side_by_side([KINDS[kind](np.random.default_rng(seed)) for seed in range(WORLDS_PER_KIND)])]
-    return [(world, reference(world)) for world in worlds]
+    return [(world, reference(world)) for world in map(with_standby, worlds)]
 
 
 class TestAgreesWithTheReference:
     @pytest.mark.parametrize("kind", KINDS)
     def test_in_float64_on_every_request(self, kind: str) -> None:
         for world, expected in batches(kind):
-            log = replay(world)
+            result = replay_with_power(world)
+            log = result.log
             np.testing.assert_array_equal(log.dropped, expected.dropped)
             np.testing.assert_array_equal(log.preemptions, expected.preemptions)
             np.testing.assert_allclose(log.finish_s, expected.finish_s, rtol=1e-9)
             np.testing.assert_allclose(log.first_token_s, expected.first_token_s, rtol=1e-9)
+            end_s = run_end_s(world.trace, expected.log)
+            standby_s = [expert.standby_until(end_s) for expert in expected.experts]
+            np.testing.assert_allclose(result.standby_s, standby_s, rtol=1e-9, atol=1e-6)
+            np.testing.assert_allclose(result.busy_s, [expert.busy_s for expert in expected.experts], rtol=1e-9)
+            # An expert that stands by for ever is never idle after its first iteration.
+            elapsed_s = [
+                end_s - expert.iterations[0].start_s if expert.iterations else 0.0 for expert in expected.experts
+            ]
+            busy_or_standby_s, endless = result.busy_s + result.standby_s, world.experts.standby_s == max(STANDBY_S)
+            np.testing.assert_allclose(busy_or_standby_s[endless], np.array(elapsed_s)[endless], rtol=1e-9, atol=1e-6)
 
     def test_in_float32_to_one_iteration_on_almost_every_request(self) -> None:
         agrees = []
@@ -68,7 +91,9 @@ class TestAgreesWithTheReference:
     @any_world
     @given(small_worlds())
     def test_to_the_last_bit_where_times_are_exact_sums(self, world: World) -> None:
-        log, expected = replay(world), reference(world)
+        result, expected = replay_with_power(world), reference(world)
+        log, end_s = result.log, run_end_s(world.trace, expected.log)
+        np.testing.assert_array_equal(result.standby_s, [expert.standby_until(end_s) for expert in expected.experts])
         np.testing.assert_array_equal(log.dropped, expected.dropped)
         np.testing.assert_array_equal(log.preemptions, expected.preemptions)
         np.testing.assert_array_equal(log.finish_s, expected.finish_s)
@@ -78,9 +103,11 @@ class TestAgreesWithTheReference:
         month_s = 30 * 24 * 3600.0
         arrival_s = np.array([0.0, 0.1, month_s, month_s + 0.1])
         trace = RequestTrace(arrival_s, np.full(4, 20), np.full((4, 1), 50))
-        world = World(profile(step_base_s=0.017), trace, np.zeros(4, np.int32))
+        world = World(profile(step_base_s=0.017, standby_s=17.5), trace, np.zeros(4, np.int32))
         latency_s = reference(world).finish_s - arrival_s
-        np.testing.assert_allclose(replay(world, np.float32).finish_s - arrival_s, latency_s, rtol=1e-5)
+        result = replay_with_power(world, np.float32)
+        np.testing.assert_allclose(result.log.finish_s - arrival_s, latency_s, rtol=1e-5)
+        np.testing.assert_allclose(result.standby_s, 17.5, rtol=1e-5)
 
     @pytest.mark.slow
     def test_in_float32_after_a_million_requests_without_a_pause(self) -> None:
@@ -124,12 +151,12 @@ class TestAtTheLargestNumbers:
         assignment = np.repeat(np.arange(num_experts), self.REQUESTS)
         outputs = np.tile(self.OUTPUTS, (len(assignment), 1))
         trace = RequestTrace(np.zeros(len(assignment)), np.repeat(self.PROMPTS, self.REQUESTS), outputs)
-        return World(self.EXPERTS, trace, assignment, token_budget=2**24)
+        return World(self.EXPERTS.replace(token_budget=2**24), trace, assignment)
 
     def test_every_request_and_the_memory_held_are_as_in_the_reference(self) -> None:
         world = self.world()
         expected = reference(world)
-        (result,) = replay_many(world.experts, [world.trace], [world.assignment], token_budget=world.token_budget)
+        (result,) = replay_many(world.experts, [world.trace], [world.assignment])
         np.testing.assert_array_equal(result.log.dropped, expected.dropped)
         np.testing.assert_array_equal(result.log.preemptions, expected.preemptions)
         np.testing.assert_allclose(result.log.finish_s, expected.finish_s, rtol=1e-9)
@@ -302,7 +329,8 @@ def assert_mean(values: np.ndarray, expected: float, scale: float | None = None)
 class TestRealSystem:
     def test_reproduces_a_saturated_vllm_run(self, data_dir: pathlib.Path) -> None:
         """300 ShareGPT requests on vLLM 0.19, Llama-3.1-8B, RTX 4090; the costs are fitted to that GPU's kernels."""
-        rows = [json.loads(line) for line in (data_dir / "golden-rtx4090" / "requests.jsonl").open(encoding="utf-8")]
+        lines = (data_dir / "golden-rtx4090" / "requests.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
         rows.sort(key=lambda row: row["arrival_time"])
         run = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "request_id"}
         experts = profile(
@@ -346,6 +374,8 @@ class TestBadInput:
             ("prefill_base_s", [0.01, np.inf], r"prefill_base_s.* inf .*finite"),
             ("per_sequence_s", [-0.5, 0.0], r"per_sequence_s.* -0\.5 .*>= 0"),
             ("network_s", [0.0, -0.25], r"network_s.* -0\.25 .*>= 0"),
+            ("standby_s", [0.0, np.inf], r"standby_s.* inf .*<= 1e\+06"),
+            ("standby_w", [-90.0, 0.0], r"standby_w.* -90\.0 .*>= 0"),
             ("kv_blocks", [100, 0], r"kv_blocks.* 0.* >= 1"),
             ("kv_blocks", [100, 2.5], r"kv_blocks.* 2\.5.* whole"),
             ("max_running", [0, 1], r"max_running.* 0.* >= 1"),

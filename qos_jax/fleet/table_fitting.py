@@ -1,0 +1,104 @@
+"""Fits the tables of an iteration (``IterationTables``) to kernel times measured on a GPU.
+
+Matrix kernels and the output head are taken as measured, over all tokens and over all requests of an iteration: they
+run in tiles, so their times rise in steps that no line follows. Of the measured points those are kept that the others
+do not imply. Attention is linear in sums over the requests (``ATTENTION_TERMS``), and its coefficients are fitted to
+the rest of the time by relative least squares. All kinds of iterations weigh the same, and no coefficient is negative,
+so that no iteration gets faster by what is added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from qos_jax.fleet.profile_fitting import Curve, Iterations, KernelTables, times_per_model
+from qos_jax.sim.cost import Batch, attention_terms
+from qos_jax.sim.types import ATTENTION_TERMS, IterationTables
+
+_KNOT_TOLERANCE = 0.01  # largest relative error of a measured point that is left out
+_LARGE_ERROR = 0.1  # beyond, an iteration pulls no more: one long context beside few others, which no sum can tell
+_PASSES = 12
+_NO_HEAD: Curve = (np.array([1.0, 2.0]), np.zeros(2))
+
+
+def fit_tables(tables: KernelTables, iterations: Iterations, num_layers: int) -> IterationTables:
+    """Fits the tables of one expert; the host takes no time, as kernels do not show it.
+
+    Args:
+      tables: measured kernels.
+      iterations: of these kernels, as ``assemble`` returns them.
+      num_layers: layers of the model.
+
+    Returns:
+      Tables with N = 1.
+    """
+    dense = _thinned(*_sum_of((count, curve) for count, curve in times_per_model(tables, num_layers)))
+    head = _thinned(*_sum_of((1, curve) for curve in tables.head.values())) if tables.head else _NO_HEAD
+    batch = iterations.batch
+    kernels_s = np.interp(batch.prefill_tokens + batch.decodes, *dense) + np.interp(batch.requests, *head)
+    attention_s = _fit_attention(iterations, kernels_s)
+    return IterationTables(
+        dense_tokens=dense[0][None],
+        dense_s=dense[1][None],
+        head_requests=head[0][None],
+        head_s=head[1][None],
+        attention_s=attention_s[None],
+        host_s=np.zeros(1),
+        host_per_sequence_s=np.zeros(1),
+    )
+
+
+def _sum_of(curves: Iterable[tuple[int, Curve]]) -> Curve:
+    """Returns the sum of curves, each as often as stated, at all points within the range of all of them."""
+    curves = list(curves)
+    counts = np.unique(np.concatenate([counts for _, (counts, _) in curves]))
+    lowest, highest = max(c[0] for _, (c, _) in curves), min(c[-1] for _, (c, _) in curves)
+    counts = counts[(counts >= lowest) & (counts <= highest)]
+    return counts, np.sum([times * np.interp(counts, *curve) for times, curve in curves], axis=0)
+
+
+def _thinned(counts: np.ndarray, seconds: np.ndarray) -> Curve:
+    """Returns the curve without the points that the line between their neighbours implies.
+
+    It does not fall at its end, as its last slope goes on beyond.
+    """
+    keep = np.zeros(len(counts), bool)
+    keep[[0, -1]] = True
+    spans = [(0, len(counts) - 1)]
+    while spans:
+        first, last = spans.pop()
+        inner = slice(first + 1, last)
+        line = np.interp(counts[inner], counts[[first, last]], seconds[[first, last]])
+        error = np.abs(line / seconds[inner] - 1)
+        if error.size and error.max() > _KNOT_TOLERANCE:
+            worst = first + 1 + int(error.argmax())
+            keep[worst] = True
+            spans += [(first, worst), (worst, last)]
+    counts, seconds = counts[keep], seconds[keep]
+    return counts, np.append(seconds[:-1], seconds[-2:].max())
+
+
+def _fit_attention(iterations: Iterations, kernels_s: np.ndarray) -> np.ndarray:
+    """Returns the coefficients of ``ATTENTION_TERMS`` [12], 0 where nothing was measured.
+
+    But without a mixed batch that goes on with a prompt, such a batch counts as one that begins it.
+    """
+    from scipy.optimize import nnls  # slow to import
+
+    batch = iterations.batch
+    terms = np.asarray(attention_terms(Batch(**{name: np.asarray(x, float) for name, x in vars(batch).items()})), float)
+    scale = np.where(terms.max(0) > 0, terms.max(0), 1.0)
+    _, kind, size = np.unique(iterations.kind, return_inverse=True, return_counts=True)
+    equal = 1 / (iterations.time_s * np.sqrt(size[kind]))
+    weight = equal
+    for _ in range(_PASSES):
+        solution, _ = nnls(terms / scale * weight[:, None], (iterations.time_s - kernels_s) * weight)
+        error = np.abs((terms / scale) @ solution + kernels_s - iterations.time_s) / iterations.time_s
+        weight = equal / np.sqrt(np.maximum(error / _LARGE_ERROR, 1.0))
+    coefficients = solution / scale
+    mixed, chunked = ATTENTION_TERMS.index("mixed"), ATTENTION_TERMS.index("mixed_chunked")
+    if not terms[:, chunked].any():
+        coefficients[chunked] = coefficients[mixed]
+    return coefficients
