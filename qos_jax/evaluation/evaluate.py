@@ -107,7 +107,7 @@ def route_requests(
     def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], Array]:
         (world, memories), (gap_s, request, key) = carry, x
         world = advance(spec, params.experts, world, gap_s)
-        obs = observe(spec, params.experts, world, request, params.staleness_s)
+        obs = observe(spec, params.observed_experts, world, request, params.staleness_s)
 
         def act(i: int) -> tuple[Array, Any]:
             action, memory = routers[i].act(key, obs, memories[i])

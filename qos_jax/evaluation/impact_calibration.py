@@ -130,7 +130,7 @@ def _predict(
     def decide(world: World, x: tuple[Array, Request, Array]) -> tuple[World, Impact]:
         gap_s, request, action = x
         world = advance(spec, params.experts, world, gap_s)
-        obs = observe(spec, params.experts, world, request, params.staleness_s)
+        obs = observe(spec, params.observed_experts, world, request, params.staleness_s)
         predicted = jax.vmap(lambda width_s: impact(obs, width_s, length_cv, form))(widths_s)
         world, _ = dispatch(spec, params.experts, world, request, action)
         return world, jax.tree.map(lambda x: x[:, action], predicted)

@@ -98,5 +98,7 @@ STUDIES = (
     "energy",
 )
 BUDGETS = ("quick", "full")
+CHANGES = ("control", "coefficients", "engine", "predictions", "clock", "arrivals")
+BELIEFS = ("stale", "true", "both")
 FINE_TUNED_LAYERS, FINE_TUNING_EPOCHS = 2, 3
 TRACE_FORMATS = ("azure", "burstgpt", "mooncake", "vidur", "splitwise", "blis", "csv", "arrivals")

@@ -9,7 +9,6 @@ one's, or another one's with --routers=runs/paper-3@3.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shlex
 import sys
@@ -26,21 +25,19 @@ from qos_jax.errors import InputError
 from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
 from qos_jax.io.provenance import plain
-from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
+from qos_jax.programs.router_flags import check_held_out, routers_named, run_folders
 from qos_jax.programs.world_flags import import_plugins, note_failed_requests, note_limits, numbers, world_config
 from qos_jax.report import plots
 from qos_jax.report.gains import terminal_gains
 from qos_jax.report.pictures import Drawing
 from qos_jax.report.results import RESULTS, results_of, write_report
 from qos_jax.report.summary_table import terminal_table
-from qos_jax.routers import Router, make_router, router_names
+from qos_jax.routers import Router
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.iterations import iterations_of
 from qos_jax.sim.types import ExpertProfile
-from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
-from qos_jax.training.load import load_router
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.run_folder import RunFolder
 
 _DEFAULT_LOADS = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3)
 _WINDOW_S = 3.0  # of one expert's iterations, to be looked at closely
@@ -51,8 +48,8 @@ def main(values: FlagValues) -> None:
     import_plugins(values, values.routers)
     env, params = (world := world_config(values)).build()
     scenarios = _scenarios(values, params)
-    _check_seeds(values, [scenario.seed for scenario in scenarios])
-    routers = _routers(values.routers, env, params)
+    check_held_out(values.routers, values.first_seed, [scenario.seed for scenario in scenarios])
+    routers = routers_named(values.routers, env, params)
     note_limits(world, env, params)
     curves = _learning_curves(values.routers)  # read before the work, as all input is
     folder = writable_folder(values.out)
@@ -97,21 +94,6 @@ def _scenarios(values: FlagValues, params: EnvParams) -> list[Scenario]:
     return [Scenario(load, rate, seed) for load, rate in by_load.items() for seed in seeds]
 
 
-def _check_seeds(values: FlagValues, seeds: Sequence[int]) -> None:
-    """Checks that no training run is evaluated on the seeds that it was trained with.
-
-    Raises:
-      InputError: one is.
-    """
-    for folder in [run[0] for name in values.routers if (run := _run_of(name))]:
-        shared = sorted(set(seeds).intersection(RunFolder.reopen(folder).training.seeds))
-        if shared:
-            raise InputError(
-                f"--first_seed={values.first_seed}: {folder} was trained with seed {', '.join(map(str, shared))}: "
-                f"give --first_seed={FIRST_HELD_OUT_SEED} or above, which no run is trained with"
-            )
-
-
 def _check_free(folder: pathlib.Path, config: Mapping[str, Any], routers: Sequence[Router]) -> None:
     """Checks that the folder holds no results but of this evaluation.
 
@@ -131,39 +113,10 @@ def _check_free(folder: pathlib.Path, config: Mapping[str, Any], routers: Sequen
     raise InputError(f"{path} is of another evaluation: give another --out, or --overwrite")
 
 
-def _routers(texts: Sequence[str], env: Environment, params: EnvParams) -> list[Router]:
-    groups = {"all": router_names(env), "main": choices.MAIN_ROUTERS}
-    names = list(dict.fromkeys(name for text in texts for name in groups.get(text, [text])))
-    if not names:
-        raise InputError(f"--routers= names none; choose all, main, or from {', '.join(groups['all'])}")
-    runs = {name: run for name in names if (run := _run_of(name))}
-    folders = [folder.name for folder, _ in runs.values()]
-    routers = []
-    for name in names:
-        if name not in runs:
-            routers.append(make_router(name, env, params))
-            continue
-        folder, seed = runs[name]
-        clashes = folder.name in names or folders.count(folder.name) > 1
-        routers.append(load_router(folder, seed=seed, name=name if clashes else folder.name))
-    known = [router.name for router in routers]
-    if twice := next((name for name in known if known.count(name) > 1), None):
-        raise InputError(f"--routers: two routers are named {twice!r}: their results would be mixed; rename one")
-    return routers
-
-
-def _run_of(name: str) -> tuple[pathlib.Path, int | None] | None:
-    """Returns the folder and the seed that FOLDER or FOLDER@SEED names, None where it names no training run."""
-    before, at, after = name.rpartition("@")
-    folder, seed = (before, int(after)) if at and after.isdecimal() else (name, None)
-    is_run = os.sep in folder or (pathlib.Path(folder) / CONFIG).exists()
-    return (pathlib.Path(folder), seed) if is_run else None
-
-
 def _learning_curves(texts: Sequence[str]) -> dict[str, Drawing]:
     """Returns what draws the learning curves of training runs; a warning tells of one whose records are damaged."""
     curves: dict[str, Drawing] = {}
-    for folder in [run[0] for name in texts if (run := _run_of(name))]:
+    for folder in run_folders(texts):
         try:
             records = RunFolder.reopen(folder).records()
         except InputError as error:

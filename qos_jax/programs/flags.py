@@ -95,13 +95,37 @@ def define_evaluate(values: FlagValues) -> None:
     group = FlagGroup(values, "Requests")
     group.texts("load", None, "Arrival rates as fractions of the fleet's saturation rate; 0.3 to 1.3 by default.")
     group.texts("rate", None, "Arrival rates in requests/s, instead.")
-    group.integer("requests", 3000, "Requests of each load and seed.", 10)
-    group.number("warmup", 0.1, "Leading share of them that the metrics do not count.", 0.0, 0.9)
-    group.integer("seeds", 5, "Number of seeds.", 1)
-    group.integer("first_seed", 1000, "The first of them; training uses seeds below 1000.", 0)
+    _define_requests(group, requests=3000, seeds=5)
     group = FlagGroup(values, "Output")
     group.string("out", "runs/evaluate", "Folder for results.json, tables, report.html and pictures.")
     group.boolean("overwrite", False, "The folder may hold another evaluation, which is lost.")
+
+
+def define_robustness(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax robustness``."""
+    define_world(values)
+    group = FlagGroup(values, "Routers")
+    group.texts("routers", ["main"], "Routers to judge, as for qos-jax evaluate. Learned ones should be trained in the "
+                "unchanged world.")  # fmt: skip
+    group = FlagGroup(values, "Changes")
+    group.texts("changes", list(choices.CHANGES), f"Kinds of changes: {_listed(choices.CHANGES)}.")
+    group.choice("belief", "stale", choices.BELIEFS, "Routers observe the profile of the unchanged world (stale), the "
+                 "changed one (true), or once each (both).")  # fmt: skip
+    group.number("coefficient_by", 0.1, "Share by which coefficients and KV blocks are changed.", 0.001, 0.9)
+    group.number("rate_by", 0.05, "Share by which the arrival rate is changed.", 0.001, 0.9)
+    group.number("late_by", 0.1, "Seconds by which metrics are later.", 0.001)
+    group = FlagGroup(values, "Requests")
+    group.texts("load", ["0.6", "0.9", "1.1"], "Arrival rates as fractions of the unchanged fleet's saturation rate.")
+    _define_requests(group, requests=1000, seeds=16)
+    group = FlagGroup(values, "Output")
+    group.string("out", "runs/robustness", "Folder for robustness.json and robustness.md.")
+
+
+def _define_requests(group: FlagGroup, *, requests: int, seeds: int) -> None:
+    group.integer("requests", requests, "Requests of each load and seed.", 10)
+    group.number("warmup", 0.1, "Leading share of them that the metrics do not count.", 0.0, 0.9)
+    group.integer("seeds", seeds, "Number of seeds.", 1)
+    group.integer("first_seed", 1000, "The first of them; training uses seeds below 1000.", 0)
 
 
 def define_sweep(values: FlagValues) -> None:

@@ -33,6 +33,11 @@ class Program:
 PROGRAMS = {
     "train": Program("Train a router.", flags.define_train, "qos_jax.programs.train"),
     "evaluate": Program("Compare routers on the same requests.", flags.define_evaluate, "qos_jax.programs.evaluate"),
+    "robustness": Program(
+        "Tell which orders of routers survive an error of the model.",
+        flags.define_robustness,
+        "qos_jax.programs.robustness",
+    ),
     "sweep": Program("Train a grid of runs.", flags.define_sweep, "qos_jax.programs.sweep"),
     "predictor": Program(
         "Train a predictor of scores and output lengths.", flags.define_predictor, "qos_jax.programs.train_predictor"

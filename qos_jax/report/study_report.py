@@ -13,6 +13,7 @@ from qos_jax.evaluation.study import ResultRow, StudyResult
 from qos_jax.report import pages, study_plots
 from qos_jax.report.pictures import Picture
 from qos_jax.report.style import FULL, Width, chosen, display_name
+from qos_jax.report.summary_table import markdown_table
 
 _MAX_CURVES = 8  # of learned routers, which need a colour each
 
@@ -130,14 +131,14 @@ def study_markdown(result: StudyResult) -> str:
         f"## {result.title}",
         result.question,
         f"![{result.title}]({result.name}.png)",
-        _markdown(*_gains_table(result)),
+        markdown_table(*_gains_table(result)),
     ]
     if result.claims:
-        parts += [f"### {_CLAIMS_TITLE}", _markdown(*_claims_table(result))]
+        parts += [f"### {_CLAIMS_TITLE}", markdown_table(*_claims_table(result))]
     if result.shares:
-        parts += [f"### {_SHARES_TITLE}", _markdown(*_shares_table(result))]
+        parts += [f"### {_SHARES_TITLE}", markdown_table(*_shares_table(result))]
     if result.metrics:
-        parts += [f"### {_METRICS_TITLE}", _markdown(*_metrics_table(result))]
+        parts += [f"### {_METRICS_TITLE}", markdown_table(*_metrics_table(result))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -201,11 +202,6 @@ def _shares_table(result: StudyResult) -> _HeadsAndRows:
         for share in result.shares
     ]  # fmt: skip
     return heads, rows
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _metrics_table(result: StudyResult) -> _HeadsAndRows:

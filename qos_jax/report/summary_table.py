@@ -93,3 +93,9 @@ def _terminal_column(table: SummaryTable, metric: str, load: float) -> list[str]
         column.append(f"{mean} +-{half}" if half else mean)
         column[-1] += "*" if router in best else " "
     return column
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -35,6 +35,12 @@ class EnvParams(struct.PyTreeNode):
     max_steps_in_episode: Array | int = 5000  # requests
     staleness_s: Array | float = 0.0  # s, least age of the metrics that the router observes; needs a spec with history
     saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN if not computed
+    believed_experts: ExpertProfile | None = None  # what routers are told of the experts, if not what they are
+
+    @property
+    def observed_experts(self) -> ExpertProfile:
+        """The profile that routers observe, [N] each."""
+        return self.experts if self.believed_experts is None else self.believed_experts
 
     def at_load(self, load: Array | float) -> EnvParams:
         """Returns the same world at another load, a fraction of the fleet's saturation rate."""
@@ -184,7 +190,7 @@ class Environment:
 
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
         """Returns the router's observation of a state."""
-        return observe(self.spec, params.experts, state.world, state.request, params.staleness_s)
+        return observe(self.spec, params.observed_experts, state.world, state.request, params.staleness_s)
 
     def _params_or_default(self, params: EnvParams | None) -> EnvParams:
         return self.default_params if params is None else params

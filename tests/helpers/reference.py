@@ -30,7 +30,8 @@ class Job:
     generated: int = 0  # tokens emitted
     in_flight: int = 0  # tokens that scheduled iterations will emit
     computed: int = 0  # tokens whose keys and values are cached, or will be after the scheduled iterations
-    blocks: list[int] = dataclasses.field(default_factory=list)  # KV blocks held, in order
+    held: int = 0  # KV blocks
+    blocks: list[int] = dataclasses.field(default_factory=list)  # which ones, in order; with a prefix cache only
     first_token_s: float = math.nan
     finish_s: float = math.nan
     preemptions: int = 0
@@ -108,6 +109,44 @@ def on_line(points: list[tuple[float, float]], x: float) -> float:
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
+class PrefixCache:
+    """Free KV blocks as a queue, and which full block of which request each block still holds."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        """All ``blocks`` are free, and the first one is taken first."""
+        self.queue, self.block_size = collections.deque(range(blocks)), block_size
+        self.content: dict[int, tuple[Job, int]] = {}
+        self.place: dict[tuple[Job, int], int] = {}
+
+    def note_full_blocks(self, job: Job, tokens: int) -> None:
+        """Notes which full blocks hold the first ``tokens`` of a request; a token must be known for that."""
+        for index in range(tokens // self.block_size):
+            if (job, index) not in self.place:
+                self.content[job.blocks[index]] = job, index
+                self.place[job, index] = job.blocks[index]
+
+    def take(self, job: Job, blocks: int) -> None:
+        """Takes blocks from the head until the request has ``blocks``; what they held is forgotten."""
+        while len(job.blocks) < blocks:
+            block = self.queue.popleft()
+            if block in self.content:
+                del self.place[self.content.pop(block)]
+            job.blocks.append(block)
+
+    def put_back(self, job: Job) -> None:
+        """Puts the full blocks of a request to the end, its last one first, and the others to the head."""
+        self.queue.extendleft(block for block in job.blocks if block not in self.content)
+        self.queue.extend(block for block in reversed(job.blocks) if block in self.content)
+        job.blocks = []
+
+    def find(self, job: Job) -> int:
+        """Takes back a preempted request's full blocks, from the first, as far as nobody has taken them."""
+        while (block := self.place.get((job, len(job.blocks)))) is not None:
+            self.queue.remove(block)
+            job.blocks.append(block)
+        return len(job.blocks)
+
+
 class ReferenceExpert:
     """One expert: a clock at the next iteration boundary, running requests in admission order, a waiting queue."""
 
@@ -126,15 +165,15 @@ class ReferenceExpert:
         self.kv_blocks, self.max_running, self.max_waiting = (
             int(np.asarray(field)[n]) for field in (experts.kv_blocks, experts.max_running, experts.max_waiting)
         )
-        self.async_scheduling, self.prefix_cache, budget, self.standby_s = (
+        self.async_scheduling, prefix_cache, budget, self.standby_s = (
             np.broadcast_to(field, np.shape(experts.kv_blocks))[n].item()
             for field in (experts.async_scheduling, experts.prefix_cache, experts.token_budget, experts.standby_s)
         )
         self.token_budget, self.block_size = token_budget or budget, block_size
         self.tables = None if experts.kernels is None else ReferenceTables(experts.kernels, n)
         self.clock_s = -math.inf
-        self.free_blocks = collections.deque(range(self.kv_blocks))  # the first one is taken first
-        self.content: dict[int, tuple[Job, int]] = {}  # which full block of which request a block still holds
+        self.free_blocks = self.kv_blocks
+        self.cache = PrefixCache(self.kv_blocks, block_size) if prefix_cache else None
         self.running: list[Job] = []
         self.waiting: collections.deque[Job] = collections.deque()
         self.scheduled: Batch | None = None  # with asynchronous scheduling: the iteration that starts next
@@ -173,7 +212,7 @@ class ReferenceExpert:
             following = self.schedule()
             self.scheduled = following if following.jobs else None
         duration_s = self.duration(batch)
-        blocks_held = self.kv_blocks - len(self.free_blocks)
+        blocks_held = self.kv_blocks - self.free_blocks
         self.iterations.append(
             Iteration(
                 self.clock_s, duration_s, batch.prefill_tokens, len(batch.jobs), batch.decoded_kv_tokens, blocks_held
@@ -200,7 +239,7 @@ class ReferenceExpert:
                 continue
             take = min(job.known - job.computed, budget)
             target = self.blocks_for(job.computed + take)
-            while position < len(self.running) and target - len(job.blocks) > len(self.free_blocks):
+            while position < len(self.running) and target - job.held > self.free_blocks:
                 self.preempt_last()
                 preempted = True
             if position == len(self.running):  # it preempted itself
@@ -212,7 +251,7 @@ class ReferenceExpert:
 
         while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_running:
             job = self.waiting[0]
-            if self.blocks_for(job.known) > len(self.free_blocks):
+            if self.blocks_for(job.known) > self.free_blocks:
                 break
             self.find_own_blocks(job)
             take = min(job.known - job.computed, budget)
@@ -233,16 +272,12 @@ class ReferenceExpert:
                 prefill_tokens += take
                 prompts.append((job.computed, take))
             job.computed += take
-            self.note_full_blocks(job, min(job.computed, job.prompt_tokens + job.generated))
+            if self.cache:
+                self.cache.note_full_blocks(job, min(job.computed, job.prompt_tokens + job.generated))
             emits = job.computed == job.known
             jobs.append((job, emits))
             job.in_flight += emits
         return Batch(jobs, prefill_tokens, decoded_kv_tokens, prompts)
-
-    def note_full_blocks(self, job: Job, tokens: int) -> None:
-        """Notes which full blocks hold the first ``tokens`` of a request; a token must be known for that."""
-        for index in range(tokens // self.block_size):
-            self.content[job.blocks[index]] = (job, index)
 
     def preempt_last(self) -> None:
         """Preempts the last admitted request; it keeps its tokens but must compute them again."""
@@ -253,34 +288,32 @@ class ReferenceExpert:
         self.waiting.appendleft(job)
 
     def allocate(self, job: Job, blocks: int) -> None:
-        """Gives a request free blocks until it holds ``blocks``; what they held is forgotten."""
-        while len(job.blocks) < blocks:
-            block = self.free_blocks.popleft()
-            self.content.pop(block, None)
-            job.blocks.append(block)
+        """Gives a request free blocks until it holds ``blocks``."""
+        self.free_blocks -= blocks - job.held
+        job.held = blocks
+        if self.cache:
+            self.cache.take(job, blocks)
 
     def free(self, job: Job) -> None:
-        """Frees the blocks of a request: full ones are taken last, of these its last one first."""
-        for block in job.blocks:
-            if block not in self.content:
-                self.free_blocks.appendleft(block)
-        self.free_blocks.extend(block for block in reversed(job.blocks) if block in self.content)
-        job.blocks = []
+        """Frees the blocks of a request."""
+        self.free_blocks += job.held
+        job.held = 0
+        if self.cache:
+            self.cache.put_back(job)
 
     def find_own_blocks(self, job: Job) -> None:
-        """Takes back those of a preempted request's full blocks, from the first, that nobody has taken since."""
-        held = {content: block for block, content in self.content.items()} if self.prefix_cache else {}
-        while (block := held.get((job, len(job.blocks)))) is not None:
-            self.free_blocks.remove(block)
-            job.blocks.append(block)
-        job.computed = len(job.blocks) * self.block_size
+        """Takes back the blocks that the prefix cache still has of a preempted request."""
+        if self.cache:
+            job.held = self.cache.find(job)
+            self.free_blocks -= job.held
+            job.computed = job.held * self.block_size
 
     def emit(self, job: Job) -> None:
         """Emits one token at the clock."""
         job.generated += 1
         job.in_flight -= 1
-        if job.blocks:
-            self.note_full_blocks(job, job.computed - job.in_flight)
+        if self.cache and job.blocks:
+            self.cache.note_full_blocks(job, job.computed - job.in_flight)
         if job.generated == 1:
             job.first_token_s = self.clock_s
         if job.generated == job.output_tokens:

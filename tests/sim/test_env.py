@@ -201,6 +201,18 @@ def test_an_episode_is_truncated_and_the_next_one_begins_empty() -> None:
     assert len(np.unique(first_prompts)) > 1  # episodes differ
 
 
+def test_routers_observe_what_they_are_told_of_the_experts() -> None:
+    params = small_params()
+    told = params.experts.replace(kv_blocks=jnp.array([40, 0, 40]), step_base_s=2 * params.experts.step_base_s)
+    env, key = small_env(), jax.random.key(0)
+    obs, state = env.reset(key, params)
+    told_obs, told_state = env.reset(key, params.replace(believed_experts=told))
+    assert obs.experts.profile is params.experts
+    assert told_obs.experts.profile is told
+    assert (np.asarray(obs.action_mask[:-1]).all(), told_obs.action_mask[:-1].tolist()) == (True, [True, False, True])
+    chex.assert_trees_all_equal(told_state, state)
+
+
 def test_the_state_does_not_grow_with_the_episode() -> None:
     env = small_env()
 

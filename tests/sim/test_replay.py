@@ -151,12 +151,12 @@ class TestAtTheLargestNumbers:
         assignment = np.repeat(np.arange(num_experts), self.REQUESTS)
         outputs = np.tile(self.OUTPUTS, (len(assignment), 1))
         trace = RequestTrace(np.zeros(len(assignment)), np.repeat(self.PROMPTS, self.REQUESTS), outputs)
-        return World(self.EXPERTS, trace, assignment, token_budget=2**24)
+        return World(self.EXPERTS.replace(token_budget=2**24), trace, assignment)
 
     def test_every_request_and_the_memory_held_are_as_in_the_reference(self) -> None:
         world = self.world()
         expected = reference(world)
-        (result,) = replay_many(world.experts, [world.trace], [world.assignment], token_budget=world.token_budget)
+        (result,) = replay_many(world.experts, [world.trace], [world.assignment])
         np.testing.assert_array_equal(result.log.dropped, expected.dropped)
         np.testing.assert_array_equal(result.log.preemptions, expected.preemptions)
         np.testing.assert_allclose(result.log.finish_s, expected.finish_s, rtol=1e-9)
@@ -329,7 +329,8 @@ def assert_mean(values: np.ndarray, expected: float, scale: float | None = None)
 class TestRealSystem:
     def test_reproduces_a_saturated_vllm_run(self, data_dir: pathlib.Path) -> None:
         """300 ShareGPT requests on vLLM 0.19, Llama-3.1-8B, RTX 4090; the costs are fitted to that GPU's kernels."""
-        rows = [json.loads(line) for line in (data_dir / "golden-rtx4090" / "requests.jsonl").open(encoding="utf-8")]
+        lines = (data_dir / "golden-rtx4090" / "requests.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
         rows.sort(key=lambda row: row["arrival_time"])
         run = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "request_id"}
         experts = profile(

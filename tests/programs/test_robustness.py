@@ -1,0 +1,47 @@
+"""The program that changes a world and judges routers again: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from tests.helpers.programs import assert_refused, program_of
+
+PLAIN = ("--preset=paper-3", "--routers=round_robin,shortest_queue,oracle_score", "--load=0.9", "--requests=100")
+
+
+@pytest.mark.slow
+def test_it_judges_every_router_in_every_world(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The unchanged world is judged like the others, so a change that changes nothing would keep every number."""
+    run = program_of("robustness")
+    changes = "--changes=coefficients,predictions,clock"
+    assert run(*PLAIN, "--seeds=3", changes, f"--out={tmp_path}") == 0
+    found = json.loads((tmp_path / "robustness.json").read_text())
+    labels = [world["label"] for world in found["worlds"]]
+    assert (labels[0], len(labels)) == ("unchanged", 1 + 14 + 2 + 3)
+    assert len(found["rows"]) == len(labels) * 3 * 3
+    assert found["pairs"] == 1  # oracles are not ranked
+    qos = {world["label"]: world["qos"]["shortest_queue"]["0.9"] for world in found["worlds"]}
+    assert qos["predictions none"] == qos["unchanged"]  # a router that looks at queues only
+    assert qos["all 10 % worse"] < qos["unchanged"] < qos["all 10 % better"]
+    assert qos["arrival rate +5 %"] < qos["arrival rate -5 %"]
+    assert found["worlds"][0]["rank_correlation"] == {"0.9": pytest.approx(1.0)}
+    page = (tmp_path / "robustness.md").read_text()
+    assert all(f"| {label} |" in page for label in labels)
+    assert page in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--changes=weather", "--changes=weather: choose some of control, coefficients"),
+        ("--load=0", "--load=0: give numbers above 0"),
+        ("--routers=fastest", "router 'fastest' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line(
+    flag: str, message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(program_of("robustness"), capsys, message, *PLAIN, flag, f"--out={tmp_path}")
