@@ -70,9 +70,9 @@ def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> Me
     begin_s = column["arrival_time"][0]
     arrival_s = column["arrival_time"] - begin_s
     offset_s = np.min(column["queued_ts"] - arrival_s)
+    gpu = meta.get("hardware.device_name", str, default="a GPU that is not recorded")
     return MeasuredRun(
-        name=f"{meta.get('model', kind=str)} on {meta.get('hardware.device_name', kind=str, default='a GPU that is not recorded')}, "
-        f"vLLM {meta.get('vllm_version', kind=str)}",
+        name=f"{meta.get('model', str)} on {gpu}, vLLM {meta.get('vllm_version', str)}",
         arrival_s=arrival_s,
         prompt_tokens=column["input_toks"].astype(np.int64),
         output_tokens=column["output_toks"].astype(np.int64),
