@@ -38,12 +38,13 @@ class SimulatedRun:
     iterations: Iterations  # all iterations, in order
 
 
-def simulate(run: MeasuredRun, timing: Mapping[str, float]) -> SimulatedRun:
+def simulate(run: MeasuredRun, timing: Mapping[str, Any]) -> SimulatedRun:
     """Replays a measured run, in float64 for its requests and in float32 for its iterations.
 
     Args:
       run: gives the inputs of the engine and the ticks.
-      timing: coefficients of an iteration, as ``profile_fitting.fit_timing`` returns them.
+      timing: coefficients of an iteration, as ``profile_fitting.fit_timing`` returns them, and in ``kernels`` its
+        tables, if these count in their place.
 
     Raises:
       InputError: a request does not fit the memory.
@@ -67,7 +68,7 @@ def simulate(run: MeasuredRun, timing: Mapping[str, float]) -> SimulatedRun:
     )
 
 
-def replay_run(run: MeasuredRun, timing: Mapping[str, float]) -> RequestLog:
+def replay_run(run: MeasuredRun, timing: Mapping[str, Any]) -> RequestLog:
     """Returns the log of the requests of a measured run in the simulator; see ``simulate``."""
     log = replay(
         _expert(run, timing), _trace(run), np.zeros(len(run.arrival_s), int),
@@ -133,7 +134,7 @@ def load_errors(run: MeasuredRun, simulated: SimulatedRun) -> dict[str, dict[str
     return errors
 
 
-def parts_of_time(run: Iterations, kernels: Iterations, timing: Mapping[str, float]) -> list[dict[str, Any]]:
+def parts_of_time(run: Iterations, kernels: Iterations, timing: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the share of a run's time and the error of the cost model, for each kind of iteration.
 
     Each iteration of the run is compared with the nearest measured batch of the same kind in the kernel tables, in the
@@ -172,7 +173,7 @@ def parts_of_time(run: Iterations, kernels: Iterations, timing: Mapping[str, flo
     return rows
 
 
-def decode_errors(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def decode_errors(run: MeasuredRun, timing: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Compares the cost model with the engine, in ticks in which the engine computed no new prompt.
 
     The cost model is evaluated at the batches of the engine, interpolated between ticks; the last block of a request
@@ -200,7 +201,7 @@ def decode_errors(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, di
     return errors
 
 
-def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str, float]) -> dict[str, float]:
+def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str, Any]) -> dict[str, float]:
     """Returns the ``preemptions`` in the simulator, the ``tokens`` recomputed after them, and their ``share`` of time.
 
     The share includes only the arithmetic of these tokens, the maximum that an engine with a prefix cache can save.
@@ -213,15 +214,24 @@ def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str
     }
 
 
-def parts_left_out(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def parts_left_out(run: MeasuredRun, timing: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Returns the relative errors of the mean latencies with one part of the model left out, by part."""
-    variants: dict[str, tuple[MeasuredRun, dict[str, float]]] = {
+    variants: dict[str, tuple[MeasuredRun, dict[str, Any]]] = {
         "nothing": (run, {}),
-        "reads of the KV cache": (run, {"per_kv_token_s": 0.0}),
-        "time per request": (run, {"per_sequence_s": 0.0}),
-        "arithmetic of prompts": (run, {"prefill_base_s": 0.0, "prefill_per_token_s": 0.0}),
         "limit of the KV memory": (dataclasses.replace(run, kv_blocks=_UNLIMITED), {}),
     }
+    for name, switch in (("asynchronous scheduling", "async_scheduling"), ("own prefix cache", "prefix_cache")):
+        if getattr(run, switch):
+            off: dict[str, Any] = {switch: False}
+            variants[name] = (dataclasses.replace(run, **off), {})
+    if timing.get("kernels") is None:
+        variants |= {
+            "reads of the KV cache": (run, {"per_kv_token_s": 0.0}),
+            "time per request": (run, {"per_sequence_s": 0.0}),
+            "arithmetic of prompts": (run, {"prefill_base_s": 0.0, "prefill_per_token_s": 0.0}),
+        }
+    else:
+        variants["tables, but for the five coefficients"] = (run, {"kernels": None})
     errors = {}
     for name, (changed_run, changed_timing) in variants.items():
         rows = latency_errors(run, replay_run(changed_run, {**timing, **changed_timing}))
@@ -229,10 +239,12 @@ def parts_left_out(run: MeasuredRun, timing: Mapping[str, float]) -> dict[str, d
     return errors
 
 
-def _expert(run: MeasuredRun, timing: Mapping[str, float]) -> ExpertProfile:
-    fields = {name: timing[name] for name in TIMING_UNITS}
+def _expert(run: MeasuredRun, timing: Mapping[str, Any]) -> ExpertProfile:
+    fields: dict[str, Any] = {name: timing[name] for name in TIMING_UNITS}
     fields |= {"kv_blocks": run.kv_blocks, "max_running": run.max_running, "max_waiting": _UNLIMITED}
-    return ExpertProfile(**{name: np.array([value]) for name, value in fields.items()})  # type: ignore[arg-type]
+    fields |= {name: getattr(run, name) for name in ("token_budget", "async_scheduling", "prefix_cache")}
+    arrays = {name: np.array([value]) for name, value in fields.items()}
+    return ExpertProfile(**arrays, kernels=timing.get("kernels"))
 
 
 def _trace(run: MeasuredRun) -> RequestTrace:
@@ -266,7 +278,7 @@ def _batches(log: IterationLog, cached: np.ndarray) -> Iterations:
     )
 
 
-def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, float]) -> np.ndarray:
+def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, Any]) -> np.ndarray:
     """Returns the tokens [T - 1] that the cost model predicts between ticks, at the batches of the engine."""
     times_s = np.linspace(run.tick_s[:-1], run.tick_s[1:], _POINTS_PER_TICK)
     requests = np.interp(times_s, run.tick_s, run.running)

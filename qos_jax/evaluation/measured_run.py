@@ -18,6 +18,7 @@ import numpy as np
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json
 from qos_jax.io.text_files import CsvTable, json_lines, parse_count, parse_number, read_text, shown
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS
 
 _REQUEST_FIELDS = ("input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
 _TICK_FIELDS = ("t", "running", "waiting", "kv_cache_pct", "prompt_throughput", "gen_throughput")
@@ -39,13 +40,15 @@ class MeasuredRun:
     kv_share: np.ndarray  # [T] share of the KV blocks in use
     prompt_tokens_per_s: np.ndarray  # [T] tokens/s since the last tick, each prompt counted once
     output_tokens_per_s: np.ndarray  # [T] tokens/s since the last tick
-    kv_blocks: int
+    kv_blocks: int  # usable ones
     block_size: int  # tokens per block
     max_running: int  # requests
     token_budget: int  # tokens per iteration
+    async_scheduling: bool = False
+    prefix_cache: bool = False
 
 
-def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
+def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> MeasuredRun:
     """Reads a measured run.
 
     ``arrival_time`` is from one clock; ``queued_ts`` and all later times are from another. The engine takes a request
@@ -54,6 +57,7 @@ def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
 
     Args:
       folder: with the three files; see the module.
+      kv_blocks: usable KV blocks, for a run that did not record them. One of those that vLLM records holds no request.
 
     Raises:
       InputError: a file cannot be read, or lacks a field.
@@ -66,9 +70,9 @@ def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
     begin_s = column["arrival_time"][0]
     arrival_s = column["arrival_time"] - begin_s
     offset_s = np.min(column["queued_ts"] - arrival_s)
+    gpu = meta.get("hardware.device_name", str, default="a GPU that is not recorded")
     return MeasuredRun(
-        name=f"{meta.get('model', kind=str)} on {meta.get('hardware.device_name', kind=str)}, "
-        f"vLLM {meta.get('vllm_version', kind=str)}",
+        name=f"{meta.get('model', str)} on {gpu}, vLLM {meta.get('vllm_version', str)}",
         arrival_s=arrival_s,
         prompt_tokens=column["input_toks"].astype(np.int64),
         output_tokens=column["output_toks"].astype(np.int64),
@@ -80,10 +84,12 @@ def read_run(folder: str | os.PathLike[str]) -> MeasuredRun:
         kv_share=tick["kv_cache_pct"] / 100,
         prompt_tokens_per_s=tick["prompt_throughput"],
         output_tokens_per_s=tick["gen_throughput"],
-        kv_blocks=meta.get("kv_cache.num_gpu_blocks"),
-        block_size=meta.get("kv_cache.block_size"),
+        kv_blocks=kv_blocks or meta.get("kv_cache.num_gpu_blocks") - 1,
+        block_size=meta.get("kv_cache.block_size", default=BLOCK_SIZE_TOKENS),
         max_running=meta.get("engine_kwargs.max_num_seqs"),
         token_budget=meta.get("engine_kwargs.max_num_batched_tokens"),
+        async_scheduling=meta.get("resolved_config.scheduler_config.async_scheduling", bool, default=False),
+        prefix_cache=meta.get("kv_cache.enable_prefix_caching", bool, default=False),
     )
 
 
@@ -94,11 +100,13 @@ class _Meta:
         self.path = path
         self.values = parse_json(read_text(path), str(path))
 
-    def get(self, name: str, kind: type = int) -> Any:
-        """Returns the value of a field; the name of a nested field has dots."""
+    def get(self, name: str, kind: type = int, default: Any = None) -> Any:
+        """Returns the value of a field, or the default if it is not there; the name of a nested field has dots."""
         value = self.values
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
+        if value is None and default is not None:
+            return default
         if not isinstance(value, kind):
             raise InputError(f"{self.path}: {name} is {value!r}, must be of type {kind.__name__}")
         return value

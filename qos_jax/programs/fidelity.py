@@ -9,6 +9,7 @@ fidelity.json, two pictures, and index.html, a page that holds all of it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shlex
@@ -17,12 +18,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from absl.flags import FlagValues
 
 from qos_jax.evaluation import fidelity
 from qos_jax.evaluation.fidelity import SimulatedRun
 from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
+from qos_jax.fleet.profile_fitting import tables_as_json
+from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.io.files import writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
 from qos_jax.report import fidelity_plots, pages
@@ -32,12 +36,18 @@ from qos_jax.report.pictures import Drawing, Picture, write_figure
 def main(values: FlagValues) -> None:
     """Simulates the run, compares, prints the error table and writes everything."""
     folder = writable_folder(values.out)
-    run = read_run(values.run)
+    run = read_run(values.run, values.kv_blocks)
+    if values.engine is not None:
+        run = dataclasses.replace(run, async_scheduling=values.engine == "vllm", prefix_cache=values.engine == "vllm")
     tables = profile_fitting.read_tables(
         *(f"{values.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence"))
     )
     kernels = profile_fitting.assemble(tables, values.num_layers, run.kv_blocks * run.block_size)
-    timing = profile_fitting.fit_timing(kernels)
+    timing: dict[str, Any] = profile_fitting.fit_timing(kernels)
+    if values.form == "tables":
+        fitted = fit_tables(tables, kernels, values.num_layers)
+        host = {"host_s": values.host_us, "host_per_sequence_s": values.host_per_sequence_us}
+        timing["kernels"] = fitted.replace(**{name: np.array([us / 1e6]) for name, us in host.items()})
     simulated = fidelity.simulate(run, timing)
     found = _results(run, simulated, kernels, timing)
     write_whole(folder / "fidelity.json", json.dumps(plain(found), indent=1, allow_nan=False))
@@ -57,14 +67,15 @@ def main(values: FlagValues) -> None:
 
 
 def _results(
-    run: MeasuredRun, simulated: SimulatedRun, kernels: profile_fitting.Iterations, timing: Mapping[str, float]
+    run: MeasuredRun, simulated: SimulatedRun, kernels: profile_fitting.Iterations, timing: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "run": run.name,
         "requests": len(run.arrival_s),
         "command": shlex.join(["qos-jax", "fidelity", *sys.argv[1:]]),
         "versions": versions(),
-        "timing": dict(timing),
+        "engine": {name: getattr(run, name) for name in ("kv_blocks", "async_scheduling", "prefix_cache")},
+        "timing": dict(timing) | ({"kernels": tables_as_json(timing["kernels"])} if "kernels" in timing else {}),
         "latencies": fidelity.latency_errors(run, simulated.log),
         "loads": fidelity.load_errors(run, simulated),
         "iterations": fidelity.parts_of_time(simulated.iterations, kernels, timing),
@@ -140,7 +151,7 @@ def _left_out(found: Mapping[str, Any]) -> str:
     )
     engine = pages.rows_table(["decode only", "looks", "tokens", "by the form", "time of the form"], seconds)
     return (
-        "<p>The iterations of the simulated run, and how far the form with its five coefficients is from the kernel "
+        "<p>The iterations of the simulated run, and how far the form is from the kernel "
         "tables at the measured batch nearest to each; below 0 it is too fast.</p>"
         f"{pages.rows_table(heads, cells)}"
         "<p><br>The looks since the one before which the engine computed no new prompt: the tokens that it gave, and "

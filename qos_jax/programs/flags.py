@@ -185,6 +185,11 @@ def define_fidelity(values: FlagValues) -> None:
     group.string("profiles", None, "Kernel tables of the same model on the same GPU: what comes before _dense.csv, "
                  "_attention.csv and _per_sequence.csv.", required=True)  # fmt: skip
     group.integer("num_layers", 32, "Layers of the model.", 1)
+    group.integer("kv_blocks", None, "Usable KV blocks, for a run that did not record them.", 1)
+    group.choice("engine", None, choices.ENGINES, "Engine of the run; by default as recorded, else vllm-sync.")
+    group.choice("form", "tables", ("tables", "coefficients"), "Time of an iteration: tables, or five coefficients.")
+    group.number("host_us", 0.0, "Time of the host in an iteration that no kernel hides [us].", 0.0)
+    group.number("host_per_sequence_us", 0.0, "Time of the host for each request in an iteration [us].", 0.0)
     group.string("out", "runs/fidelity", "Folder for fidelity.json, pictures and page.")
 
 

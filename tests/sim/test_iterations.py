@@ -22,7 +22,7 @@ def expected(world: World, expert: int = 0) -> list[Iteration]:
     return [iteration for iteration in reference.experts[expert].iterations if START_S <= iteration.start_s < END_S]
 
 
-@pytest.mark.parametrize("kind", ["preemption_storm", "full_queue", "small_budget"])
+@pytest.mark.parametrize("kind", ["preemption_storm", "full_queue", "small_budget", "measured"])
 def test_agrees_with_the_reference(kind: str) -> None:
     world = KINDS[kind](np.random.default_rng(3))
     log, reference = log_of(world), expected(world)
