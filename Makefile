@@ -43,7 +43,7 @@ vllm: WORKLOADS ?= 50
 vllm: .venv/installed
 	@if $(MAKE) .venv-vllm/installed; then \
 		.venv-vllm/bin/python tests/helpers/vllm_scheduler.py $(WORKLOADS) build/vllm && \
-		QOS_JAX_DATA="$(CURDIR)/build/vllm" .venv/bin/python -m pytest tests/sim/test_golden_scheduler.py; \
+		QOS_JAX_DATA="$(CURDIR)/build/vllm" .venv/bin/python -m pytest -m "slow or not slow" tests/sim/test_golden_scheduler.py; \
 	else \
 		echo "vLLM cannot be installed here: its scheduler was not compared"; \
 	fi
@@ -92,7 +92,8 @@ types: .venv/installed
 # Only what vLLM's scheduler imports, a third of what vLLM requires.
 .venv-vllm/installed: requirements-vllm.lock
 	"$(PYTHON)" -m venv --clear .venv-vllm
-	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps --requirement requirements-vllm.lock
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps --no-compile \
+		--requirement requirements-vllm.lock
 	.venv-vllm/bin/python -c 'import vllm.v1.core.sched.async_scheduler'
 	touch $@
 
