@@ -63,7 +63,8 @@ def main() -> NoReturn:
     """Entry of the console script."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in PROGRAMS:
-        run(name, sys.argv[2:])
+        del sys.argv[1]  # results name their command by the arguments that follow
+        run(name)
     if name in ("--help", "-h", "help"):
         print(usage())
         sys.exit(0)

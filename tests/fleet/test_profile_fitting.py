@@ -521,6 +521,7 @@ def test_program_writes_a_profile_that_loads(tmp_path):
     assert (profile["version"], profile["llm"], profile["gpu"]) == (2, "my-7b", "my GPU")
     assert profile["errors"]["tables"].keys() == profile["errors"]["hinge"].keys()
     assert profile["name"] == "my-gpu"
+    assert profile["command"].startswith(f"qos-jax fit-profile --dense={dense} ")
     assert profile["sources"]["dense"]["file"] == "dense.csv"
     assert profile["errors"]["hinge"]["mixed"] == pytest.approx(
         {"mape": 0.0, "bias": 0.0, "max": 0.0, "iterations": 80}, abs=1e-5
