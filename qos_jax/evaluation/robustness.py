@@ -61,9 +61,9 @@ class Change:
     told: bool = False  # routers observe the changed profile, not the unchanged one
 
     @property
-    def of_profile(self) -> bool:
-        """The change is one of the experts' profile, of which routers may be told."""
-        return bool(self.factors) or self.engine is not None
+    def can_be_told(self) -> bool:
+        """Routers observe what is changed of the profile; they observe no tables of kernels."""
+        return self.engine is not None or any(not name.startswith("kernels.") for name in self.factors)
 
     def params(self, world: WorldConfig, params: EnvParams) -> EnvParams:
         """Returns the parameters of the changed world, with the profile that routers observe there.
@@ -106,21 +106,23 @@ def changes(
 
     Args:
       world: the unchanged world; its engine, predictions and law of arrivals are replaced by other ones.
-      experts: its profile; where it has tables of measured kernels, these are changed, not the coefficients.
+      experts: its profile; where it has tables of measured kernels, these are changed, and their summary only with all.
       amounts: how far it is changed.
       groups: of ``GROUPS``, the kinds of changes.
       belief: of ``BELIEFS``: routers observe the unchanged profile, the changed one, or once each.
       seeds: number of seeds of the evaluation, after which those of ``other requests`` begin.
     """
     preset = preset_named(world.preset)
-    engine, prediction = world.engine or preset.engine, world.prediction or preset.prediction
+    engine = world.engine or preset.engine
+    prediction = world.prediction or (preset.prediction if world.predictor is None else "of a predictor")
     law = world.arrivals or ("trace" if world.trace is not None else preset.arrivals)
     other_law = _BURSTY if law == "poisson" else "poisson"
     timing = COEFFICIENTS if experts.kernels is None else TABLES
     by, clock = _signed(amounts.coefficient), _signed(amounts.rate)
     (_, less), (_, more) = by
-    worse = dict.fromkeys(timing, more) | {"kv_blocks": less}
-    better = dict.fromkeys(timing, less) | {"kv_blocks": more}
+    all_timing = (*timing, *COEFFICIENTS)  # also the summary of tables, which is what routers observe
+    worse = dict.fromkeys(all_timing, more) | {"kv_blocks": less}
+    better = dict.fromkeys(all_timing, less) | {"kv_blocks": more}
     together = f"all {100 * amounts.coefficient:g} %"
     found = {
         "control": [Change("other requests", seeds_on=seeds)],
@@ -141,9 +143,9 @@ def changes(
     }  # fmt: skip
     asked = [change for group in groups for change in found[group]]
     told = [
-        dataclasses.replace(change, label=f"{change.label}, told", told=True) for change in asked if change.of_profile
+        dataclasses.replace(change, label=f"{change.label}, told", told=True) for change in asked if change.can_be_told
     ]
-    untouched = [change for change in asked if not change.of_profile]
+    untouched = [change for change in asked if not change.can_be_told]
     return {"stale": asked, "true": untouched + told, "both": asked + told}[belief]
 
 

@@ -57,6 +57,11 @@ def test_measured_tables_are_changed_where_they_make_the_time() -> None:
     for name in ("dense_s", "head_s", "attention_s"):
         np.testing.assert_allclose(getattr(after, name), 1.1 * getattr(before, name), rtol=1e-6)
     np.testing.assert_array_equal(after.dense_tokens, before.dense_tokens)
+    told = changes(WorldConfig("golden-rtx4090"), experts, Amounts(), groups=["coefficients"], belief="true", seeds=16)
+    assert {change.label for change in told if change.told} == {
+        f"{label}, told" for label in ("kv_blocks -10 %", "kv_blocks +10 %", "all 10 % worse", "all 10 % better")
+    }  # no router observes the tables
+    assert worse.factors["step_base_s"] == pytest.approx(1.1)  # but all observe their summary
 
 
 def test_memory_keeps_a_block() -> None:
