@@ -54,7 +54,7 @@ def simulate(run: MeasuredRun, timing: Mapping[str, Any]) -> SimulatedRun:
         experts, trace, np.zeros(len(run.arrival_s), int), 0, 0.0, np.inf,
         block_size=run.block_size,
     )  # fmt: skip
-    cached = _cached_tokens(iterations)
+    cached = iterations.cached_tokens
     present = iterations.activity != Activity.ABSENT
     blocks = -(-cached // run.block_size).sum(1)
     index = np.searchsorted(iterations.start_s, run.tick_s, side="right") - 1
@@ -249,13 +249,6 @@ def _expert(run: MeasuredRun, timing: Mapping[str, Any]) -> ExpertProfile:
 
 def _trace(run: MeasuredRun) -> RequestTrace:
     return RequestTrace(run.arrival_s, run.prompt_tokens, run.output_tokens[:, None])
-
-
-def _cached_tokens(log: IterationLog) -> np.ndarray:
-    """Returns the cached tokens [I, R] of each request at the end of each iteration."""
-    total = np.cumsum(log.tokens, axis=0, dtype=np.int64)
-    discarded = np.maximum.accumulate(np.where(log.activity == Activity.PREEMPTED, total, 0), axis=0)
-    return np.where(log.activity == Activity.ABSENT, 0, total - discarded)
 
 
 def _batches(log: IterationLog, cached: np.ndarray) -> Iterations:

@@ -45,6 +45,7 @@ class IterationLog:
     arrival_s: np.ndarray  # [R] s
     activity: np.ndarray  # [I, R] int8, an Activity
     tokens: np.ndarray  # [I, R] int32 tokens computed: prompt tokens in PREFILL, 1 in DECODE, else 0
+    cached_tokens: np.ndarray  # [I, R] int32 tokens in the KV memory at the end
 
 
 def iterations_of(
@@ -110,7 +111,7 @@ class _Stepper:
         self.now_s = float(self.arrival_s[0]) if len(request) else 0.0
         self.state = engine.init_state(spec, (1,), jnp.int32(0))
         self.is_async = bool(profile.async_scheduling[0])
-        self.scheduled: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # asynchronously: what runs next
+        self.scheduled: tuple[np.ndarray, ...] | None = None  # asynchronously: what runs next
 
     @property
     def longest_s(self) -> float:
@@ -156,8 +157,8 @@ class _Stepper:
         prompt_tokens, output_tokens = self.prompt_tokens[index], self.output_tokens[index]
         self.state = _arrive(self.spec, self.profile, state, prompt_tokens, output_tokens, index)
 
-    def iterate(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray] | None:
-        """Runs one iteration; returns its duration [s], the live requests, their activities and tokens.
+    def iterate(self) -> tuple[Any, ...] | None:
+        """Runs one iteration; returns its duration [s], the live requests, their activities, tokens and cached tokens.
 
         None if it ran nothing, or what was scheduled before the first call.
         """
@@ -190,10 +191,8 @@ def _iterate(spec: EngineSpec, profile: ExpertProfile, state: ExpertState) -> Ex
     return engine.iterate(spec, profile, state, jnp.array([True]))[0]
 
 
-def _activities(
-    block_size: int, before: Slots, after: Slots, is_async: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the live requests, their activities and tokens, from the slots [S] before and after one iteration."""
+def _activities(block_size: int, before: Slots, after: Slots, is_async: bool) -> tuple[np.ndarray, ...]:
+    """Returns the live requests, their activities, tokens and cached tokens, from the slots [S] before and after."""
     found = np.where(before.waiting & after.running, after.cached_blocks * block_size, before.computed)
     tokens = np.maximum(after.computed - found, 0)
     emitted = before.generated + before.emitting
@@ -202,15 +201,15 @@ def _activities(
     idle = np.where(preempted, Activity.PREEMPTED, Activity.WAITING)
     activity = np.where(tokens > 0, np.where(decoding, Activity.DECODE, Activity.PREFILL), idle)
     live = before.live & (after.live | (not is_async))  # those that end before the next iteration are not in it
-    return before.payload[live], activity[live], tokens[live]
+    return before.payload[live], activity[live], tokens[live], np.asarray(after.computed)[live]
 
 
 def _log(records: list[tuple[Any, ...]], expert: int, request: np.ndarray, arrival_s: np.ndarray) -> IterationLog:
     activity = np.zeros((len(records), len(request)), np.int8)
-    tokens = np.zeros((len(records), len(request)), np.int32)
-    for row, (_, _, index, row_activity, row_tokens) in enumerate(records):
-        activity[row, index], tokens[row, index] = row_activity, row_tokens
+    tokens, cached = np.zeros((2, len(records), len(request)), np.int32)
+    for row, (_, _, index, *columns) in enumerate(records):
+        activity[row, index], tokens[row, index], cached[row, index] = columns
     present = (activity != Activity.ABSENT).any(0)
     start_s, duration_s = (np.array([record[i] for record in records], np.float64) for i in (0, 1))
-    requests = (request[present], arrival_s[present], activity[:, present], tokens[:, present])
+    requests = (request[present], arrival_s[present], activity[:, present], tokens[:, present], cached[:, present])
     return IterationLog(expert, start_s, duration_s, *requests)
