@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
-_MOST_BYTES = 3 << 30  # that a worker may take
+_MOST_BYTES = 2 << 30  # that a worker may take
 
 
 @pytest.fixture(scope="module", autouse=True)
