@@ -20,6 +20,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
+from qos_jax.errors import InputError
 from qos_jax.evaluation.hindsight import known_trace
 from qos_jax.sim.types import ExpertProfile, RequestTrace
 from qos_jax.sim.validation import checked_experts
@@ -36,8 +37,11 @@ def upper_bound(experts: ExpertProfile, trace: RequestTrace) -> float:
       trace: J requests in order of arrival, with scores and latency limits.
 
     Raises:
-      InputError: a field of the arguments is not usable.
+      InputError: a field of the arguments is not usable, or the experts have tables of their kernels: the bound rests
+        on the five coefficients.
     """
+    if experts.kernels is not None:
+        raise InputError("experts.kernels is given, must be None: the upper bound is of the five coefficients")
     experts = checked_experts(experts)
     trace = known_trace(trace, len(experts.step_base_s))
     works = [_work_of(experts, trace, n) for n in range(len(experts.step_base_s))]

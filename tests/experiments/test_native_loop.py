@@ -29,7 +29,7 @@ def assert_same(world: World) -> None:
     np.testing.assert_allclose(log.first_token_s, expected.first_token_s, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"measured"}))
 def test_agrees_with_the_reference(kind: str) -> None:
     for seed in range(3 if "crowd" in kind else 20):
         assert_same(KINDS[kind](np.random.default_rng(seed)))

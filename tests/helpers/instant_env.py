@@ -28,7 +28,7 @@ class InstantEnvironment(Environment):
         gap_s, request, workload = params.workload.next(key, state.workload)
         state = EnvState(state.time + 1, state.world, request, workload)
         zero, none, each = jnp.float32(0), jnp.int32(0), jnp.zeros(self.spec.num_experts)
-        answers = Completions(jnp.int32(1), qos, qos, zero, none, each, each, none)
+        answers = Completions(jnp.int32(1), qos, qos, zero, none, each, each, each, none)
         return self.observe(state, params), state, qos, {"completions": answers, "dropped": dropped, "gap_s": gap_s}
 
 

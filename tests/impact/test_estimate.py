@@ -411,7 +411,8 @@ def test_the_request_is_dropped_just_where_every_placement_is_below_the_price(ob
     above = best + max(1e-6, 1e-6 * abs(best)) if legal[:-1].any() else 0.0
     for tried in (price, -math.inf, best, above):
         dropped = not legal[:-1].any() or (legal[-1] and best < np.float32(tried))
-        assert greedy(obs, jnp.float32(tried))[0] == (NUM_EXPERTS if dropped else worth.argmax()), tried
+        chosen = int(greedy(obs, jnp.float32(tried))[0])
+        assert chosen == NUM_EXPERTS if dropped else worth[chosen] == best, tried
 
 
 def test_a_fleet_on_the_brink_gets_no_request() -> None:
