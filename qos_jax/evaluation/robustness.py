@@ -21,7 +21,8 @@ import numpy as np
 
 from qos_jax.evaluation.evaluate import Scenario
 from qos_jax.evaluation.statistics import summarise
-from qos_jax.fleet.profiles import ENGINES, expert_profile
+from qos_jax.fleet.profile_fitting import TIMING_UNITS
+from qos_jax.fleet.profiles import ENGINES, engine_fields
 from qos_jax.sim.env import EnvParams
 from qos_jax.sim.types import AnyArray, ExpertProfile
 from qos_jax.workload.arrivals import parse_arrivals
@@ -29,7 +30,7 @@ from qos_jax.workload.prediction import parse_prediction
 from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.presets import preset_named
 
-COEFFICIENTS = ("step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s")
+COEFFICIENTS = tuple(TIMING_UNITS)
 TABLES = tuple(f"kernels.{name}" for name in ("dense_s", "head_s", "attention_s", "host_s", "host_per_sequence_s"))
 GROUPS = ("control", "coefficients", "engine", "predictions", "clock", "arrivals")
 BELIEFS = ("stale", "true", "both")
@@ -182,10 +183,9 @@ def with_engine(experts: ExpertProfile, pairs: Sequence[tuple[str, str]], engine
       pairs: LLM and GPU of each expert.
       engine: a name in ``ENGINES``.
     """
-    as_set = expert_profile(pairs, engine=engine)
-    fields = ("async_scheduling", "prefix_cache", "token_budget")
+    fields = engine_fields(engine, [gpu for _, gpu in pairs])
     return experts.replace(
-        **{name: jnp.asarray(getattr(as_set, name), jnp.asarray(getattr(experts, name)).dtype) for name in fields}
+        **{name: jnp.asarray(values, jnp.asarray(getattr(experts, name)).dtype) for name, values in fields.items()}
     )
 
 

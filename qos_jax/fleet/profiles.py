@@ -164,7 +164,6 @@ def expert_profile(
             raise InputError(f"{name} is {limit}, must be at least 1")
     _check_names("LLM", [llm for llm, _ in pairs], list(LLMS))
     _check_names("GPU", [gpu for _, gpu in pairs], list(GPUS))
-    _check_names("engine", [engine], list(ENGINES))
     llms, gpus = [LLMS[llm] for llm, _ in pairs], [GPUS[gpu] for _, gpu in pairs]
     size = np.array([llm.matrix_params / _LLAMA_7B.matrix_params for llm in llms])
     kv_bytes = np.array([float(llm.kv_bytes_per_token) for llm in llms])
@@ -194,10 +193,27 @@ def expert_profile(
         standby_w=gpu_columns["standby_w"],
         standby_s=gpu_columns["standby_s"],
         kv_block_gb=BLOCK_SIZE_TOKENS * kv_bytes / 1e9,
-        token_budget=np.array([ENGINES[engine].token_budget or _default_token_budget(gpu) for _, gpu in pairs]),
-        async_scheduling=np.full(len(pairs), ENGINES[engine].async_scheduling),
-        prefix_cache=np.full(len(pairs), ENGINES[engine].prefix_cache),
+        **engine_fields(engine, [gpu for _, gpu in pairs]),
     )
+
+
+def engine_fields(name: str, gpus: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the fields [N] of `ExpertProfile` that the engine sets.
+
+    Args:
+        name: of the engine, in `ENGINES`.
+        gpus: of the N experts, names in `GPUS`.
+
+    Raises:
+        InputError: the engine is unknown.
+    """
+    _check_names("engine", [name], list(ENGINES))
+    engine = ENGINES[name]
+    return {
+        "token_budget": np.array([engine.token_budget or _default_token_budget(gpu) for gpu in gpus]),
+        "async_scheduling": np.full(len(gpus), engine.async_scheduling),
+        "prefix_cache": np.full(len(gpus), engine.prefix_cache),
+    }
 
 
 def _default_token_budget(gpu_name: str) -> int:

@@ -68,13 +68,9 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     occupied = (requests.running | requests.waiting) & (output_tokens > emitted)
     slots = jax.tree.map(lambda x: jnp.where(occupied, x, jnp.zeros_like(x)), slots)
     zero_s, zero = no_time_s[:, 0], no_tokens[:, 0]
-    emitting = slots.emitting & slots.live
-    scheduled_s, _ = decode_s(
-        profile,
-        jnp.sum(emitting, -1, dtype=jnp.int32),
-        jnp.sum(jnp.where(emitting, computed - 1, 0), -1, dtype=jnp.int32),
-    )
-    scheduled_s = jnp.where(jnp.any(emitting, -1), scheduled_s, 0.0)
+    scheduled = jnp.sum(slots.emitting, -1, dtype=jnp.int32)
+    kv_tokens = jnp.sum(jnp.where(slots.emitting, computed - 1, 0), -1, dtype=jnp.int32)
+    scheduled_s = jnp.where(scheduled > 0, decode_s(profile, scheduled, kv_tokens)[0], 0.0)
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
     experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero_s, zero_s, zero)
     return World(experts, Telemetry(arrivals, None))

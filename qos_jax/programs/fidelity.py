@@ -26,6 +26,7 @@ from qos_jax.evaluation.fidelity import SimulatedRun
 from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
 from qos_jax.fleet.profile_fitting import tables_as_json
+from qos_jax.fleet.profiles import ENGINES
 from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.io.files import writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
@@ -38,7 +39,8 @@ def main(values: FlagValues) -> None:
     folder = writable_folder(values.out)
     run = read_run(values.run, values.kv_blocks)
     if values.engine is not None:
-        run = dataclasses.replace(run, async_scheduling=values.engine == "vllm", prefix_cache=values.engine == "vllm")
+        engine = ENGINES[values.engine]
+        run = dataclasses.replace(run, async_scheduling=engine.async_scheduling, prefix_cache=engine.prefix_cache)
     tables = profile_fitting.read_tables(
         *(f"{values.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence"))
     )
