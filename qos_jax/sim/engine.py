@@ -19,14 +19,12 @@ at once instead of being converted to selects.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array, lax
 
 from qos_jax.sim.cost import (
@@ -40,77 +38,18 @@ from qos_jax.sim.cost import (
     mean_blocks,
     stretch_s,
 )
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile
-from qos_jax.sim.validation import MAX_SIZE, checked_whole
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineSpec:
-    """Sizes that are static under jit; a change recompiles."""
-
-    slots: int  # S, requests on one expert, running and waiting
-    block_size: int = BLOCK_SIZE_TOKENS  # tokens per KV block
-
-    def __post_init__(self) -> None:
-        """Checks the sizes.
-
-        Raises:
-          InputError: one is no whole number, or out of range.
-        """
-        checked_whole("slots", self.slots, 1)
-        checked_whole("block_size", self.block_size, 1, MAX_SIZE)
-
-
-class Slots(struct.PyTreeNode):
-    """Requests on the experts in arrival order; a slot with 0 ``output_tokens`` is empty."""
-
-    prompt_tokens: Array  # [L, S] int32
-    output_tokens: Array  # [L, S] int32
-    generated: Array  # [L, S] int32 tokens emitted
-    computed: Array  # [L, S] int32 tokens in the KV cache, those of scheduled iterations included; 0 while waiting
-    emitting: Array  # [L, S] bool: the scheduled iteration will emit a token; asynchronous scheduling only
-    decoding: Array  # [L, S] bool: ... by decoding, so that the newest token is not in the prefix cache yet
-    cached_blocks: Array  # [L, S] int32 blocks that a preempted request would find again, or has found
-    taken_at: Array  # [L, S] int32 value of ``taken_blocks`` at which the last of these is taken
-    preemptions: Array  # [L, S] int32
-    arrival_s: Array  # [L, S] s, relative to now
-    first_token_s: Array  # [L, S] s since arrival; set once generated > 0
-    finish_s: Array  # [L, S] s since arrival; set once finished
-    payload: Any  # pytree with leaves [L, S]: the caller's data of each request
-
-    @property
-    def live(self) -> Array:
-        """[L, S] bool: running or waiting."""
-        return self.generated < self.output_tokens
-
-    @property
-    def running(self) -> Array:
-        """[L, S] bool."""
-        return self.live & (self.computed > 0)
-
-    @property
-    def waiting(self) -> Array:
-        """[L, S] bool."""
-        return self.live & (self.computed == 0)
-
-    @property
-    def finished(self) -> Array:
-        """[L, S] bool: finished and not yet removed by ``compact``."""
-        return (self.output_tokens > 0) & ~self.live
-
-
-class ExpertState(struct.PyTreeNode):
-    """The state of every expert, and integrals over time since they were last reset."""
-
-    slots: Slots
-    clock_s: Array  # [L] s, relative to now: when the next iteration may start
-    scheduled_s: Array  # [L] s that the scheduled iteration will take, 0 if none is; asynchronous scheduling only
-    taken_blocks: Array  # [L] int32 blocks taken from the head of the free queue, less those put there; may wrap around
-    standby_left_s: Array  # [L] s of standby to come if no request does; as before the iterations that run now
-    busy_s: Array  # [L] s of iterations
-    standby_s: Array  # [L] s of standby
-    kv_block_s: Array  # [L] blocks x s held during iterations
-    passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
+from qos_jax.sim.engine_state import (
+    EngineSpec,
+    ExpertState,
+    Slots,
+    of_slots,
+    prefix_sums,
+    slot_numbers,
+    total,
+    totals,
+)
+from qos_jax.sim.prefix_cache import find_own_blocks, keep_cached, not_yet_taken
+from qos_jax.sim.types import ExpertProfile
 
 
 def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtype: Any = jnp.float32) -> ExpertState:
@@ -152,7 +91,7 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     """Moves the live requests to the front, in order, and removes the finished ones."""
     slots = state.slots
     order = jnp.argsort(~slots.live, axis=-1, stable=True)
-    used = _numbers(slots.live) < _total(slots.live)[..., None]
+    used = slot_numbers(slots.live) < total(slots.live)[..., None]
     slots = jax.tree.map(lambda x: jnp.where(used, jnp.take_along_axis(x, order, -1), jnp.zeros_like(x)), slots)
     return state.replace(slots=slots)
 
@@ -165,7 +104,7 @@ def admissible(
     A request that is not admissible is dropped on arrival (docs/guide/simulator.md).
     """
     fits = fits_in_memory(experts, prompt_tokens, output_tokens, spec.block_size)
-    return fits & (_total(state.slots.waiting) < experts.max_waiting)
+    return fits & (total(state.slots.waiting) < experts.max_waiting)
 
 
 def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
@@ -185,7 +124,7 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
     """
     slots = state.slots
     occupied = slots.output_tokens > 0
-    slot = _numbers(occupied)
+    slot = slot_numbers(occupied)
     tail = jnp.max(jnp.where(occupied, slot + 1, 0), -1)
     target = (slot == tail[..., None]) & lane[..., None]
 
@@ -289,7 +228,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     Returns the state and [L] bool: the lane will only decode until a request finishes or memory runs out.
     """
     slots, dtype = state.slots, state.clock_s.dtype
-    is_async, token_budget = _of_slots(experts.async_scheduling), _of_slots(experts.token_budget)
+    is_async, token_budget = of_slots(experts.async_scheduling), of_slots(experts.token_budget)
     live = slots.live & active[..., None]
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
     # A token in flight counts as known, although it is not: the request decodes on as if it were there.
@@ -301,7 +240,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     # no request is admitted behind a cut prompt. The last one gets what the others leave, at least 1 token. A request
     # whose last token is in flight is not scheduled, but keeps its place and its blocks.
     decodes_on = running & (slots.generated + in_flight < slots.output_tokens)
-    max_tokens = token_budget + 1 - _total(decodes_on)[..., None]
+    max_tokens = token_budget + 1 - total(decodes_on)[..., None]
     new_tokens = jnp.where(decodes_on, jnp.minimum(uncached_tokens, max_tokens), 0)
 
     # Preemption from the tail keeps the longest prefix whose blocks, with those of this iteration, fit in memory.
@@ -309,18 +248,18 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
     next_blocks = jnp.where(live, blocks_of(next_tokens, spec.block_size), 0)
     wanted_tokens = jnp.where(waiting, jnp.minimum(known_tokens, token_budget), new_tokens)
-    count, blocks_so_far, tokens_so_far = _prefix_sums(dtype, live, next_blocks, wanted_tokens)
-    fits = blocks_so_far <= _of_slots(max_kv_blocks(experts, spec.block_size))
+    count, blocks_so_far, tokens_so_far = prefix_sums(dtype, live, next_blocks, wanted_tokens)
+    fits = blocks_so_far <= of_slots(max_kv_blocks(experts, spec.block_size))
     preempted = running & ~fits
     may_reuse = waiting & (slots.cached_blocks > 0)
     reused_blocks, wanted_tokens, tokens_so_far = lax.cond(
         jnp.any(may_reuse),
-        lambda: _find_own_blocks(spec, experts, state, waiting, wanted_tokens, next_blocks, blocks_so_far),
+        lambda: find_own_blocks(spec, experts, state, waiting, wanted_tokens, next_blocks, blocks_so_far),
         lambda: (jnp.zeros_like(wanted_tokens), wanted_tokens, tokens_so_far),
     )
     uncached_tokens = uncached_tokens - reused_blocks * spec.block_size
     budget_left = token_budget - (tokens_so_far - wanted_tokens)
-    eligible = waiting & (budget_left > 0) & (count <= _of_slots(experts.max_running))
+    eligible = waiting & (budget_left > 0) & (count <= of_slots(experts.max_running))
     admitted = eligible & fits
     admitted_tokens = jnp.minimum(uncached_tokens, budget_left)
     new_tokens = jnp.where(admitted, admitted_tokens, jnp.where(preempted, 0, new_tokens))
@@ -342,7 +281,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     partly_filled = finished & has_place & (computed % spec.block_size > 0)
     # A block of a finished request that is not full goes to the head of the free queue, and counts as not taken.
     columns, pairs = _computed(experts, dtype, new_tokens, cached_tokens, decoding)
-    blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady, *sums = _totals(
+    blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady, *sums = totals(
         next_blocks,
         next_blocks - held_blocks - partly_filled.astype(jnp.int32),
         finished,
@@ -361,7 +300,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     taken_blocks = state.taken_blocks + new_blocks
     cached_blocks, taken_at, taken_blocks = lax.cond(
         jnp.any(preempted | may_reuse),
-        lambda: _keep_cached(spec, experts, state, preempted, admitted, reused_blocks, partly_filled, taken_blocks),
+        lambda: keep_cached(spec, experts, state, preempted, admitted, reused_blocks, partly_filled, taken_blocks),
         lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
     )
     admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
@@ -403,7 +342,7 @@ def _decode_stretch(
     running = slots.running & active[..., None]
     is_async = experts.async_scheduling & active
     left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
-    requests, kv_tokens = _totals(running, jnp.where(running, slots.computed, 0))
+    requests, kv_tokens = totals(running, jnp.where(running, slots.computed, 0))
     first_s, growth_s = decode_s(experts, requests, kv_tokens)
     as_time = partial(jnp.asarray, dtype=first_s.dtype)
     lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
@@ -432,7 +371,7 @@ def _decode_stretch(
     held_blocks, next_blocks = (blocks_of(tokens, spec.block_size) for tokens in (slots.computed, computed))
     mean = mean_blocks(slots.computed, jnp.maximum(tokens, 1), spec.block_size, first_s.dtype)
     partly_filled = finished & (computed % spec.block_size > 0)
-    new_blocks, decoding, kv_tokens = _totals(
+    new_blocks, decoding, kv_tokens = totals(
         jnp.where(running, next_blocks - held_blocks, 0) - partly_filled.astype(jnp.int32),
         decodes,
         jnp.where(decodes, computed - 1, 0),
@@ -443,7 +382,7 @@ def _decode_stretch(
     cached_blocks = lax.cond(
         jnp.any(waits_for_own),
         lambda: jnp.where(
-            waits_for_own, _not_yet_taken(slots, (taken_blocks + _total(partly_filled))[..., None]), slots.cached_blocks
+            waits_for_own, not_yet_taken(slots, (taken_blocks + total(partly_filled))[..., None]), slots.cached_blocks
         ),
         lambda: slots.cached_blocks,
     )
@@ -489,101 +428,6 @@ def _computed(
     return (*columns, decoding, jnp.where(of_prompt > 0, cached_tokens, 0)), pairs
 
 
-def _not_yet_taken(slots: Slots, taken_blocks: Array) -> Array:
-    """Returns the cached blocks [L, S] that are left once ``taken_blocks`` [L, S] are taken in all."""
-    return jnp.clip(slots.taken_at - taken_blocks, 0, slots.cached_blocks)
-
-
-def _find_own_blocks(
-    spec: EngineSpec,
-    experts: ExpertProfile,
-    state: ExpertState,
-    waiting: Array,
-    wanted_tokens: Array,
-    next_blocks: Array,
-    blocks_so_far: Array,
-) -> tuple[Array, Array, Array]:
-    """Returns which of its own blocks each waiting request would find again, and what it then has to compute.
-
-    Running requests take their new blocks first, then the requests before it in the queue. It is assumed that these
-    find all their blocks. If one does not, then those of the requests behind it, which lie before its own in the free
-    queue, are gone anyway.
-
-    Args:
-      spec: static sizes.
-      experts: profile [L].
-      state: before the iteration is scheduled.
-      waiting: [L, S] bool.
-      wanted_tokens: [L, S], that each request would compute, as if none found any block.
-      next_blocks: [L, S], that each request would hold after the iteration.
-      blocks_so_far: [L, S], their inclusive prefix sums.
-
-    Returns:
-      The blocks found [L, S], the tokens wanted then [L, S], and their inclusive prefix sums [L, S].
-    """
-    slots = state.slots
-    held_blocks = _total(jnp.where(slots.running, blocks_of(slots.computed, spec.block_size), 0))
-    reusable = jnp.where(waiting, slots.cached_blocks, 0)
-    (reusable_so_far,) = _prefix_sums(state.clock_s.dtype, reusable)
-    blocks_before = blocks_so_far - next_blocks - (reusable_so_far - reusable) - held_blocks[..., None]
-    found = jnp.where(waiting, _not_yet_taken(slots, state.taken_blocks[..., None] + blocks_before), 0)
-    left_tokens = slots.prompt_tokens + slots.generated - found * spec.block_size
-    wanted_tokens = jnp.where(waiting, jnp.minimum(left_tokens, _of_slots(experts.token_budget)), wanted_tokens)
-    return found, wanted_tokens, _prefix_sums(state.clock_s.dtype, wanted_tokens)[0]
-
-
-def _keep_cached(
-    spec: EngineSpec,
-    experts: ExpertProfile,
-    state: ExpertState,
-    preempted: Array,
-    admitted: Array,
-    reused_blocks: Array,
-    partly_filled: Array,
-    taken_blocks: Array,
-) -> tuple[Array, Array, Array]:
-    """Returns ``cached_blocks``, ``taken_at`` and ``taken_blocks`` after preemptions and admissions.
-
-    The full blocks of a preempted request go to the end of the free queue and are known to the prefix cache; the others
-    go to its head. Requests are preempted from the tail, each because the queue is empty, so that all but the one
-    preempted last find none of theirs.
-
-    Args:
-      spec: static sizes.
-      experts: profile [L].
-      state: before the iteration was scheduled.
-      preempted: [L, S] bool.
-      admitted: [L, S] bool.
-      reused_blocks: [L, S], that the admitted requests found.
-      partly_filled: [L, S] bool: the request finished with a block that is not full.
-      taken_blocks: [L], as if each request had held its blocks throughout and no admitted one had found any.
-    """
-    slots = state.slots
-    held = jnp.where(slots.running, blocks_of(slots.computed, spec.block_size), 0)
-    full = jnp.where(preempted, (slots.computed - slots.decoding.astype(jnp.int32)) // spec.block_size, 0)
-    lost = jnp.where(preempted, held, 0)
-    held, full_blocks, lost_blocks, reused, at_head = _totals(
-        held, full, lost, jnp.where(admitted, reused_blocks, 0), partly_filled
-    )
-    most_taken = taken_blocks + lost_blocks - reused + at_head  # before blocks are put at the head
-    waiting = slots.waiting & ~admitted
-    left = jnp.where(waiting, _not_yet_taken(slots, most_taken[..., None]), 0)
-
-    last = preempted & (_numbers(preempted) == jnp.argmax(preempted, -1, keepdims=True).astype(jnp.int32))
-    end_of_queue = state.taken_blocks + max_kv_blocks(experts, spec.block_size) - held + full_blocks
-    taken_at = jnp.where(last, end_of_queue[..., None], slots.taken_at)
-    taken_blocks = most_taken - (lost_blocks - full_blocks)
-    kept = jnp.maximum(end_of_queue - taken_blocks, 0)[..., None]
-    kept = jnp.where(last & _of_slots(experts.prefix_cache), jnp.minimum(full, kept), 0)
-    found_or_left = jnp.where(admitted, reused_blocks, left)
-    return jnp.where(preempted, kept, found_or_left), taken_at, taken_blocks - at_head
-
-
-def _of_slots(values: Any) -> Array:
-    """Returns values of the lanes [L] as [L, 1], to broadcast over the slots."""
-    return jnp.asarray(values)[..., None]
-
-
 def _limit_to_memory(
     spec: EngineSpec, experts: ExpertProfile, slots: Slots, running: Array, iterations: Array
 ) -> Array:
@@ -592,37 +436,11 @@ def _limit_to_memory(
 
     def exceed_memory(iterations: Array) -> Array:
         blocks = jnp.where(running, blocks_of(slots.computed + iterations[..., None], spec.block_size), 0)
-        total = jnp.sum(blocks.astype(dtype), -1)  # may exceed int32
-        return (total > max_kv_blocks(experts, spec.block_size).astype(dtype)) & (iterations > 0)
+        held = jnp.sum(blocks.astype(dtype), -1)  # may exceed int32
+        return (held > max_kv_blocks(experts, spec.block_size).astype(dtype)) & (iterations > 0)
 
     return lax.while_loop(
         lambda iterations: jnp.any(exceed_memory(iterations)),
         lambda iterations: jnp.where(exceed_memory(iterations), iterations // 2, iterations),
         iterations,
     )
-
-
-def _prefix_sums(dtype: Any, *columns: Array) -> list[Array]:
-    """Returns the inclusive prefix sums over the slots of each integer column [L, S], below 2^24 exact in float32.
-
-    On CPUs, the product with a triangular matrix of ones is many times faster than a scan; on GPUs it is as fast.
-    """
-    stacked = jnp.stack([column.astype(dtype) for column in columns])
-    triangle = jnp.triu(jnp.ones((stacked.shape[-1],) * 2, dtype))
-    sums = jnp.matmul(stacked, triangle, precision=lax.Precision.HIGHEST)
-    return list(sums.astype(jnp.int32))  # larger ones become the largest int32
-
-
-def _numbers(slots: Array) -> Array:
-    """Returns the number of each slot in an array of that shape [L, S], int32."""
-    return lax.broadcasted_iota(jnp.int32, slots.shape, slots.ndim - 1)
-
-
-def _totals(*columns: Array) -> list[Array]:
-    """Returns the sum over the slots of each column [L, S], as one program for all of them."""
-    return list(jnp.sum(jnp.stack([column.astype(jnp.int32) for column in columns]), -1, dtype=jnp.int32))
-
-
-def _total(values: Array) -> Array:
-    """Returns the sum over the slots as int32, also when 64-bit types are enabled."""
-    return jnp.sum(values, -1, dtype=jnp.int32)
