@@ -1,4 +1,4 @@
-"""Fits the timing of an expert to kernel times measured on its GPU, and reads and writes timing profiles.
+"""Fits the timing of an expert to kernel times measured on its GPU.
 
 Profilers measure the kernels of one layer. Iterations of the whole model are assembled from their tables (layers x
 layer + embedding + head), and the cost model of the simulator is fitted to them by relative least squares in two steps.
@@ -19,29 +19,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.io.files import parse_json, write_whole
+from qos_jax.fleet.profile_file import PROFILE_VERSION as PROFILE_VERSION
+from qos_jax.fleet.profile_file import TIMING_UNITS, load_kernels
+from qos_jax.fleet.profile_file import load_profile as load_profile
+from qos_jax.fleet.profile_file import save_profile as save_profile
 from qos_jax.io.text_files import CsvTable, parse_number, read_text, shown
 from qos_jax.sim.cost import Batch, iteration_s
 from qos_jax.sim.types import ATTENTION_TERMS, TOKEN_BUDGET, ExpertProfile, IterationTables
 from qos_jax.sim.validation import checked_tables
 
-TIMING_UNITS = {
-    "step_base_s": "s",
-    "prefill_base_s": "s",
-    "prefill_per_token_s": "s/token",
-    "per_sequence_s": "s/request",
-    "per_kv_token_s": "s/token",
-}
-PROFILE_VERSION = 2  # of the file; version 1 has no tables
 KINDS = ("decode", "prefill", "mixed", "chunked")
 
 Curve = tuple[np.ndarray, np.ndarray]  # ascending counts, seconds
@@ -228,73 +222,25 @@ def predicted_s(timing: Mapping[str, Any], iterations: Iterations) -> np.ndarray
     return np.asarray(iteration_s(experts, iterations.batch), np.float64)
 
 
-def save_profile(path: str, profile: dict[str, Any]) -> None:
-    """Writes a profile as JSON; the file appears whole or not at all.
-
-    Raises:
-      InputError: the file cannot be written.
-    """
-    write_whole(path, json.dumps(profile, indent=2, allow_nan=False) + "\n")
-
-
-def load_profile(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Returns the timing coefficients in a file that ``save_profile`` wrote, by field of ``ExpertProfile``.
-
-    Raises:
-      InputError: the file cannot be read, or a coefficient is missing, not a finite number, or negative.
-    """
-    return _numbers(path, "timing", _read_profile(path), tuple(TIMING_UNITS))
-
-
 def load_tables(path: str | os.PathLike[str]) -> IterationTables:
-    """Returns the tables in a file that ``save_profile`` wrote, with N = 1.
+    """Returns the tables in a profile file, with N = 1.
 
     Raises:
       InputError: the file cannot be read, is of version 1, which has no tables, or a field is missing or illegal.
     """
-    profile = _read_profile(path)
-    curves = ("dense_tokens", "dense_s", "head_requests", "head_s")
-    fields: dict[str, Any] = _numbers(path, "kernels", profile, ("host_s", "host_per_sequence_s"))
-    for name in curves:
-        values = profile["kernels"].get(name)
-        if not isinstance(values, list) or not all(isinstance(value, float) for value in values):
-            raise InputError(f"{path}: kernels.{name} is {shown(str(values))}, must be a list of numbers")
-        fields[name] = values
-    attention = _numbers(path, "attention_s", profile["kernels"], ATTENTION_TERMS, "kernels.")
-    fields["attention_s"] = list(attention.values())
-    tables = IterationTables(**{name: np.array([value]) for name, value in fields.items()})
-    return checked_tables(tables, 1, name=f"{path}: kernels")
+    return checked_tables(tables_from_json(load_kernels(path)), 1, name=f"{path}: kernels")
+
+
+def tables_from_json(kernels: Mapping[str, Any]) -> IterationTables:
+    """Returns the tables, with N = 1, of what ``tables_as_json`` returned."""
+    attention = [kernels["attention_s"][name] for name in ATTENTION_TERMS]
+    return IterationTables(**{name: np.array([value]) for name, value in {**kernels, "attention_s": attention}.items()})
 
 
 def tables_as_json(tables: IterationTables) -> dict[str, Any]:
     """Returns the tables of one expert as ``load_tables`` reads them under ``kernels``."""
     fields = {field.name: np.asarray(getattr(tables, field.name))[0].tolist() for field in dataclasses.fields(tables)}
     return fields | {"attention_s": dict(zip(ATTENTION_TERMS, fields["attention_s"], strict=True))}
-
-
-def _read_profile(path: str | os.PathLike[str]) -> dict[str, Any]:
-    profile = parse_json(read_text(path), str(path), parse_int=float)
-    if not isinstance(profile, dict):
-        raise InputError(f"{path}: has no object 'timing', must have one with {', '.join(TIMING_UNITS)}")
-    version = profile.get("version", 1.0)
-    if version not in (1.0, PROFILE_VERSION):
-        raise InputError(f"{path}: version is {version!r}, must be 1 or {PROFILE_VERSION}")
-    return profile
-
-
-def _numbers(
-    path: str | os.PathLike[str], key: str, within: dict[str, Any], names: Sequence[str], prefix: str = ""
-) -> dict[str, float]:
-    """Returns the numbers of these names in the object ``within[key]``; each is finite and not negative."""
-    values = within.get(key)
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: has no object '{prefix}{key}', must have one with {', '.join(names)}")
-    for name in names:
-        value = values.get(name)
-        if not isinstance(value, float) or not 0 <= value < math.inf:
-            found = f"is {value!r}" if name in values else "is missing"
-            raise InputError(f"{path}: {prefix}{key}.{name} {found}, must be a finite number >= 0")
-    return {name: values[name] for name in names}
 
 
 class _Table:

@@ -9,15 +9,19 @@ import os
 from typing import Any
 
 from qos_jax.errors import InputError
-from qos_jax.fleet.profiles import ENGINES
+from qos_jax.fleet.engines import ENGINES
+from qos_jax.fleet.experts import Expert
+from qos_jax.fleet.fleet_file import Fleet, load_fleet
 from qos_jax.io import dataclass_json
+from qos_jax.io.provenance import fingerprint
 from qos_jax.predictor.data import read_prediction_table
 from qos_jax.predictor.predictor import load_predictor
 from qos_jax.predictor.table import table_predictions
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.workload.prediction import TablePredictions
-from qos_jax.workload.tables import QualityTable, read_mix_instruct, read_npz
-from qos_jax.workload.traces import COLUMNS, ArrivalTrace, read_trace, with_gaps
+from qos_jax.workload.tables import QualityTable, read_table
+from qos_jax.workload.trace_files import COLUMNS, read_trace
+from qos_jax.workload.traces import ArrivalTrace, recorded_lengths, with_gaps
 from qos_jax.worlds import presets
 
 TRACE_PARTS = ("all", "first", "second")
@@ -27,9 +31,10 @@ _SPLIT_SEED = 0  # of a table's parts, the same in all programs
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
-    """A preset, and what differs from it; None keeps the preset's own value."""
+    """A preset or a fleet file, and what differs from it; None keeps its own value."""
 
     preset: str = "paper-3"
+    fleet: str | None = None  # fleet file, instead of the preset
     experts: tuple[str, ...] | None = None  # LLM@GPU of each expert
     engine: str | None = None  # of all experts, a name in ``ENGINES``
     arrivals: str | None = None  # a law, see ``parse_arrivals``
@@ -38,6 +43,7 @@ class WorldConfig:
     trace_format: str | None = None  # see ``read_trace``, as for the next two
     trace_sort: bool = False
     trace_spread_s: float | None = None  # s
+    trace_lengths: bool = False  # the trace's prompts and answers, too, whatever the expert
     quality_table: str | None = None  # file of real prompts and answers, instead of the built-in generator
     score_column: str | None = None  # of the table; the default depends on its format
     table_part: str = "all"  # of TABLE_PARTS
@@ -45,9 +51,14 @@ class WorldConfig:
     prompts: str | None = None  # file of the texts of an .npz table, for ``predictor``
     predictor: str | None = None  # folder of a trained predictor, instead of ``prediction``
     prediction: str | None = None  # see ``parse_prediction``
-    latency_limit_s: tuple[float, ...] | None = None  # s/token, one class of users or several
+    latency_limit_s: tuple[float, ...] | None = None  # s/token, one class of users or several; () is no limit
+    ttft_limit_s: tuple[float, ...] | None = None  # s from arrival to first token
+    tpot_limit_s: tuple[float, ...] | None = None  # s per token after the first
+    e2e_limit_s: tuple[float, ...] | None = None  # s from arrival to last token
     staleness_s: float | None = None  # s
     allow_drop: bool | None = None
+    observe: str | None = None  # engine or proxy
+    scrape_s: float | None = None  # s
 
     def __post_init__(self) -> None:
         """Checks the fields, and that they go together.
@@ -56,7 +67,8 @@ class WorldConfig:
           InputError: a field has a wrong type or is out of range, or two of them exclude each other.
         """
         dataclass_json.check_types(self)
-        presets.preset_named(self.preset)
+        if self.fleet is None:
+            presets.preset_named(self.preset)
         for name, legal in (("trace_part", TRACE_PARTS), ("table_part", TABLE_PARTS)):
             if getattr(self, name) not in legal:
                 raise InputError(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(legal)}")
@@ -64,19 +76,25 @@ class WorldConfig:
             raise InputError(f"engine is {self.engine!r}, must be one of {', '.join(ENGINES)}")
         for pair in self.experts or ():
             llm_and_gpu(pair)
-        for limit_s in self.latency_limit_s or ():
-            if not 0 < limit_s < math.inf:
-                raise InputError(f"latency_limit_s is {limit_s!r}, must be above 0 and finite, in s/token")
+        for name in ("latency_limit_s", *presets.FURTHER_LIMITS):
+            for limit_s in getattr(self, name) or ():
+                if not 0 < limit_s < math.inf:
+                    unit = "s/token" if name in ("latency_limit_s", "tpot_limit_s") else "s"
+                    raise InputError(f"{name} is {limit_s!r}, must be above 0 and finite, in {unit}")
         for one, other in (("arrivals", "trace"), ("prediction", "predictor")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise InputError(
                     f"--{one}={getattr(self, one)} and --{other}={getattr(self, other)} are both given: give one"
                 )
         self._check_trace()
-        if self.predictor is not None and self.quality_table is None:
+        if self.predictor is not None and self.fleet is None and self.quality_table is None:
             raise InputError(f"--predictor={self.predictor}: predicts for real prompts only; give --quality_table, too")
 
     def _check_trace(self) -> None:
+        if self.trace_lengths and self.trace is None:
+            raise InputError("trace_lengths is True, must be False without a trace")
+        if self.trace_lengths and self.predictor is not None:
+            raise InputError(f"--predictor={self.predictor} predicts for the table's prompts, not with --trace_lengths")
         if self.trace_format not in (None, *COLUMNS):
             raise InputError(f"trace_format is {self.trace_format!r}, must be one of {', '.join(COLUMNS)}")
         if self.trace_spread_s is not None and not 0 < self.trace_spread_s < math.inf:
@@ -86,20 +104,32 @@ class WorldConfig:
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """LLM and GPU of each expert."""
         if self.experts is None:
-            return presets.preset_named(self.preset).experts
+            return self.base.pairs
         return tuple(llm_and_gpu(text) for text in self.experts)
+
+    @property
+    def fleet_experts(self) -> tuple[Expert, ...]:
+        """The experts, with the engine of the preset or the file where they are given by their names."""
+        if self.experts is None:
+            return self.base.experts
+        return presets.varied(self.base, {"experts": self.pairs}).experts
 
     @property
     def latency_limits_s(self) -> tuple[float, ...]:
         """Latency limit of each class of users, s/token."""
-        limits_s = self.latency_limit_s or presets.preset_named(self.preset).latency_limit_s
+        return self.limits_s("latency_limit_s")
+
+    def limits_s(self, field: str) -> tuple[float, ...]:
+        """Returns the limit of a kind of each class of users; () where there is none."""
+        limits_s = getattr(self.base if getattr(self, field) is None else self, field)
         return limits_s if isinstance(limits_s, tuple) else (limits_s,)
 
     @property
     def has_preset_fleet(self) -> bool:
         """Experts and answers are the preset's, and so is the saturation rate, which is written down there."""
-        same_engine = self.engine in (None, presets.preset_named(self.preset).engine)
-        return self.experts is None and self.quality_table is None and same_engine
+        same_engine = self.engine in (None, self.base.engine)
+        unchanged = self.experts is None and self.table is None and same_engine and not self.trace_lengths
+        return unchanged and self.base.saturation_per_s is not None
 
     def build(self) -> tuple[Environment, EnvParams]:
         """Returns the environment, and its parameters at the preset's default load.
@@ -108,19 +138,48 @@ class WorldConfig:
           InputError: a file cannot be used, or a name is unknown.
         """
         overrides: dict[str, Any] = {}
-        for name in ("engine", "arrivals", "prediction", "latency_limit_s", "staleness_s", "allow_drop"):
+        limits = ("latency_limit_s", *presets.FURTHER_LIMITS)
+        for name in ("engine", "arrivals", "prediction", *limits, "staleness_s", "allow_drop", "observe", "scrape_s"):
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
         if self.experts is not None:
             overrides["experts"] = self.pairs
         if self.trace is not None:
-            overrides["arrivals"] = with_gaps(self._part_of_trace(self.whole_trace))
-        if self.quality_table is not None:
+            trace = self._part_of_trace(self.whole_trace)
+            overrides["arrivals"] = with_gaps(trace)
+            if self.trace_lengths:
+                overrides["lengths"] = recorded_lengths(trace)
+        if self.table is not None:
             table = self._part_of_table(self.read_table())
             overrides["quality_table"] = table
             if self.predictor is not None:
                 overrides["prediction"] = self._predictions(table)
-        return presets.make(self.preset, **overrides)
+        elif self.predictor is not None:
+            raise InputError(f"--predictor={self.predictor}: predicts for real prompts only; {self.fleet} has no table")
+        return presets.make(self.preset if self._fleet is None else self._fleet, **overrides)
+
+    @property
+    def name(self) -> str:
+        """Of the preset, or of the fleet in the file."""
+        return self.preset if self._fleet is None else self._fleet.name
+
+    @functools.cached_property
+    def _fleet(self) -> Fleet | None:
+        return None if self.fleet is None else load_fleet(self.fleet)
+
+    @functools.cached_property
+    def base(self) -> presets.Preset:
+        """The preset, or the world of the fleet file.
+
+        Raises:
+          InputError: the file cannot be used.
+        """
+        return presets.preset_named(self.preset) if self._fleet is None else presets.preset_of(self._fleet)
+
+    @property
+    def table(self) -> str | None:
+        """File of the quality table: its own, or that of the fleet file."""
+        return self.base.quality.table if self.quality_table is None else self.quality_table
 
     @functools.cached_property
     def whole_trace(self) -> ArrivalTrace:
@@ -138,7 +197,7 @@ class WorldConfig:
         return dataclasses.replace(
             self,
             trace_part="all" if self.trace is None else "second",
-            table_part="all" if self.quality_table is None else "test",
+            table_part="all" if self.table is None else "test",
         )
 
     def for_training(self) -> WorldConfig:
@@ -146,18 +205,18 @@ class WorldConfig:
         return dataclasses.replace(
             self,
             trace_part="first" if self.trace is not None and self.trace_part == "all" else self.trace_part,
-            table_part="train" if self.quality_table is not None and self.table_part == "all" else self.table_part,
+            table_part="train" if self.table is not None and self.table_part == "all" else self.table_part,
         )
 
     def read_table(self) -> QualityTable:
         """Reads the quality table by the ending of its name, with the texts of its prompts if they are given."""
-        path = str(self.quality_table)
-        if not path.endswith(".npz"):
-            return read_mix_instruct(path, self.score_column or "bertscore")
-        table = read_npz(path, self.score_column or "quality_bertscore_minilm", clip_scores=True)
-        if self.prompts is None:
+        path, column = str(self.table), self.score_column
+        if self.quality_table is None and column is None:
+            column = self.base.quality.score_column
+        table = read_table(path, column)
+        if self.prompts is None or not path.endswith(".npz"):
             return table
-        return dataclasses.replace(table, prompts=read_prediction_table(path, self.score_column, self.prompts).texts)
+        return dataclasses.replace(table, prompts=read_prediction_table(path, column, self.prompts).texts)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold; ``from_dict`` rebuilds it."""
@@ -167,9 +226,14 @@ class WorldConfig:
         """Returns what differs from the preset, for people: files by their names, without their folders."""
         default = WorldConfig(self.preset).to_dict()
         kept = {name: value for name, value in self.to_dict().items() if value != default[name]}
-        files = ("trace", "quality_table", "prompts")
+        files = ("fleet", "trace", "quality_table", "prompts")
         names = {name: os.path.basename(value) if name in files else value for name, value in kept.items()}
-        return {"preset": self.preset} | names
+        return ({} if self.fleet else {"preset": self.preset}) | names
+
+    def inputs(self) -> dict[str, str]:
+        """Returns a fingerprint of every file that the world is made of, by the name of its field."""
+        names = ("fleet", "trace", "table", "prompts", "predictor")
+        return {name: fingerprint(path) for name in names if (path := getattr(self, name)) is not None}
 
     @classmethod
     def from_dict(cls, values: Any) -> WorldConfig:
@@ -195,7 +259,9 @@ class WorldConfig:
         return table.split(self.test_fraction, seed=_SPLIT_SEED)[0 if self.table_part == "train" else 1]
 
     def _predictions(self, table: QualityTable) -> TablePredictions:
-        return table_predictions(load_predictor(str(self.predictor)), table, [llm for llm, _ in self.pairs])
+        return table_predictions(
+            load_predictor(str(self.predictor)), table, [expert.answers for expert in self.fleet_experts]
+        )
 
 
 def llm_and_gpu(text: str) -> tuple[str, str]:

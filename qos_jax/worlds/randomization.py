@@ -15,7 +15,8 @@ import numpy as np
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.fleet.profiles import ENGINES, expert_profile
+from qos_jax.fleet.engines import ENGINES
+from qos_jax.fleet.profiles import expert_profile
 from qos_jax.sim.capacity import saturation_rates
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment, EnvParams
@@ -110,6 +111,7 @@ def _sample_world(env: Environment, params: EnvParams, domain: Domain, key: Arra
     if domain.latency_limits_s:
         limits: LatencyLimits = workload.content.limits  # type: ignore[attr-defined]
         values_s = rng.uniform(min(domain.latency_limits_s), max(domain.latency_limits_s), limits.values_s.shape)
+        values_s = np.where(np.isfinite(limits.values_s), values_s, np.inf)  # no limit stays none
         limits = limits.replace(values_s=jnp.asarray(values_s, limits.values_s.dtype))  # type: ignore[attr-defined]
         workload = dataclasses.replace(workload, content=dataclasses.replace(workload.content, limits=limits))  # type: ignore[type-var]
     params = params.replace(workload=workload)

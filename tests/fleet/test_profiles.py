@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from qos_jax.errors import InputError
-from qos_jax.fleet.profiles import GPUS, LLMS, MEASURED, expert_profile
+from qos_jax.fleet.catalogue import DEVICES, LLMS, MEASURED
+from qos_jax.fleet.profiles import expert_profile
 from qos_jax.workload import constants
+
+GPUS = [name for name, device in DEVICES.items() if device.llama_7b]  # all hold an LLM of 7 billion parameters
 
 
 def test_vllm_takes_larger_iterations_on_large_gpus() -> None:

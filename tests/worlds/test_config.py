@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from qos_jax import InputError, WorldConfig
+from qos_jax import InputError, WorldConfig, sample_requests
 
 WORLDS = (
     WorldConfig(),
@@ -38,10 +41,12 @@ def test_it_builds_what_make_builds() -> None:
         ({"engine": "tgi"}, "engine is 'tgi', must be one of vllm, vllm-sync"),
         ({"trace": "t.csv", "trace_format": "parquet"}, "trace_format is 'parquet', must be one of azure, burstgpt"),
         ({"trace": "t.csv", "trace_spread_s": -1.0}, "trace_spread_s is -1.0, must be above 0 and finite, in s"),
+        ({"trace_lengths": True}, "trace_lengths is True, must be False without a trace"),
         ({"trace": "t.csv", "trace_sort": 1}, "trace_sort is 1, must be True or False"),
         ({"table_part": "half"}, "table_part is 'half', must be one of all, train, test"),
         ({"experts": ("alpaca-native",)}, "--experts=alpaca-native: give LLM@GPU"),
         ({"latency_limit_s": (0.0,)}, "latency_limit_s is 0.0, must be above 0"),
+        ({"ttft_limit_s": (math.inf,)}, "ttft_limit_s is inf, must be above 0 and finite, in s"),
         ({"arrivals": "poisson", "trace": "t.csv"}, "--arrivals=poisson and --trace=t.csv are both given"),
         ({"predictor": "runs/p"}, "--predictor=runs/p: predicts for real prompts only"),
     ],
@@ -99,6 +104,27 @@ def test_a_trace_is_read_as_it_says(tmp_path: pathlib.Path) -> None:
     assert world.whole_trace.gaps_s.min() > 0
     with pytest.raises(InputError, match="--trace_sort"):
         dataclasses.replace(world, trace_sort=False).build()
+
+
+def test_a_trace_may_bring_its_lengths(tmp_path: pathlib.Path) -> None:
+    """Every request has the gap and the lengths of one row, in order, whatever expert would answer."""
+    rng = np.random.default_rng(0)
+    arrival_s, lengths = np.cumsum(rng.exponential(0.1, 40)), rng.integers(1, 200, (40, 2))
+    rows = [f"{time},{prompt},{output}" for time, (prompt, output) in zip(arrival_s, lengths.tolist(), strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]))
+    world = WorldConfig(trace=str(tmp_path / "t.csv"), trace_lengths=True)
+    _, params = dataclasses.replace(world, experts=("alpaca-native@A40", "koala-7B-HF@A40")).build()
+    gaps_s, requests = sample_requests(params.workload, jax.random.key(3), 100)
+    gap = np.diff(arrival_s) / np.diff(arrival_s).mean()
+    row = 1 + np.argmin(np.abs(np.asarray(gaps_s)[:, None] * float(params.workload.arrivals.rate_per_s) - gap), 1)
+    assert np.all(np.diff(row) % 39 == 1)
+    np.testing.assert_array_equal(requests.prompt_tokens, lengths[row, 0])
+    np.testing.assert_array_equal(requests.output_tokens, np.repeat(lengths[row, 1:], 2, 1))
+    correlation = np.corrcoef(np.log(requests.predicted_tokens[:, 0]), np.log(lengths[row, 1]))[0, 1]
+    assert 0.2 < correlation < 0.9  # predictions are about these lengths, and not exact
+    (tmp_path / "t.csv").write_text("\n".join(["arrival_s", *map(str, arrival_s)]))
+    with pytest.raises(InputError, match="has arrivals only, must have the lengths"):
+        world.build()
 
 
 def test_training_and_held_out_requests_are_disjoint_parts() -> None:

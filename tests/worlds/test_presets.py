@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from functools import partial
 from typing import Any
@@ -20,10 +21,13 @@ from qos_jax import (
     InputError,
     QualityTable,
     RequestTrace,
+    evaluate,
     make,
+    make_router,
     replay,
     sample_requests,
     saturation_rate,
+    scenarios,
 )
 from qos_jax.workload.arrivals import gamma
 from qos_jax.workload.prediction import PredictionModel, TablePredictions
@@ -45,7 +49,7 @@ def slow(*names: str) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", ["paper-3", *slow("golden-rtx4090", "paper-6", "edge-8", "edge-64")])
+@pytest.mark.parametrize("name", ["paper-3", *slow(*(name for name in PRESETS if name != "paper-3"))])
 def test_the_first_request_is_served(name: str) -> None:
     env, params = make(name)
     (obs, before), (next_obs, _, reward, _, _, info) = first_step(env, params, jax.random.key(0))
@@ -67,7 +71,8 @@ def test_a_step_keeps_the_shapes(name: str) -> None:
     assert obs.action_mask.shape == (len(PRESETS[name].experts) + 1,)
 
 
-@pytest.mark.parametrize("name", ["paper-3", *slow("golden-rtx4090", "paper-6", "edge-8")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper-3", "golden-rtx4090", "paper-6", "edge-8", "jetson-4", "edge-2026"])
 def test_the_saturation_rate_is_the_one_written_down(name: str) -> None:
     env, params = make(name, rate_per_s=1.0)
     measured_per_s = np.mean([saturation_rate(env, params, seed=seed) for seed in range(SATURATION_SEEDS)])
@@ -127,6 +132,7 @@ def variations() -> dict[str, tuple[Environment, EnvParams]]:
     return {name: make("paper-3", **fields) for name, fields in overrides.items()}
 
 
+@pytest.mark.slow
 def test_variations_do_not_recompile() -> None:
     for env, params in variations().values():
         first_step(env, params, jax.random.key(0))
@@ -136,6 +142,7 @@ def test_variations_do_not_recompile() -> None:
     assert TRACED[-1] == env
 
 
+@pytest.mark.slow
 def test_variations_have_the_requested_values() -> None:
     key = jax.random.key(0)
     firsts = {name: first_step(env, params, key) for name, (env, params) in variations().items()}
@@ -205,8 +212,8 @@ BIG = (("vicuna-13b-1.1", "RTX 4090"),)
         ({"max_waiting": 0}, "max_waiting is 0"),
         ({"requests": 0}, "requests is 0"),
         ({"staleness_s": -1.0}, "staleness_s is -1.0"),
-        ({"latency_limit_s": 0.0}, "latency limits are .*0.0"),
-        ({"latency_limit_s": (0.03, math.nan)}, "latency limits are .*nan"),
+        ({"latency_limit_s": 0.0}, "latency_limit_s is .*0.0"),
+        ({"latency_limit_s": (0.03, math.nan)}, "latency_limit_s is .*nan"),
         ({"latency_limit_s": "x"}, "latency_limit_s is 'x', must be a number or a sequence of numbers"),
         ({"latency_limit_s": (0.03, None)}, r"latency_limit_s is \(0.03, None\), must be a number or a sequence"),
         ({"latency_limit_s": ((0.03,), (0.03, 0.04))}, "latency_limit_s is .*, must be a number or a sequence"),
@@ -221,6 +228,21 @@ BIG = (("vicuna-13b-1.1", "RTX 4090"),)
         ({"rate_per_s": True}, "rate_per_s is True, must be a finite number above 0"),
         ({"max_waiting": True}, "max_waiting is True, must be a whole number"),
         ({"content": "essays"}, "content 'essays' is unknown"),
+        ({"max_prompt_tokens": "x"}, "max_prompt_tokens is 'x', must be a whole number from 1 to 1048576"),
+        ({"max_output_tokens": 2**31}, "max_output_tokens is 2147483648, must be a whole number from 1 to 1048576"),
+        ({"prompt_tokens_median": -1, "prompt_tokens_p90": 5}, "prompt_tokens_median is -1, must be a finite number"),
+        ({"prompt_tokens_median": "a", "prompt_tokens_p90": 5}, "prompt_tokens_median is 'a', must be a finite number"),
+        ({"prompt_tokens_median": 9, "prompt_tokens_p90": 5}, "prompt_tokens_p90 is 5, must be above the median, 9"),
+        ({"prompt_tokens_median": 9}, "prompt_tokens_p90 is missing, must be given with the other"),
+        ({"quality": 5}, "quality is 5, must be a Quality"),
+        ({"lengths": 5}, "lengths is 5, must be RecordedLengths"),
+        ({"engine": [5]}, r"engine \[5\] is unknown; choose from"),
+        ({"rate_per_s": 10**400}, "rate_per_s is 1000.*, must be a finite number above 0"),
+        ({"load": 10**5000}, "load is a value that is too long .*, must be a finite number above 0"),
+        ({"max_running": 5 * 10**8}, "max_running is 500000000, must be a whole number from 1 to 4096"),
+        ({"history": 10**9, "staleness_s": 1.0}, "history is 1000000000, must be a whole number from 0 to 4096"),
+        ({"staleness_s": 1e300}, r"staleness_s is 1e\+300, must be a finite number of at least 0 and at most 1e\+06"),
+        ({"observe": "proxy", "scrape_s": 1e300}, r"scrape_s is 1e\+300, must be .* at most 1e\+06"),
     ],
 )
 def test_illegal_values_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -244,6 +266,13 @@ def test_every_llm_that_a_message_offers_works(table: QualityTable | None) -> No
     assert make("paper-3", experts=fleet, quality_table=table, rate_per_s=1.0)[0].spec.num_experts == len(fleet)
 
 
+def test_an_unknown_llm_gets_offers_that_work() -> None:
+    with pytest.raises(InputError, match="LLM 'gpt' is unknown") as error:
+        make("paper-3", experts=(("gpt", "A40"),), rate_per_s=1.0)
+    offered = str(error.value).split("has answers of ")[1].split(";")[0].split(", ")
+    assert make("paper-3", experts=tuple((llm, "A100") for llm in offered), rate_per_s=1.0)[0].spec.num_experts == 11
+
+
 def test_replicas_of_one_llm_share_its_answers_and_predictions() -> None:
     fleet = (("mpt-7b", "A40"), ("alpaca-native", "A40"), ("mpt-7b", "A100"))
     table = quality_table("alpaca-native", "koala-7B-HF", "mpt-7b")
@@ -264,3 +293,51 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
         make("paper-9")
     with pytest.raises(InputError, match=r"\['paper-3'\] is unknown"):
         make(["paper-3"])
+
+
+PROFILE_FIELDS = (
+    "step_base_s", "prefill_base_s", "prefill_per_token_s", "per_sequence_s", "per_kv_token_s", "kv_blocks",
+    "max_running", "max_waiting", "network_s", "idle_w", "busy_w", "kv_block_gb", "token_budget", "async_scheduling",
+    "prefix_cache", "standby_w", "standby_s",
+)  # fmt: skip
+DIGESTS = {  # of the presets when they were written in Python
+    "paper-3": "046118eaf9bd5893",
+    "paper-6": "f295e9c982e09e87",
+    "edge-8": "a26f871451182942",
+    "edge-64": "bd0fe93ff25c6d87",
+    "golden-rtx4090": "f130c766ed946b85",
+}
+
+
+def digest(name: str) -> str:
+    """Of a preset's experts, limits and saturation rate, bit for bit."""
+    env, params = make(name)
+    leaves = [getattr(params.experts, field) for field in PROFILE_FIELDS]
+    leaves += jax.tree.leaves((params.experts.kernels, params.workload.content.limits, params.saturation_per_s))
+    found = hashlib.sha256(repr((env.expert_names, env.spec.engine.slots)).encode())
+    for leaf in map(np.asarray, leaves):
+        found.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+    return found.hexdigest()[:16]
+
+
+def test_presets_are_bit_for_bit_what_they_were_before_they_were_files() -> None:
+    assert {name: digest(name) for name in DIGESTS} == DIGESTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jetson-4", "edge-2026"])
+def test_memory_binds_where_the_preset_says_so(name: str) -> None:
+    env, params = make(name)
+    routers = [make_router(name, env, params) for name in ("shortest_queue", "vllm_dp_2026")]
+    for run in evaluate(env, params, routers, scenarios(params, [0.9], [1000, 1001]), 1200, warmup=150):
+        assert run.metrics["kv_utilisation"] > 0.6
+        assert run.metrics["preemptions"] > 10
+
+
+def test_lengths_of_generated_requests_are_those_of_the_file() -> None:
+    _, params = make("jetson-4")
+    found = jax.jit(jax.vmap(params.workload.content.sample))(jax.random.split(jax.random.key(0), 4000))
+    assert np.median(found.prompt_tokens) == pytest.approx(400, rel=0.05)
+    assert np.percentile(found.prompt_tokens, 90) == pytest.approx(1500, rel=0.07)
+    assert found.prompt_tokens.max() == 4096
+    assert found.output_tokens.max() == 1024

@@ -40,6 +40,7 @@ def test_the_key_decides_which_worlds_are_sampled() -> None:
     assert not jnp.all(first.workload.arrivals.rate_per_s == other.workload.arrivals.rate_per_s)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_sampled_fleet_has_its_own_saturation_rate() -> None:
     env, params = presets.make("paper-3")
     domain = Domain(loads=(1.0,), pairs=PAIRS, equal_gpus=0.0)
