@@ -24,7 +24,8 @@ from qos_jax.errors import InputError
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.spaces import Discrete, space_class, space_of
 from qos_jax.sim.types import ExpertProfile, Observation, Request, Workload
-from qos_jax.sim.world import World, WorldSpec, advance, collect, dispatch, empty_world, observe
+from qos_jax.sim.validation import of_one_type
+from qos_jax.sim.world import Completions, World, WorldSpec, advance, collect, dispatch, empty_world, observe
 
 
 class EnvParams(struct.PyTreeNode):
@@ -36,6 +37,7 @@ class EnvParams(struct.PyTreeNode):
     staleness_s: Array | float = 0.0  # s, least age of the metrics that the router observes; needs a spec with history
     saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN if not computed
     believed_experts: ExpertProfile | None = None  # what routers are told of the experts, if not what they are
+    scrape_s: Array | float = 0.0  # s between two readings of engines' metrics; needs a spec that observes as a proxy
 
     @property
     def observed_experts(self) -> ExpertProfile:
@@ -160,8 +162,7 @@ class Environment:
         params = self._params_or_default(params)
         key_init, key_next = jax.random.split(key)
         _, request, workload = params.workload.next(key_next, params.workload.init(key_init))
-        state = EnvState(jnp.int32(0), empty_world(self.spec, params.experts), request, workload)
-        return self.observe(state, params), state
+        return self._begin(request, workload, params)
 
     def step(
         self, key: Array, state: EnvState, action: Array | int, params: EnvParams | None = None
@@ -181,58 +182,105 @@ class Environment:
           ``final_observation`` (the next observation of this episode, also where it ends) and the two flags.
         """
         params, action = self._params_or_default(params), jnp.asarray(action)
-        key_step, key_reset = jax.random.split(key)
-        next_obs, next_state, reward, info = self._step(key_step, state, action, params)
-        terminated, truncated = jnp.bool_(False), next_state.time >= params.max_steps_in_episode
-        obs, state = self._anew(truncated, key_reset, params, (next_obs, next_state))
-        info |= {"terminated": terminated, "truncated": truncated, "final_observation": next_obs}
-        return obs, state, reward, terminated, truncated, info
+        time = state.time + 1
+        terminated, truncated = jnp.bool_(False), time >= params.max_steps_in_episode
+        (gap_s, request, workload), first = _next_and_first(key, state.workload, truncated, params)
+        world, completions, dropped = self._serve(state, action, gap_s, params)
+        next_state = EnvState(time, world, request, workload)
+        next_obs = self.observe(next_state, params)
+        obs, state = self._anew(truncated, first, params, (next_obs, next_state))
+        info = {
+            "completions": completions, "dropped": dropped, "gap_s": gap_s, "terminated": terminated,
+            "truncated": truncated, "final_observation": next_obs,
+        }  # fmt: skip
+        return obs, state, completions.qos, terminated, truncated, info
 
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
         """Returns the router's observation of a state."""
+        params = self._params_or_default(params)
         return observe(self.spec, params.observed_experts, state.world, state.request, params.staleness_s)
 
     def _params_or_default(self, params: EnvParams | None) -> EnvParams:
-        return self.default_params if params is None else params
+        params = self.default_params if params is None else params
+        believed = None if params.believed_experts is None else of_one_type(params.believed_experts)
+        return params.replace(experts=of_one_type(params.experts), believed_experts=believed)
 
-    def _anew(
-        self, over: Array, key: Array, params: EnvParams, going_on: tuple[Observation, EnvState]
-    ) -> tuple[Observation, EnvState]:
-        """Returns the start of a new episode if this one is ``over`` [] bool, else ``going_on``.
+    def _serve(
+        self, state: EnvState, action: Array, gap_s: Array, params: EnvParams
+    ) -> tuple[World, Completions, Array]:
+        """Sends the waiting request to an expert, and lets all experts work until the next arrival.
 
-        Plain ``vmap`` would reset every environment at every step, which takes a quarter of the time. This rule resets
-        all environments, but only at steps where at least one episode ends.
+        Returns:
+          The world at that arrival, what was finished before it, and whether the request was dropped [] bool.
         """
-        begin = jax.custom_batching.custom_vmap(
-            lambda over, key, params, going_on: lax.cond(over, lambda: self.reset(key, params), lambda: going_on)
-        )
-
-        @begin.def_vmap
-        def _of_many(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
-            axes = tuple(jax.tree.map(lambda is_batched: 0 if is_batched else None, batched))
-
-            def select(over: Array, key: Array, params: EnvParams, going_on: Any) -> Any:
-                return jax.tree.map(partial(jnp.where, over), self.reset(key, params), going_on)
-
-            each_selects = jax.vmap(select, axes, axis_size=size)
-            all_go_on = jax.vmap(lambda *args: args[-1], axes, axis_size=size)
-            out = lax.cond(jnp.any(args[0]), each_selects, all_go_on, *args)
-            return out, jax.tree.map(lambda _: True, out)
-
-        return begin(over, key, params, going_on)
-
-    def _step(
-        self, key: Array, state: EnvState, action: Array, params: EnvParams
-    ) -> tuple[Observation, EnvState, Array, dict[str, Any]]:
         world, dropped = dispatch(self.spec, params.experts, state.world, state.request, action)
-        gap_s, request, workload = params.workload.next(key, state.workload)
         world = advance(self.spec, params.experts, world, gap_s)
         world, completions = collect(params.experts, world)
         if self.check:
             _check_invariants(self.spec, params.experts, world, gap_s)
-        state = EnvState(state.time + 1, world, request, workload)
-        info = {"completions": completions, "dropped": dropped, "gap_s": gap_s}
-        return self.observe(state, params), state, completions.qos, info
+        return world, completions, dropped
+
+    def _begin(self, request: Request, workload: Any, params: EnvParams) -> tuple[Observation, EnvState]:
+        world = empty_world(self.spec, params.experts, params.scrape_s)
+        state = EnvState(jnp.int32(0), world, request, workload)
+        return self.observe(state, params), state
+
+    def _anew(
+        self, over: Array, first: tuple[Request, Any], params: EnvParams, going_on: tuple[Observation, EnvState]
+    ) -> tuple[Observation, EnvState]:
+        """Returns the start of a new episode if this one is ``over`` [] bool, else ``going_on``."""
+
+        def select() -> tuple[Observation, EnvState]:
+            return jax.tree.map(partial(jnp.where, over), self._begin(*first, params), going_on)
+
+        return lax.cond(_in_any(over), select, lambda: going_on)
+
+
+def _next_and_first(
+    key: Array, workload_state: Any, over: Array, params: EnvParams
+) -> tuple[tuple[Array, Request, Any], tuple[Request, Any]]:
+    """Samples the next request of an episode, and if it is ``over`` [] bool, the first one of the next episode.
+
+    Both are sampled in one loop, so that the workload is compiled once.
+
+    Returns:
+      The gap to the next request [s], that request and the workload's state after it; and the first request of the next
+      episode with the state after that. The latter two are arbitrary if the episode goes on.
+    """
+    key_step, key_reset = jax.random.split(key)
+
+    # Each key is used in one round of the loop, which JAX cannot see: clones are exempt from its check of key reuse.
+    def of_this_episode() -> tuple[Array, Any]:
+        return jax.random.clone(key_step), workload_state
+
+    def of_next_episode() -> tuple[Array, Any]:
+        key_init, key_next = jax.random.split(jax.random.clone(key_reset))
+        return key_next, params.workload.init(key_init)
+
+    def sample(episode: Array, found: tuple[Any, Any]) -> tuple[Any, Any]:
+        key, state = lax.cond(episode == 0, of_this_episode, of_next_episode)
+        sampled = params.workload.next(key, state)
+        return jax.tree.map(partial(jnp.where, episode == 0), sampled, found[0]), sampled
+
+    *shapes, _ = jax.eval_shape(params.workload.next, key_step, workload_state)
+    nothing = (*jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), workload_state)
+    following, (_, *first) = lax.fori_loop(0, 1 + _in_any(over).astype(int), sample, (nothing, nothing))
+    return following, tuple(first)
+
+
+@jax.custom_batching.custom_vmap
+def _in_any(flag: Array) -> Array:
+    """Returns whether a flag [] bool is set in any of the environments that ``vmap`` runs side by side.
+
+    What happens at the end of episodes only is then left out, and not computed for all environments at every step.
+    """
+    return flag
+
+
+@_in_any.def_vmap
+def _in_any_of_many(size: int, batched: list[bool], flags: Array) -> tuple[Array, bool]:
+    del size, batched
+    return _in_any(jnp.any(flags)), False
 
 
 def _check_invariants(spec: WorldSpec, profile: ExpertProfile, world: World, gap_s: Array) -> None:

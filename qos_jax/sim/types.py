@@ -12,28 +12,14 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from qos_jax.sim.constants import ATTENTION_TERMS as ATTENTION_TERMS
+from qos_jax.sim.constants import BLOCK_SIZE_TOKENS as BLOCK_SIZE_TOKENS
+from qos_jax.sim.constants import EARLY_PROMPT_TOKENS as EARLY_PROMPT_TOKENS
+from qos_jax.sim.constants import TOKEN_BUDGET as TOKEN_BUDGET
+
 AnyArray = Any  # NumPy's or JAX's
 
-BLOCK_SIZE_TOKENS = 16
-TOKEN_BUDGET = 2048
 LLAMA_7B_BLOCK_GB = BLOCK_SIZE_TOKENS * 524_288 / 1e9  # of one KV block: 32 layers x 2 x 4096 x 2 bytes per token
-
-
-ATTENTION_TERMS = (
-    "decode",  # s, of an iteration that only decodes
-    "decode_per_request",  # s/request, there
-    "decode_per_kv_token",  # s per cached token of its requests, there
-    "prompt",  # s, of an iteration that only computes prompts
-    "mixed",  # s, of one that does both and computes prompts from their first token on
-    "mixed_chunked",  # s, of one that does both, where a part of a prompt is cached already
-    "mixed_per_request",  # s per decoding request of an iteration that does both
-    "mixed_per_kv_token",  # s per cached token of these requests
-    "per_early_prompt_token",  # s per prompt token of the iteration, up to ``EARLY_PROMPT_TOKENS`` of them
-    "per_late_prompt_token",  # s per prompt token beyond
-    "per_pair",  # s per pair of a prompt token and a token before it in the same prompt
-    "per_prefix_token",  # s per token of these prompts that is cached already
-)
-EARLY_PROMPT_TOKENS = 128  # one tile of a prefill kernel
 
 
 class IterationTables(struct.PyTreeNode):
@@ -79,6 +65,17 @@ class ExpertProfile(struct.PyTreeNode):
     kernels: IterationTables | None = None  # tables of all experts, or of none: then the five coefficients hold
 
 
+class ServiceLimits(struct.PyTreeNode):
+    """Limits on the times of an answer beside that on its latency per token; infinite where there is none.
+
+    All times are the user's: with the network delay. An answer is in time if it meets every limit.
+    """
+
+    ttft_s: AnyArray  # [...] s from the arrival to the first token
+    tpot_s: AnyArray  # [...] s per token after the first
+    e2e_s: AnyArray  # [...] s from the arrival to the last token
+
+
 class Request(struct.PyTreeNode):
     """One request: its prompt, the answer that each expert would give, and the predictions that a router observes."""
 
@@ -88,6 +85,7 @@ class Request(struct.PyTreeNode):
     latency_limit_s: Array  # [] s/token
     predicted_score: Array  # [N]
     predicted_tokens: Array  # [N] tokens
+    limits: ServiceLimits | None = None  # [] each; None in worlds that only limit the latency per token
 
 
 class RequestTrace(struct.PyTreeNode):
@@ -100,6 +98,12 @@ class RequestTrace(struct.PyTreeNode):
     latency_limit_s: AnyArray = None  # [J] s/token
     predicted_score: AnyArray = None  # [J, N]
     predicted_tokens: AnyArray = None  # [J, N] tokens
+    limits: ServiceLimits | None = None  # [J] each
+
+    @property
+    def requests(self) -> Request:
+        """The requests without their times of arrival, [J] each."""
+        return Request(**{name: getattr(self, name) for name in Request.__dataclass_fields__})
 
 
 class RequestLog(struct.PyTreeNode):
@@ -135,6 +139,7 @@ class ArrivedView(struct.PyTreeNode):
     predicted_score: Array  # [N]
     predicted_tokens: Array  # [N] tokens
     recent_rate_per_s: Array  # [K] requests/s, averaged over about the last ``RATE_WINDOWS_S``
+    limits: ServiceLimits | None = None  # [] each
 
 
 class ExpertView(struct.PyTreeNode):
@@ -161,6 +166,8 @@ class RequestView(struct.PyTreeNode):
     latency_limit_s: Array  # [N, S] s/token
     predicted_score: Array  # [N, S]
     predicted_tokens: Array  # [N, S] tokens, at least generated_tokens + 1
+    limits: ServiceLimits | None = None  # [N, S] each
+    first_token_s: Array | None = None  # [N, S] s from the arrival to the first token, once generated; with limits only
 
 
 class Observation(struct.PyTreeNode):

@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import shown
 from qos_jax.sim.types import ATTENTION_TERMS, ExpertProfile, IterationTables, RequestTrace
 
 MAX_COUNT = 2**30 - 1  # the sum of two counts fits in int32
@@ -39,7 +42,7 @@ def checked_whole(name: str, value: Any, lowest: int, highest: int = MAX_COUNT) 
     """
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not lowest <= value <= highest:
-        raise InputError(f"{name} is {value!r}, must be a whole number from {lowest} to {highest}")
+        raise InputError(f"{name} is {shown(value)}, must be a whole number from {lowest} to {highest}")
     return int(value)
 
 
@@ -110,6 +113,34 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
         )
     kernels = experts.kernels
     return ExpertProfile(**checked, kernels=None if kernels is None else checked_tables(kernels, num_experts, dtype))
+
+
+def of_one_type(experts: ExpertProfile) -> ExpertProfile:
+    """Returns the profile with whole numbers in int32 and all others in one floating type, that of a world's times.
+
+    A user's profile may hold others, as NumPy's own types or under ``jax_enable_x64``, but a loop of JAX keeps the
+    types that it begins with. Fields may be traced and are not checked. Those of these types stay as they are, and so
+    do Python's numbers.
+    """
+    fields = {field.name: getattr(experts, field.name) for field in dataclasses.fields(experts)}
+    floats = {name: value for name, value in fields.items() if name not in (*_COUNTS, *_SWITCHES)}
+    dtype = jnp.result_type(*jax.tree.leaves(floats), 0.0)
+    changed = jax.tree.map(lambda x: x if getattr(x, "dtype", dtype) == dtype else jnp.asarray(x, dtype), floats)
+    changed |= {name: _as_int32(fields[name]) for name in _COUNTS}
+    same = all(old is new for old, new in zip(*map(jax.tree.leaves, (fields, fields | changed)), strict=True))
+    return experts if same else experts.replace(**changed)
+
+
+def _as_int32(count: Any) -> Any:
+    if (
+        not jnp.issubdtype(getattr(count, "dtype", jnp.int32), jnp.integer)
+        or getattr(count, "dtype", None) == jnp.int32
+    ):
+        return count
+    if isinstance(count, int):
+        return min(count, MAX_COUNT)
+    at_most = np if isinstance(count, np.ndarray | np.generic) else jnp  # JAX would cut off the high bits first
+    return at_most.minimum(count, MAX_COUNT).astype(jnp.int32)
 
 
 def checked_tables(

@@ -16,6 +16,8 @@ from jax import Array
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, ExpertState
+from qos_jax.sim.proxy_view import LedgerView, Scrape, proxy_view
+from qos_jax.sim.service_level import margin_s
 from qos_jax.sim.types import (
     RATE_WINDOWS_S,
     ArrivedView,
@@ -24,6 +26,7 @@ from qos_jax.sim.types import (
     Observation,
     Request,
     RequestView,
+    ServiceLimits,
 )
 
 
@@ -35,6 +38,8 @@ class WorldSpec:
     engine: EngineSpec
     allow_drop: bool = True  # the router may drop a request
     history: int = 0  # H, snapshots kept for stale metrics; at 0, routers observe fresh metrics
+    service_limits: bool = False  # requests have ``limits`` beside that on the latency per token
+    observe: str = "engine"  # one of OBSERVE: what an engine knows, or a proxy in front of it (``sim.proxy_view``)
 
 
 class SlotPayload(struct.PyTreeNode):
@@ -44,6 +49,7 @@ class SlotPayload(struct.PyTreeNode):
     latency_limit_s: Array  # [N, S] s/token
     predicted_score: Array  # [N, S]
     predicted_tokens: Array  # [N, S] tokens
+    limits: ServiceLimits | None = None  # [N, S] each
 
 
 class Snapshots(struct.PyTreeNode):
@@ -54,11 +60,21 @@ class Snapshots(struct.PyTreeNode):
     views: tuple[ExpertView, RequestView]  # leaves [H, ...], without the profile
 
 
+class LastScrape(struct.PyTreeNode):
+    """The counts of the engines when a proxy last read them: with the first arrival after each ``period_s``."""
+
+    period_s: Array  # [] s
+    age_s: Array  # [] s, below ``period_s``
+    waiting: Array  # [N] int32 requests
+    kv_used_blocks: Array  # [N] int32 blocks
+
+
 class Telemetry(struct.PyTreeNode):
     """What is recorded for the router at each arrival."""
 
     arrivals: Array  # [K] requests so far, discounted by age with the time constants RATE_WINDOWS_S
     snapshots: Snapshots | None  # None for fresh metrics
+    scrape: LastScrape | None = None  # None unless routers observe what a proxy does
 
 
 class World(struct.PyTreeNode):
@@ -75,19 +91,30 @@ class Completions(struct.PyTreeNode):
     qos: Array  # [] sum of QoS
     score: Array  # [] sum of scores
     latency_per_token_s: Array  # [] sum of latencies per token
-    violations: Array  # [] int32 requests beyond their limit
+    violations: Array  # [] int32 requests beyond a limit
     busy_s: Array  # [N] s
     standby_s: Array  # [N] s
     kv_block_s: Array  # [N] blocks x s
     passes: Array  # [] int32 passes through the engine's loops
 
 
-def empty_world(spec: WorldSpec, profile: ExpertProfile) -> World:
-    """Returns a world with idle experts and no arrivals so far."""
+def empty_world(spec: WorldSpec, profile: ExpertProfile, scrape_s: Array | float = 0.0) -> World:
+    """Returns a world with idle experts and no arrivals so far.
+
+    Args:
+      spec: static part of the world.
+      profile: of the experts.
+      scrape_s: [] s between two readings of the engines' metrics, where routers observe what a proxy does.
+    """
     dtype = jnp.asarray(profile.step_base_s).dtype
     zero = jnp.zeros((), dtype)
-    experts = engine.init_state(spec.engine, (spec.num_experts,), SlotPayload(zero, zero, zero, zero), dtype)
+    limits = ServiceLimits(zero, zero, zero) if spec.service_limits else None
+    payload = SlotPayload(zero, zero, zero, zero, limits)
+    experts = engine.init_state(spec.engine, (spec.num_experts,), payload, dtype)
     arrivals = jnp.zeros(len(RATE_WINDOWS_S), dtype)
+    if spec.observe == "proxy":
+        none, period_s = jnp.zeros(spec.num_experts, jnp.int32), jnp.asarray(scrape_s, dtype)
+        return World(experts, Telemetry(arrivals, None, LastScrape(period_s, jnp.zeros((), dtype), none, none)))
     if spec.history == 0:
         return World(experts, Telemetry(arrivals, None))
     views = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _view(spec, experts))
@@ -127,7 +154,9 @@ def record_arrival(spec: WorldSpec, world: World, duration_s: Array) -> World:
         return world
     duration_s = duration_s.astype(world.telemetry.arrivals.dtype)
     arrivals = 1.0 + world.telemetry.arrivals * jnp.exp(-duration_s / jnp.array(RATE_WINDOWS_S, duration_s.dtype))
-    snapshots = world.telemetry.snapshots
+    snapshots, scrape = world.telemetry.snapshots, world.telemetry.scrape
+    if scrape is not None:
+        return world.replace(telemetry=Telemetry(arrivals, None, _scraped(spec, world.experts, scrape, duration_s)))
     if snapshots is None:
         return world.replace(telemetry=Telemetry(arrivals, None))
     newest = (snapshots.newest + 1) % spec.history
@@ -138,7 +167,9 @@ def record_arrival(spec: WorldSpec, world: World, duration_s: Array) -> World:
 
 def payload_of(request: Request) -> SlotPayload:
     """Returns the slot payload of a request; leaves [N] or []."""
-    return SlotPayload(request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens)
+    return SlotPayload(
+        request.score, request.latency_limit_s, request.predicted_score, request.predicted_tokens, request.limits
+    )
 
 
 def slot_latency_per_token_s(profile: ExpertProfile, slots: engine.Slots) -> Array:
@@ -147,12 +178,21 @@ def slot_latency_per_token_s(profile: ExpertProfile, slots: engine.Slots) -> Arr
     return (slots.finish_s + network_s) / jnp.maximum(slots.output_tokens, 1).astype(slots.finish_s.dtype)
 
 
+def slot_margin_s(profile: ExpertProfile, slots: engine.Slots) -> Array:
+    """Returns the margin [..., N, S] s/token to the nearest limit of the requests in the slots, if finished."""
+    if slots.payload.limits is None:
+        return slots.payload.latency_limit_s - slot_latency_per_token_s(profile, slots)
+    network_s = jnp.broadcast_to(jnp.asarray(profile.network_s), slots.finish_s.shape[:-1])[..., None]
+    tokens = jnp.maximum(slots.output_tokens, 1).astype(slots.finish_s.dtype)
+    return margin_s(slots.payload, tokens, slots.finish_s + network_s, slots.first_token_s + network_s)
+
+
 def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
     """Removes the finished requests from the slots, and returns their sums and the experts' integrals, now reset."""
     experts, slots = world.experts, world.experts.slots
     done = slots.finished
     latency_per_token_s = slot_latency_per_token_s(profile, slots)
-    in_time = done & (latency_per_token_s <= slots.payload.latency_limit_s)
+    in_time = done & (slot_margin_s(profile, slots) >= 0)
     completions = Completions(
         finished=jnp.sum(done, dtype=jnp.int32),
         qos=jnp.sum(jnp.where(in_time, slots.payload.score, 0.0)),
@@ -180,10 +220,13 @@ def observe(
     """Returns what the router observes when ``request`` arrives.
 
     With snapshots, experts and requests are those of the newest snapshot that is at least ``staleness_s`` old; without,
-    they are fresh.
+    they are fresh, or what a proxy knows.
     """
     assert world.telemetry is not None
-    if world.telemetry.snapshots is None:
+    if world.telemetry.scrape is not None:
+        staleness_s = 0.0
+        experts, requests = _proxy_view(world.experts, world.telemetry.scrape)
+    elif world.telemetry.snapshots is None:
         staleness_s = 0.0
         experts, requests = _view(spec, world.experts)
     else:
@@ -195,6 +238,7 @@ def observe(
         request.predicted_score,
         request.predicted_tokens,
         world.telemetry.arrivals / jnp.array(RATE_WINDOWS_S, world.telemetry.arrivals.dtype),
+        request.limits,
     )
     fits = fits_in_memory(profile, request.prompt_tokens, 1, spec.engine.block_size)
     legal = fits & (experts.waiting < profile.max_waiting)
@@ -209,7 +253,9 @@ def example_observation(spec: WorldSpec) -> Observation:
     off = jnp.zeros(spec.num_experts, bool)
     fields = *[floats] * 5, *[counts] * 3, *[floats] * 4, counts, *[off] * 2, *[floats] * 2
     profile = ExpertProfile(*fields)  # type: ignore[arg-type]
-    request = Request(jnp.int32(1), counts, floats, jnp.float32(1.0), floats, floats)
+    one = jnp.float32(1.0)
+    limits = ServiceLimits(one, one, one) if spec.service_limits else None
+    request = Request(jnp.int32(1), counts, floats, one, floats, floats, limits)
     return observe(spec, profile, empty_world(spec, profile), request)
 
 
@@ -229,6 +275,8 @@ def _view(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestVie
         predicted_tokens=jnp.maximum(
             slots.payload.predicted_tokens, (slots.generated + 1).astype(slots.payload.predicted_tokens.dtype)
         ),
+        limits=slots.payload.limits,
+        first_token_s=None if slots.payload.limits is None else slots.first_token_s,
     )
     view = ExpertView(
         profile=None,  # the caller adds it, as it is the same for all snapshots
@@ -239,6 +287,33 @@ def _view(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestVie
         ),
     )
     return view, requests
+
+
+def _scraped(spec: WorldSpec, experts: ExpertState, scrape: LastScrape, duration_s: Array) -> LastScrape:
+    """Returns the last scrape at an arrival, which is this moment's if the one before is ``period_s`` old by now."""
+    view, _ = _view(spec, experts)
+    age_s = scrape.age_s + duration_s
+    old = LastScrape(scrape.period_s, age_s, scrape.waiting, scrape.kv_used_blocks)
+    new = LastScrape(scrape.period_s, jnp.zeros_like(age_s), view.waiting, view.kv_used_blocks)
+    return jax.tree.map(lambda x, y: jnp.where(age_s >= scrape.period_s, x, y), new, old)
+
+
+def _proxy_view(experts: ExpertState, scrape: LastScrape) -> tuple[ExpertView, RequestView]:
+    """Returns what a proxy knows of the experts and requests, without the profile."""
+    slots = experts.slots
+    ledger = LedgerView(
+        live=slots.live,
+        prompt_tokens=slots.prompt_tokens,
+        streamed_tokens=slots.generated,
+        age_s=-slots.arrival_s,
+        latency_limit_s=slots.payload.latency_limit_s,
+        predicted_score=slots.payload.predicted_score,
+        predicted_tokens=slots.payload.predicted_tokens,
+        limits=slots.payload.limits,
+        first_token_s=None if slots.payload.limits is None else slots.first_token_s,
+    )
+    age_s = jnp.broadcast_to(scrape.age_s, scrape.waiting.shape)
+    return proxy_view(ledger, Scrape(age_s, scrape.waiting, scrape.kv_used_blocks))
 
 
 def _stale_view(snapshots: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:

@@ -93,8 +93,9 @@ class ArrivalProcess:
         chain_key, phase_key, index_key = jax.random.split(key, 3)
         burst_share = self.mean_sojourns_s[1] / (self.mean_sojourns_s[0] + self.mean_sojourns_s[1])
         phase = jax.random.bits(phase_key, (), jnp.uint32)
-        num_recorded = 1 if self.recorded_gaps is None else self.recorded_gaps.shape[0]
-        index = jax.random.randint(index_key, (), 0, num_recorded, jnp.int32)
+        index = jnp.int32(0)
+        if self.recorded_gaps is not None:
+            index = jax.random.randint(index_key, (), 0, self.recorded_gaps.shape[0], jnp.int32)
         return ArrivalState(
             chain=jax.random.bernoulli(chain_key, burst_share).astype(jnp.int32),
             phase=jnp.where(self.random_start, phase, jnp.zeros_like(phase)),

@@ -62,6 +62,19 @@ class AnswerLaw:
     log_length_sd: float
 
 
+def answer_law(score_mean: float, output_tokens_mean: float | None = None) -> AnswerLaw:
+    """Returns the law of an LLM of which only means are known; lengths scatter as those of AlpacaEval do.
+
+    Args:
+        score_mean: mean score, below 1.
+        output_tokens_mean: mean tokens of an answer before the cap; by default the mean of the LLMs in AlpacaEval.
+    """
+    measured = list(MEASURED_LENGTHS.values())
+    log_sd = sum(law[2] for law in measured) / len(measured)
+    mean = sum(law[0] for law in measured) / len(measured) if output_tokens_mean is None else output_tokens_mean
+    return AnswerLaw(score_mean, math.log(mean) - log_sd**2 / 2, log_sd)
+
+
 def _law(bertscore: float, *, lengths_of: str) -> AnswerLaw:
     return AnswerLaw(bertscore / 100.0, *MEASURED_LENGTHS[lengths_of][1:])
 

@@ -22,20 +22,22 @@ from jax import Array
 from jax.scipy.special import ndtr
 
 from qos_jax.errors import InputError
+from qos_jax.sim.types import ServiceLimits
 from qos_jax.workload import constants
 
 
 @struct.dataclass
 class LatencyLimits:
-    """Latency limits per token of C classes of users, and the share of each class; see `latency_limits`."""
+    """Limits of C classes of users, and the share of each class; see `latency_limits`."""
 
     values_s: Array  # [C] s/token
     weights: Array  # [C] shares, which sum to 1
+    further: ServiceLimits | None = None  # [C] each, beside the limit per token
 
-    def at(self, quantile: Array) -> Array:
-        """Returns the limit [s/token] of the user at a quantile in [0, 1) of the population."""
+    def at(self, quantile: Array) -> tuple[Array, ServiceLimits | None]:
+        """Returns the limits [s/token] and [s] of the user at a quantile in [0, 1) of the population."""
         user_class = jnp.sum(quantile >= jnp.cumsum(self.weights[:-1]))
-        return self.values_s[user_class]
+        return self.values_s[user_class], jax.tree.map(lambda values: values[user_class], self.further)
 
 
 class SampledContent(NamedTuple):
@@ -46,6 +48,7 @@ class SampledContent(NamedTuple):
     score: Array  # [N] in [0, 1]
     latency_limit_s: Array  # [] s/token
     row: Array  # [] int32 row of the table; 0 for generated content
+    limits: ServiceLimits | None = None  # [] each, beside the limit per token
 
 
 class RequestContent(Protocol):
@@ -93,7 +96,8 @@ class GeneratedContent:
         # The relative spread has a mean square of 1 over the prompts, so it does not change the SD of the scores.
         relative_spread = jnp.exp(self.log_spread_sd * (spread - self.log_spread_sd))
         score = self._score(correlate(shared_score, relative_spread * own_score, self.score_correlation))
-        return SampledContent(prompt_tokens, output_tokens, score, self.limits.at(ndtr(user)), jnp.int32(0))
+        limit_s, further = self.limits.at(ndtr(user))
+        return SampledContent(prompt_tokens, output_tokens, score, limit_s, jnp.int32(0), further)
 
     def _score(self, standard: Array) -> Array:
         """Returns the scores [N] at standard normal variates [N]: 1 minus a lognormal with the given mean and SD."""
@@ -112,25 +116,56 @@ def _whole_tokens(log_tokens: Array, max_tokens: Array) -> Array:
     return jnp.clip(jnp.round(jnp.exp(log_tokens)), 1.0, max_tokens).astype(jnp.int32)
 
 
-def latency_limits(values_s: Sequence[float] = (0.03,), weights: Sequence[float] | None = None) -> LatencyLimits:
-    """Builds the latency limits of one or several classes of users.
+def latency_limits(
+    values_s: Sequence[float] = (0.03,),
+    weights: Sequence[float] | None = None,
+    *,
+    ttft_s: Sequence[float] = (),
+    tpot_s: Sequence[float] = (),
+    e2e_s: Sequence[float] = (),
+) -> LatencyLimits:
+    """Builds the limits of one or several classes of users.
+
+    Each kind of limit has a value for each class, one for all of them, or none, which is no limit of that kind.
+    Infinity is no limit for one class among others.
 
     Args:
-        values_s: limit of each class [s/token], above 0; by default one class with the paper's limit.
+        values_s: latency per token [s/token]; by default one class with the paper's limit.
         weights: relative frequency of each class; equal by default.
+        ttft_s: time to the first token [s].
+        tpot_s: time per token after the first [s].
+        e2e_s: time to the last token [s].
 
     Raises:
-        InputError: a limit is not above 0, a weight is negative, or their numbers differ.
+        InputError: there is no limit at all, a limit is not above 0, a weight is negative, or their numbers differ.
     """
-    if len(values_s) == 0 or not all(0.0 < value < np.inf for value in values_s):
-        raise InputError(f"latency limits are {list(values_s)} s/token; must be one or more finite numbers above 0")
-    shares = np.ones(len(values_s)) if weights is None else np.asarray(weights, float)
-    if shares.shape != (len(values_s),) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
+    kinds = {"latency_limit_s": values_s, "ttft_limit_s": ttft_s, "tpot_limit_s": tpot_s, "e2e_limit_s": e2e_s}
+    classes = max(map(len, kinds.values()))
+    if classes == 0:
+        raise InputError(f"there is no limit: give one of {', '.join(kinds)}")
+    for name, values in kinds.items():
+        legal = len(values) in (0, 1, classes) and all(value > 0.0 for value in values)
+        if not legal or (np.isinf(values).all() and len(values)):
+            numbers = "one number, or one for each class of users" if classes > 1 else "a finite number"
+            raise InputError(f"{name} is {list(values)}; must be {numbers}, all above 0")
+    shares = np.ones(classes) if weights is None else np.asarray(weights, float)
+    if shares.shape != (classes,) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
         raise InputError(
-            f"the weights of the {len(values_s)} latency limits are {shares.tolist()}; "
+            f"the weights of the {classes} latency limits are {shares.tolist()}; "
             "must be one for each limit, none negative and not all 0"
         )
-    return LatencyLimits(jnp.asarray(values_s, float), jnp.asarray(shares / shares.sum(), float))
+    table = np.array([np.broadcast_to(values if len(values) else np.inf, classes) for values in kinds.values()])
+    if np.isinf(table).all(0).any():
+        raise InputError(
+            f"class {np.isinf(table).all(0).argmax()} of the users has no limit: give one of {', '.join(kinds)}"
+        )
+    per_token_s, *further = (jnp.asarray(values, float) for values in table)
+    are_further = any(len(values) for values in (ttft_s, tpot_s, e2e_s))
+    return LatencyLimits(
+        per_token_s,
+        jnp.asarray(shares / shares.sum(), float),
+        ServiceLimits(*further) if are_further else None,
+    )
 
 
 def generated_content(experts: Sequence[str], limits: LatencyLimits | None = None) -> GeneratedContent:
@@ -147,7 +182,11 @@ def generated_content(experts: Sequence[str], limits: LatencyLimits | None = Non
     if unknown or len(experts) == 0:
         problem = f"experts {unknown} are unknown" if unknown else "there are no experts"
         raise InputError(f"{problem}; choose from {', '.join(constants.MIX_INSTRUCT)}")
-    laws = [constants.MIX_INSTRUCT[name] for name in experts]
+    return generated_content_of([constants.MIX_INSTRUCT[name] for name in experts], limits)
+
+
+def generated_content_of(laws: Sequence[constants.AnswerLaw], limits: LatencyLimits | None = None) -> GeneratedContent:
+    """Builds the generator for N LLMs whose answers follow these laws, by default with `latency_limits()`."""
     return GeneratedContent(
         score_mean=jnp.asarray([law.score_mean for law in laws], float),
         score_sd=jnp.full(len(laws), constants.SCORE_SD, float),

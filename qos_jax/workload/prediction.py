@@ -79,45 +79,40 @@ class PredictionModel:
         score, output_tokens = sampled.score, sampled.output_tokens
         num_experts = score.shape[-1]
         normals = jax.random.normal(key, (2 + 2 * num_experts,), score.dtype)
-        score_noise = correlate(normals[0], normals[2 : 2 + num_experts], content.score_correlation)
-        length_noise = correlate(normals[1], normals[2 + num_experts :], content.log_length_correlation)
-
-        predicted_score = self._expected(
-            score,
-            (content.score_mean, content.score_sd, content.score_correlation),
-            (self.score_r2, self.score_within_r2),
-            score_noise,
-        )
-        log_length = self._expected(
-            jnp.log(output_tokens.astype(score.dtype)),
-            (content.log_length_mean, content.log_length_sd, content.log_length_correlation),
-            (self.log_length_r2, self.log_length_within_r2),
-            length_noise,
+        correlation = _pair(content.score_correlation, content.log_length_correlation)
+        expected_score, log_length = self._expected(
+            _pair(score, jnp.log(output_tokens.astype(score.dtype))),
+            (
+                _pair(content.score_mean, content.log_length_mean),
+                _pair(content.score_sd, content.log_length_sd),
+                correlation,
+            ),
+            (
+                _pair(self.score_r2, self.log_length_r2),
+                _pair(self.score_within_r2, self.log_length_within_r2),
+            ),
+            correlate(normals[:2, None], normals[2:].reshape(2, num_experts), correlation),
         )
         unexplained_sd = content.log_length_sd * jnp.sqrt(1.0 - self.log_length_r2)
         tokens = _capped_lognormal_mean(log_length, unexplained_sd, content.max_output_tokens)
         return (
-            jnp.where(self.score_r2 < 1.0, jnp.clip(predicted_score, 0.0, 1.0), score),
+            jnp.where(self.score_r2 < 1.0, jnp.clip(expected_score, 0.0, 1.0), score),
             jnp.where(self.log_length_r2 < 1.0, tokens, output_tokens.astype(tokens.dtype)),
         )
 
     def _expected(
-        self,
-        truth: Array,
-        moments: tuple[Array, Array, Array],
-        shares: tuple[Array | float, Array | float],
-        noise: Array,
+        self, truth: Array, moments: tuple[Array, Array, Array], shares: tuple[Array, Array], noise: Array
     ) -> Array:
-        """Returns calibrated predictions [N] of true values [N].
+        """Returns calibrated predictions [2, N] of true scores and log lengths.
 
         Args:
-          truth: [N].
-          moments: mean [N] and SD [N] of the true values, and their correlation [] between experts.
-          shares: ``r2`` and ``within_r2``.
-          noise: [N] standard normals with the same correlation.
+          truth: [2, N].
+          moments: mean and SD of the true values [2, N], and their correlation between experts [2, 1].
+          shares: ``r2`` and ``within_r2``, [2, 1].
+          noise: [2, N] standard normals with the same correlation.
         """
         (mean, sd, correlation), (r2, within_r2) = moments, shares
-        within_r2 = jnp.where(jnp.asarray(within_r2) >= 0.0, within_r2, r2)
+        within_r2 = jnp.where(within_r2 >= 0.0, within_r2, r2)
         preserved = jnp.where(self.bucketed, _BUCKETED_SHARE, 1.0)
         latent_r2, within = jnp.minimum(r2 / preserved, 1.0), jnp.minimum(within_r2 / preserved, 1.0)
         shared_variance = correlation + (1.0 - correlation) / truth.shape[-1]
@@ -127,10 +122,15 @@ class PredictionModel:
         expected = _shrink(jnp.mean(standard, -1, keepdims=True), jnp.mean(noise, -1, keepdims=True), common)
         expected += _shrink(_deviation(standard), _deviation(noise), within)
         spread = jnp.sqrt(common * shared_variance + within * (1.0 - shared_variance))
-        edges = jnp.asarray(_EDGES, expected.dtype).reshape(-1, *[1] * expected.ndim)
-        bucket = jnp.sum(expected[None] > spread * edges, axis=0)
+        edges = jnp.asarray(_EDGES, expected.dtype)[:, None, None]
+        bucket = jnp.sum(expected[None] > spread[None] * edges, axis=0)
         bucket_mean = spread * jnp.asarray(_CENTRES, expected.dtype)[bucket]
         return mean + sd * jnp.where(self.bucketed, bucket_mean, expected)
+
+
+def _pair(of_score: Array | float, of_log_length: Array | float) -> Array:
+    """Returns both as [2, N], or [2, 1] if they are the same for all experts."""
+    return jnp.stack([jnp.atleast_1d(of_score), jnp.atleast_1d(of_log_length)])
 
 
 def _shrink(truth: Array, noise: Array, share: Array) -> Array:
@@ -146,7 +146,8 @@ def _capped_lognormal_mean(log_mean: Array, log_sd: Array, cap: Array) -> Array:
     """Returns the mean of min(exp(X), cap) for a normal X."""
     log_sd = jnp.maximum(log_sd, 1e-6)
     distance = (jnp.log(cap) - log_mean) / log_sd
-    return jnp.exp(log_mean + log_sd**2 / 2.0) * ndtr(distance - log_sd) + cap * ndtr(-distance)
+    below, at_cap = ndtr(jnp.stack([distance - log_sd, -distance]))
+    return jnp.exp(log_mean + log_sd**2 / 2.0) * below + cap * at_cap
 
 
 def parse_prediction(text: str) -> PredictionModel:

@@ -5,13 +5,37 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from qos_jax.sim.types import Request
 from qos_jax.workload.arrivals import ArrivalProcess, ArrivalState
-from qos_jax.workload.content import RequestContent
+from qos_jax.workload.content import RequestContent, SampledContent
 from qos_jax.workload.prediction import Predictions
+
+
+@struct.dataclass
+class RecordedLengths:
+    """Lengths of G recorded requests, each behind the recorded gap of the same number."""
+
+    prompt_tokens: Array  # [G] int32 tokens
+    output_tokens: Array  # [G] int32 tokens, of every expert
+
+    def at(self, index: Array, sampled: SampledContent) -> SampledContent:
+        """Returns a sampled content with the lengths of number ``index`` [] int32."""
+        output_tokens = jnp.broadcast_to(self.output_tokens[index], sampled.output_tokens.shape)
+        return sampled._replace(prompt_tokens=self.prompt_tokens[index], output_tokens=output_tokens)
+
+    def moments(self, num_experts: int) -> dict[str, Array]:
+        """Returns the moments of the lengths of N experts, by field of a content, for predictions."""
+        log_length = jnp.log(self.output_tokens.astype(float))
+        return {
+            "log_length_mean": jnp.full(num_experts, log_length.mean()),
+            "log_length_sd": jnp.full(num_experts, log_length.std()),
+            "log_length_correlation": jnp.asarray(1.0),
+            "max_output_tokens": jnp.full(num_experts, self.output_tokens.max(), float),
+        }
 
 
 @struct.dataclass
@@ -19,12 +43,14 @@ class RequestWorkload:
     """A `Workload` with three independent parts; only the arrivals have a state.
 
     Experts may share answers: expert n gets what ``content`` and ``prediction`` say of number ``answers_of[n]``.
+    Recorded arrivals may have their own lengths, which replace those of the content.
     """
 
     arrivals: ArrivalProcess
     content: RequestContent
     prediction: Predictions
     answers_of: Array | None = None  # [N] int32; None: each expert has answers of its own
+    lengths: RecordedLengths | None = None  # of recorded arrivals
 
     def init(self, key: Array) -> ArrivalState:
         """Returns the state before the first request."""
@@ -33,8 +59,10 @@ class RequestWorkload:
     def next(self, key: Array, state: ArrivalState) -> tuple[Array, Request, ArrivalState]:
         """Returns the gap to the next arrival [s], that request, and the state after it."""
         gap_key, content_key, prediction_key = jax.random.split(key, 3)
-        gap_s, state = self.arrivals.next_gap(gap_key, state)
         sampled = self.content.sample(content_key)
+        if self.lengths is not None:
+            sampled = self.lengths.at(state.recorded_index, sampled)
+        gap_s, state = self.arrivals.next_gap(gap_key, state)
         predicted = self.prediction.predict(prediction_key, self.content, sampled)
         answers = [sampled.output_tokens, sampled.score, *predicted]
         if self.answers_of is not None:
@@ -47,6 +75,7 @@ class RequestWorkload:
             latency_limit_s=sampled.latency_limit_s,
             predicted_score=predicted_score,
             predicted_tokens=predicted_tokens,
+            limits=sampled.limits,
         )
         return gap_s, request, state
 

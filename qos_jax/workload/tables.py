@@ -8,7 +8,6 @@ of ``{model, text, scores: {bertscore, ...}}``. Scores must lie in [0, 1]; BERTS
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from jax import Array
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import names_in, numbers_in, read_columns
-from qos_jax.io.text_files import json_lines, parse_number, read_text, shown
+from qos_jax.io.text_files import json_lines, number_or_nan, read_text, shown
 from qos_jax.workload.content import LatencyLimits, SampledContent, latency_limits
 
 _MAX_TOKENS = 2**24 - 1  # of an answer or a prompt
@@ -48,8 +47,8 @@ class TableContent:
         """Samples a row and a latency limit."""
         row_key, user_key = jax.random.split(key)
         row = jax.random.randint(row_key, (), 0, self.prompt_tokens.shape[0])
-        limit_s = self.limits.at(jax.random.uniform(user_key))
-        return SampledContent(self.prompt_tokens[row], self.output_tokens[row], self.score[row], limit_s, row)
+        limit_s, further = self.limits.at(jax.random.uniform(user_key))
+        return SampledContent(self.prompt_tokens[row], self.output_tokens[row], self.score[row], limit_s, row, further)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +56,8 @@ class QualityTable:
     """The answers of N LLMs to M prompts, as NumPy arrays that are validated on construction.
 
     Raises:
-        InputError: shapes differ, an LLM is named twice, a length is below 1 token, or a score is outside [0, 1].
+        InputError: shapes differ, an LLM is named twice, a length is no whole number from 1 to 2**24 - 1 tokens, or a
+            score is outside [0, 1].
     """
 
     source: str  # the file that was read, for messages
@@ -69,8 +69,10 @@ class QualityTable:
 
     def __post_init__(self) -> None:
         """Validates the fields."""
-        shape = (len(self.prompt_tokens), len(self.experts))
-        if 0 in shape or self.output_tokens.shape != shape or self.score.shape != shape:
+        for name in ("prompt_tokens", "output_tokens", "score"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        shape = (self.prompt_tokens.size, len(self.experts))
+        if 0 in shape or self.prompt_tokens.ndim != 1 or self.output_tokens.shape != shape or self.score.shape != shape:
             raise InputError(
                 f"{self.source}: {shape[1]} experts and {shape[0]} prompts, but output tokens have the shape "
                 f"{self.output_tokens.shape} and scores {self.score.shape}; both must be [prompts, experts], none empty"
@@ -79,9 +81,10 @@ class QualityTable:
             raise InputError(f"{self.source}: {len(self.prompts)} texts for {shape[0]} prompts, must be one for each")
         if len(set(self.experts)) != shape[1]:
             raise InputError(f"{self.source}: experts are {', '.join(self.experts)}, must be different names")
-        shortest = min(self.prompt_tokens.min(), self.output_tokens.min())
-        if shortest < 1:
-            raise InputError(f"{self.source}: a length is {shortest} tokens, must be at least 1")
+        for name in ("prompt_tokens", "output_tokens"):
+            lengths = lengths_in(self.source, name, getattr(self, name), self.experts, least=1)
+            object.__setattr__(self, name, lengths)
+        object.__setattr__(self, "score", numbers_in(self.source, "score", self.score))
         check_scores(self.source, self.experts, self.score)
 
     def select(self, experts: Sequence[str]) -> QualityTable:
@@ -233,6 +236,17 @@ def lengths_in(
     return lengths.astype(np.int32)
 
 
+def read_table(path: str, score_column: str | None = None) -> QualityTable:
+    """Reads a table by the ending of its name: ``.npz``, whose scores are clipped to [0, 1], else mix-instruct.
+
+    Raises:
+        InputError: the file is not in its format.
+    """
+    if path.endswith(".npz"):
+        return read_npz(path, score_column or "quality_bertscore_minilm", clip_scores=True)
+    return read_mix_instruct(path, score_column or "bertscore")
+
+
 def approximate_tokens(text: str) -> int:
     """Returns the approximate number of tokens of a text: one for every 4 characters.
 
@@ -298,10 +312,7 @@ def _parse_answer(where: str, answer: Any, score_name: str) -> tuple[str, tuple[
     model, text = (text_in(where, answer, name) for name in ("model", "text"))
     scores = answer.get("scores")
     score = scores.get(score_name) if isinstance(scores, dict) else None
-    try:
-        number = math.nan if isinstance(score, str) else parse_number(score)
-    except ValueError:
-        number = math.nan
+    number = number_or_nan(score)
     if not 0.0 <= number <= 1.0:
         raise InputError(f"{where}: scores.{score_name} of {model} is {shown(score)}, must be a number in [0, 1]")
     return model, (text, number)

@@ -1,47 +1,16 @@
-"""Recorded traces of LLM serving: readers for public formats, and scaling, cutting and looping of a trace.
-
-``COLUMNS`` names the formats: Azure LLM inference 2023 and 2024, BurstGPT, Vidur, Splitwise and inference-sim (BLIS) as
-csv, Mooncake as JSON lines, a plain csv of ``arrival_s, prompt_tokens, output_tokens``, and one of ``arrival_s`` alone.
-Columns are found by name; other columns are ignored. Failed requests of BurstGPT (no response tokens) are left out and
-counted.
-"""
+"""Recorded traces of LLM serving: scaling, cutting and looping of a trace, and its playback as a workload."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import itertools
 import math
-import pathlib
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from qos_jax.errors import InputError
-from qos_jax.io.text_files import MAX_TOKENS, CsvTable, json_lines, parse_count, parse_number, read_text, shown
 from qos_jax.workload.arrivals import ArrivalProcess, recorded
-
-COLUMNS: dict[str, tuple[str, ...]] = {  # format -> names of time, prompt tokens and output tokens
-    "azure": ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
-    "burstgpt": ("Timestamp", "Request tokens", "Response tokens"),
-    "mooncake": ("timestamp", "input_length", "output_length"),
-    "vidur": ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
-    "splitwise": ("arrival_timestamp", "prompt_size", "token_size"),
-    "blis": ("arrival_time_us", "input_tokens", "output_tokens"),
-    "csv": ("arrival_s", "prompt_tokens", "output_tokens"),
-    "arrivals": ("arrival_s",),
-}
-_PER_S = {"azure": 1e6, "mooncake": 1e3, "blis": 1e6}  # units of time; others are in seconds
-
-
-class _Row(NamedTuple):
-    """A request of a file."""
-
-    where: str  # file and line
-    time: float  # azure: us since 1970; others: as in the file
-    tokens: list[int]  # of prompt and output, as far as the format has them
+from qos_jax.workload.request_workload import RecordedLengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +26,9 @@ class ArrivalTrace:
     output_tokens: np.ndarray | None  # [J] int64 tokens, likewise
     source: str  # the file that was read, for messages and reports
     num_skipped: int = 0  # failed requests of the recording, which this trace leaves out
+    num_delayed: int = (
+        0  # requests whose file gives no time but a delay after an answer, which is taken to take no time
+    )
 
     def __post_init__(self) -> None:
         """Validates the arrays and converts their types."""
@@ -199,139 +171,15 @@ def with_gaps(trace: ArrivalTrace, rate_per_s: float | None = None, random_start
     return recorded(trace.gaps_s, trace.rate_per_s if rate_per_s is None else rate_per_s, random_start)
 
 
-def read_trace(
-    path: str | pathlib.Path, format: str | None = None, *, sort: bool = False, spread_s: float | None = None
-) -> ArrivalTrace:
-    """Returns the trace in a file.
-
-    Args:
-        path: the file, in UTF-8; may be packed by gzip.
-        format: a key of ``COLUMNS``; by default recognised from the first line.
-        sort: sort the rows by time, rather than refuse rows that are out of order.
-        spread_s: the file's times are rounded to steps of so many seconds; spread the requests of each step uniformly
-            over it, in the order of the file and always in the same way. Mooncake's published times have steps of 3 s.
+def recorded_lengths(trace: ArrivalTrace) -> RecordedLengths:
+    """Returns the lengths of a trace, to go with the gaps of ``with_gaps``; an empty prompt or answer has one token.
 
     Raises:
-        InputError: the file cannot be read, has no known format, or holds an illegal value.
+        InputError: the trace has arrivals only, or less than two requests.
     """
-    if format is not None and format not in COLUMNS:
-        raise InputError(f"format must be one of {', '.join(COLUMNS)}, got {format!r}")
-    if spread_s is not None and not 0 < spread_s < math.inf:
-        raise InputError(f"spread_s is {spread_s!r}, must be above 0 and finite, in s")
-    text = read_text(path)
-    format = format or _detect(text, path)
-    rows = list((_json_rows if format == "mooncake" else _csv_rows)(text, path, format))
-    kept = [row for row in rows if format != "burstgpt" or row.tokens[1] > 0]
-    if not kept:
-        raise InputError(f"{path}: holds no request" + f" but {len(rows)} that failed" * bool(rows))
-    if sort:
-        kept.sort(key=lambda row: row.time)
-    _check_order(kept, format)
-    times = np.array([row.time for row in kept])
-    times = (times - times[0] if format == "azure" else times) / _PER_S.get(format, 1.0)
-    prompt_tokens, output_tokens = np.array([row.tokens for row in kept]).T if kept[0].tokens else (None, None)
-    return ArrivalTrace(
-        arrival_s=times if spread_s is None else _spread(times, spread_s, [row.where for row in kept]),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        source=str(path),
-        num_skipped=len(rows) - len(kept),
-    )
-
-
-def _detect(text: str, path: str | pathlib.Path) -> str:
-    if text.lstrip().startswith(("{", "[")):
-        return "mooncake"
-    table = CsvTable(text, path)
-    fitting = [format for format, columns in COLUMNS.items() if set(columns) <= set(table.header)]
-    if {"prompt_tokens", "output_tokens"}.intersection(table.header) and "arrivals" in fitting:
-        fitting = [*(format for format in fitting if format not in ("csv", "arrivals")), "csv"]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise InputError(f"{path}: has the columns of the formats {', '.join(fitting)}; give format (--trace_format)")
-    legal = "; ".join(f"{format}: {', '.join(columns)}" for format, columns in COLUMNS.items())
-    first = ",".join(table.header)
-    raise InputError(f"{path}: no known trace begins with {shown(first)}; columns must be those of {legal}")
-
-
-def _csv_rows(text: str, path: str | pathlib.Path, format: str) -> Iterator[_Row]:
-    for where, cells in CsvTable(text, path).rows(COLUMNS[format]):
-        if format == "burstgpt":
-            cells[2] = cells[2] or "0"
-        yield _parse(where, cells, format)
-
-
-def _json_rows(text: str, path: str | pathlib.Path, format: str) -> Iterator[_Row]:
-    columns = COLUMNS[format]
-    for where, record in json_lines(text, path):
-        if isinstance(record, dict) and record.get("delay") is not None:
-            raise InputError(
-                f"{where}: has a delay, the ms after the request before it in its session has ended; only requests "
-                "with a timestamp, whenever others end, can be read"
-            )
-        if not isinstance(record, dict) or not set(columns) <= set(record):
-            raise InputError(f"{where}: must be a JSON object with {', '.join(columns)}")
-        yield _parse(where, [record[name] for name in columns], format)
-
-
-def _parse(where: str, values: Sequence[Any], format: str) -> _Row:
-    columns = COLUMNS[format]
-    time = (_microseconds if format == "azure" else _time)(values[0], f"{where}: {columns[0]}")
-    tokens = [_count(value, f"{where}: {name}") for name, value in zip(columns[1:], values[1:], strict=True)]
-    return _Row(where, time, tokens)
-
-
-def _time(value: Any, where: str) -> float:
-    try:
-        number = parse_number(value)
-    except ValueError:
-        number = -1.0
-    if number < 0:
-        raise InputError(f"{where} is {shown(value)}, must be a time, a number from 0")
-    return number
-
-
-def _count(value: Any, where: str) -> int:
-    try:
-        return parse_count(value)
-    except ValueError:
-        raise InputError(f"{where} is {shown(value)}, must be a whole number from 0 to {MAX_TOKENS}") from None
-
-
-def _microseconds(text: str, where: str) -> float:
-    """Returns an ISO time as us since 1970; it is UTC where it has no time zone."""
-    iso = re.sub(r"\s+([+-]\d\d:?\d\d)$", r"\1", re.sub(r"\s*(UTC|GMT)$", "+00:00", text))
-    try:
-        moment = datetime.datetime.fromisoformat(iso)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-        return (moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)) / datetime.timedelta(microseconds=1)
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"{where} is {shown(text)}, must be an ISO time, as in 2023-11-16 18:15:46.68 or 2024-05-10T00:00:00+00:00"
-        ) from None
-
-
-def _check_order(rows: Sequence[_Row], format: str) -> None:
-    for before, row in itertools.pairwise(rows):
-        if row.time < before.time:
-            raise InputError(
-                f"{row.where}: {COLUMNS[format][0]} is before that of the request above it, must not decrease; "
-                "sort=True (--trace_sort) sorts the rows"
-            )
-
-
-def _spread(times_s: np.ndarray, step_s: float, where: Sequence[str]) -> np.ndarray:
-    """Returns times spread uniformly over their steps, in the order of the file."""
-    times_ms, step_ms = 1e3 * times_s, 1e3 * step_s
-    steps = np.rint(times_ms / step_ms)
-    finer = np.abs(times_ms - steps * step_ms) > 1.0 + 1e-6  # published times are rounded to 1 ms
-    if finer.any():
-        first = int(np.argmax(finer))
-        raise InputError(
-            f"{where[first]}: the time {times_s[first]:g} s is no multiple of {step_s:g} s, so times are not "
-            "rounded to such steps; leave spread_s (--trace_spread) out to take them as they are"
-        )
-    within = np.random.default_rng(0).uniform(size=times_ms.size)
-    order = np.lexsort((within, np.cumsum(np.diff(steps, prepend=0.0) != 0.0)))
-    return (steps + within[order]) * step_ms / 1e3
+    if trace.prompt_tokens is None or trace.output_tokens is None:
+        raise InputError(f"{trace.source}: has arrivals only, must have the lengths of its requests (--trace_lengths)")
+    if len(trace) < 2:
+        raise InputError(f"{trace.source}: has {len(trace)} request, must have at least two")
+    prompt_tokens, output_tokens = (np.maximum(each[1:], 1) for each in (trace.prompt_tokens, trace.output_tokens))
+    return RecordedLengths(jnp.asarray(prompt_tokens, jnp.int32), jnp.asarray(output_tokens, jnp.int32))

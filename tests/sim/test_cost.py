@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,16 @@ def test_memory_beyond_the_largest_counts_as_the_largest() -> None:
     assert max_kv_blocks(experts, 16).tolist() == [100, 2**26, 2**26]
 
 
+stretch_s, longest_of = jax.jit(decode_s), jax.jit(longest_iteration_s)
+times_s = jax.jit(jax.vmap(iteration_s, in_axes=(None, 0)))  # of many batches
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, None, 0))
+def decoding_s(experts: ExpertProfile, requests: jax.Array, kv_tokens: jax.Array) -> jax.Array:
+    return iteration_s(experts, Batch.of_decodes(requests, kv_tokens))
+
+
 def with_tables(seed: int) -> ExpertProfile:
     return jax.tree.map(jnp.asarray, checked_experts(KINDS["measured"](np.random.default_rng(seed)).experts))
 
@@ -68,10 +80,10 @@ def test_a_decode_stretch_on_tables_grows_by_the_same_time_in_each_iteration(see
     with jax.enable_x64(True):
         experts = with_tables(seed)
         requests, kv_tokens = jnp.array([1, 7, 40]), jnp.array([5, 900, 3000])
-        first_s, growth_s = decode_s(experts, requests, kv_tokens)
-        for iteration in (1, 10):
-            batch = Batch.of_decodes(requests, kv_tokens + iteration * requests)
-            np.testing.assert_allclose(iteration_s(experts, batch), first_s + iteration * growth_s, rtol=1e-12)
+        first_s, growth_s = stretch_s(experts, requests, kv_tokens)
+        iterations = np.array([[1], [10]])
+        found_s = decoding_s(experts, requests, kv_tokens + iterations * requests)
+        np.testing.assert_allclose(found_s, first_s + iterations * growth_s, rtol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -81,13 +93,12 @@ def test_no_iteration_on_tables_exceeds_the_longest(seed: int) -> None:
     with jax.enable_x64(True):
         experts = with_tables(seed).replace(token_budget=jnp.full(NUM_EXPERTS, budget))
         most = jnp.full(NUM_EXPERTS, requests), jnp.full(NUM_EXPERTS, kv_tokens)
-        longest_s = longest_iteration_s(experts, *most)
-        share = rng.choice([0.0, 0.5, 1.0], (200, 4, 1)) * np.ones(NUM_EXPERTS)
-        for of_prompt, of_decodes, of_cached, of_prefix in share:
-            decodes = np.floor(of_decodes * (requests - 1))
-            prompt = np.floor(of_prompt * (budget - decodes))
-            prefix = np.floor(of_prefix * kv_tokens) * (prompt > 0)
-            cached = np.floor(of_cached * (kv_tokens - prefix)) * (decodes > 0)
-            pairs = prompt * (prefix + prompt / 2)
-            batch = Batch(decodes + (prompt > 0), prompt, cached, decodes, prefix, pairs)
-            assert (iteration_s(experts, batch) <= longest_s * (1 + 1e-12)).all()
+        longest_s = longest_of(experts, *most)
+        of_prompt, of_decodes, of_cached, of_prefix = rng.choice([0.0, 0.5, 1.0], (4, 200, 1)) * np.ones(NUM_EXPERTS)
+        decodes = np.floor(of_decodes * (requests - 1))
+        prompt = np.floor(of_prompt * (budget - decodes))
+        prefix = np.floor(of_prefix * kv_tokens) * (prompt > 0)
+        cached = np.floor(of_cached * (kv_tokens - prefix)) * (decodes > 0)
+        pairs = prompt * (prefix + prompt / 2)
+        batches = Batch(decodes + (prompt > 0), prompt, cached, decodes, prefix, pairs)
+        assert (times_s(experts, batches) <= longest_s * (1 + 1e-12)).all()

@@ -27,8 +27,9 @@ from tests.helpers.reference import standby_between
 from tests.helpers.small_env import SmallWorkload, small_env, small_params
 
 NUM_ENVS = 4
-NUM_STEPS = 150
+NUM_STEPS = 120  # on one expert less than a chunk of a replay, so that all replays are one program
 NUM_EXPERTS = 3
+HISTORY = 8  # with it one program serves fresh metrics, which are those of no staleness, and late ones
 DROP = NUM_EXPERTS
 
 
@@ -64,7 +65,7 @@ def _play(env: Environment, keys: jax.Array, params: EnvParams, actions: jax.Arr
 
 def stacked(*params: EnvParams) -> EnvParams:
     """The parameters of the environments side by side; one is used for all."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *(params * NUM_ENVS if len(params) == 1 else params))
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *(params * NUM_ENVS if len(params) == 1 else params))
 
 
 def random_actions(seed: int = 0) -> jax.Array:
@@ -92,7 +93,7 @@ def in_flight(world: Any) -> np.ndarray:
     return np.sum(world.experts.slots.live, axis=(-2, -1))
 
 
-CHECKED = small_env(check=True)
+CHECKED = small_env(check=True, history=HISTORY)
 # Different loads, limits and memory side by side; preemptions and full queues included.
 WORLDS = stacked(
     small_params(rate_per_s=2.0, latency_limit_s=0.03, max_waiting=8, standby_s=np.array([0.0, 0.1, 1e6])),
@@ -119,7 +120,7 @@ def test_the_test_worlds_press_on_every_rule(played: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_jit_eager_and_vmap_agree(played: dict[str, Any]) -> None:
     """Single compiled steps against no compilation, a batch of keys, one of parameters, a checked scan of both."""
-    env, at = small_env(), 40
+    env, at = small_env(history=HISTORY), 40
     keys = jnp.stack([jax.random.split(jax.random.split(key)[1], NUM_STEPS)[at] for key in some_keys()])
     states, actions = jax.tree.map(lambda x: jnp.asarray(x[:, at]), (played["state"], played["action"]))
     state, action, params = row(states, 1), actions[1], row(WORLDS, 1)
@@ -165,11 +166,11 @@ def test_one_trace_serves_every_value_of_the_parameters() -> None:
     step = jax.jit(counted, static_argnums=0)
     for i, params in enumerate((small_params(), small_params(rate_per_s=20.0, kv_blocks=20, max_steps_in_episode=7))):
         env = small_env()  # another instance of an equal environment
-        _, state = env.reset(jax.random.key(i), params)
+        _, state = jax.eval_shape(env.reset, jax.random.key(i), params)
         jax.eval_shape(partial(step, env), jax.random.key(2), state, jnp.int32(i), params)
     with pytest.raises(AssertionError, match="traced > 1 times"):
         env = small_env(slots=8)
-        _, state = env.reset(jax.random.key(0), params)
+        _, state = jax.eval_shape(env.reset, jax.random.key(0), params)
         jax.eval_shape(partial(step, env), jax.random.key(2), state, jnp.int32(0), params)
 
 
@@ -342,19 +343,19 @@ def test_the_order_of_the_experts_does_not_matter(played: dict[str, Any]) -> Non
 @pytest.mark.parametrize("rates", [(2.0, 8.0, 20.0, 20.0), (jnp.inf,) * NUM_ENVS])
 def test_late_metrics_are_those_of_an_earlier_arrival(rates: tuple[float, ...]) -> None:
     """The newest arrival that is old enough, or the oldest one remembered; at an infinite rate all come at once."""
-    history = 8
     staleness_s = (0.0, 0.2, 0.2, 60.0)
     params = stacked(*(small_params(rate_per_s=r, staleness_s=d) for r, d in zip(rates, staleness_s, strict=True)))
-    late = play(small_env(check=True, history=history), some_keys(), params, random_actions())
-    fresh = play(CHECKED, some_keys(), params, random_actions())
+    late = play(CHECKED, some_keys(), params, random_actions())
+    fresh = play(CHECKED, some_keys(), params.replace(staleness_s=jnp.zeros(NUM_ENVS)), random_actions())
     chex.assert_trees_all_equal(late["info"]["gap_s"], fresh["info"]["gap_s"])
     arrival_s = np.cumsum(np.pad(fresh["info"]["gap_s"].astype(np.float64), ((0, 0), (1, 0))), 1)[:, :-1]
-    for i in range(NUM_ENVS):
-        for now in range(NUM_STEPS):
-            oldest = max(now - history + 1, 0)
-            ages_s = arrival_s[i, now] - arrival_s[i, oldest : now + 1]
-            seen = oldest + max(np.flatnonzero(ages_s >= staleness_s[i]), default=0)
-            chex.assert_trees_all_equal(visible(row(late["obs"], i, now)), visible(row(fresh["obs"], i, seen)))
+    seen = np.zeros((NUM_ENVS, NUM_STEPS), int)
+    for i, now in np.ndindex(seen.shape):
+        oldest = max(now - HISTORY + 1, 0)
+        ages_s = arrival_s[i, now] - arrival_s[i, oldest : now + 1]
+        seen[i, now] = oldest + max(np.flatnonzero(ages_s >= staleness_s[i]), default=0)
+    then = jax.tree.map(lambda x: x[np.arange(NUM_ENVS)[:, None], seen], visible(fresh["obs"]))
+    chex.assert_trees_all_equal(visible(late["obs"]), then)
     chex.assert_trees_all_equal(late["obs"].arrived, fresh["obs"].arrived)
     np.testing.assert_array_equal(late["obs"].staleness_s, np.tile(np.float32(staleness_s)[:, None], NUM_STEPS))
     np.testing.assert_array_equal(fresh["obs"].staleness_s, 0.0)

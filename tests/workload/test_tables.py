@@ -67,7 +67,7 @@ def test_draws_are_whole_rows_and_equally_common():
     table = make_table()
     content = table.content(latency_limits([0.02, 0.04]))
     keys = jax.random.split(jax.random.key(0), 50_000)
-    prompt_tokens, output_tokens, score, limit_s, _ = (np.asarray(x) for x in jax.jit(jax.vmap(content.sample))(keys))
+    prompt_tokens, output_tokens, score, limit_s = (np.asarray(x) for x in jax.jit(jax.vmap(content.sample))(keys)[:4])
 
     rows = {tuple(row): i for i, row in enumerate(np.float32(table.score))}
     drawn = np.array([rows[tuple(row)] for row in score])
@@ -247,6 +247,23 @@ def test_scores_that_are_no_shares_are_refused(tmp_path):
         read_mix_instruct(path, "bleurt")
     with pytest.raises(InputError, match="has no prompts"):
         read_mix_instruct(write_lines(tmp_path / "empty.jsonl", []))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_tokens": np.full(50, 2**40)}, "prompt_tokens has a length of 1.09951e.* tokens for prompt 0"),
+        ({"output_tokens": np.full((50, 2), 2**31)}, "output_tokens has a length of 2.*e.* tokens of small"),
+        ({"output_tokens": np.full((50, 2), np.nan)}, "output_tokens has a length of nan tokens of small"),
+        ({"prompt_tokens": np.full(50, 1.5)}, "prompt_tokens has a length of 1.5 tokens"),
+        ({"prompt_tokens": ["9"] * 50}, "column prompt_tokens is of type .*, must be numbers"),
+        ({"prompt_tokens": 9}, "2 experts and 1 prompts"),
+        ({"score": np.full((50, 2), "1")}, "column score is of type .*, must be numbers"),
+    ],
+)
+def test_a_table_in_memory_is_checked_like_a_file(changes, message):
+    with pytest.raises(InputError, match=f"made up: .*{message}"):
+        dataclasses.replace(make_table(), **changes)
 
 
 def test_texts_must_match_the_prompts():

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qos_jax import InputError
 from qos_jax.io.text_files import MAX_TOKENS
-from qos_jax.workload.traces import COLUMNS, ArrivalTrace, read_trace, with_gaps
+from qos_jax.workload.trace_files import COLUMNS, read_trace
+from qos_jax.workload.traces import ArrivalTrace, with_gaps
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 BURSTGPT = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
@@ -26,6 +27,10 @@ def mooncake(stamps):
 
 def line(**changes):
     return json.dumps({"timestamp": 0, "input_length": 1, "output_length": 1} | changes)
+
+
+def turn(session, length=1, **time):
+    return json.dumps({"session_id": session, "input_length": length, "output_length": 1} | time)
 
 
 def trace_of(arrival_s, prompt_tokens=7, output_tokens=5):
@@ -54,6 +59,50 @@ def written(tmp_path_factory):
 def test_azure_times_count_from_the_first_request(written):
     rows = "2023-11-16 23:59:59.9000000,374,44\n2023-11-17 00:00:00.0000011,396,109\n2023-11-17 00:00:03,1,1\n"
     assert_holds(read_trace(written(AZURE + rows)), [0.0, 0.100001, 3.1], [374, 396, 1], [44, 109, 1])
+
+
+def test_spend_logs_of_litellm_are_sorted_and_failed_requests_counted(written):
+    rows = (
+        "request_id,startTime,endTime,model,prompt_tokens,completion_tokens,spend\n"
+        "c,2026-01-01T00:00:03.5Z,2026-01-01T00:00:04Z,m,30,0,0.1\n"
+        "b,2026-01-01T00:00:02Z,2026-01-01T00:00:04Z,m,20,2,0.1\n"
+        'a,"2026-01-01 00:00:00.5",2026-01-01T00:00:04Z,m,10,1,0.1\n'
+    )
+    trace = read_trace(written(rows), sort=True)
+    assert_holds(trace, [0.0, 1.5], [10, 20], [1, 2])
+    assert trace.num_skipped == 1
+    with pytest.raises(InputError, match="line 4: startTime is before that of the request above it"):
+        read_trace(written(rows))
+
+
+def sglang(event, rid, time, *tokens):
+    out = {"meta_info": dict(zip(("prompt_tokens", "completion_tokens"), tokens, strict=True))} if tokens else None
+    return json.dumps(
+        {"timestamp": time, "event": f"request.{event}", "rid": rid, "obj": {}} | ({"out": out} if out else {})
+    )
+
+
+def test_the_request_log_of_sglang_joins_what_was_received_and_finished(written):
+    log = [
+        sglang("received", "a", "2026-01-01T10:00:00.250"),
+        sglang("received", "b", "2026-01-01T10:00:01.250"),
+        sglang("finished", "b", "2026-01-01T10:00:02.000", 20, 5),
+        sglang("received", "c", "2026-01-01T10:00:02.500"),
+        sglang("finished", "a", "2026-01-01T10:00:03.000", 10, 9),
+    ]
+    trace = read_trace(written("\n".join(log)))
+    assert_holds(trace, [0.0, 1.0], [10, 20], [9, 5])
+    assert trace.num_skipped == 1
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_the_result_of_a_benchmark(written, indent):
+    found = {"backend": "vllm", "start_times": [70.5, 71.0, 73.0], "input_lens": [5, 6, 7], "output_lens": [1, 0, 3]}
+    trace = read_trace(written(json.dumps(found | {"ttfts": [0.1, 0.0, 0.2]}, indent=indent)))
+    assert_holds(trace, [0.0, 2.5], [5, 7], [1, 3])
+    assert trace.num_skipped == 1
+    with pytest.raises(InputError, match="must be a JSON object with the lists start_times, input_lens, output_lens"):
+        read_trace(written(json.dumps(found | {"input_lens": [5]})), "benchmark")
 
 
 def test_azure_of_2024_has_time_zones(written):
@@ -91,8 +140,14 @@ def test_steps_of_any_format_and_length(written):
     assert trace.gaps_s.min() > 0
     with pytest.raises(InputError, match=r"line 3: the time 1.5 s is no multiple of 1 s.*--trace_spread"):
         read_trace(written(PLAIN + "0,1,1\n1.5,1,1\n"), spread_s=1.0)
-    with pytest.raises(InputError, match=r"spread_s is 0.0, must be above 0"):
-        read_trace(written(PLAIN + "0,1,1\n"), spread_s=0.0)
+
+
+@pytest.mark.parametrize(
+    "argument", [{"spread_s": each} for each in (0.0, "3", True, 10**400)] + [{"format": ["azure"]}]
+)
+def test_an_argument_of_another_kind_is_refused(written, argument):
+    with pytest.raises(InputError, match=f"{next(iter(argument))} (is|must be one of) "):
+        read_trace(written(PLAIN + "0,1,1\n"), **argument)
 
 
 def test_mooncake_lines_may_be_blank_and_have_other_fields(written):
@@ -176,7 +231,12 @@ def test_azure_times_are_read_back_to_the_microsecond(written, microseconds):
         (line(input_length=True), "line 1: input_length is True, must be a whole number"),
         (line(input_length=10**20), "line 1: input_length is 100000000000000000000, must be a whole number"),
         (line(input_length=[1]), r"line 1: input_length is \[1\], must be a whole number"),
-        (line() + '\n{"session_id": 1, "delay": 9, "input_length": 1, "output_length": 1}', "line 2: has a delay"),
+        (line() + "\n" + turn(1, delay=9), "line 2: has a delay but no timestamp, and session_id is 1, must be that"),
+        (line() + "\n" + turn(None, delay=9), "line 2: has a delay .* session_id is None, must be that"),
+        (turn([1], timestamp=0) + "\n" + turn([1], delay=9), r"line 2: .* session_id is \[1\], must be that"),
+        (turn(1, timestamp=0) + "\n" + turn(1, delay=-9), "line 2: delay is -9, must be a time"),
+        (turn(1, timestamp=0) + "\n" + turn(1, delay=10**400), "line 2: delay is 1000.*, must be a time"),
+        (turn(1, timestamp=9) + "\n" + turn(2, timestamp=3), "line 2: timestamp is before .*--trace_sort"),
         ('{"timestamp": 0}\n', "line 1: must be a JSON object with timestamp, input_length, output_length"),
         ('{"timestamp": 0,\n', "line 1: is not JSON: Expecting property name"),
         (
@@ -191,6 +251,21 @@ def test_bad_files_give_one_clear_error(written, text, message):
     with pytest.raises(InputError, match=message) as caught:
         read_trace(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_turn_with_a_delay_arrives_that_long_after_the_turn_before_it(written):
+    """The time of the answer between them is in no file; a timestamp beside a delay counts alone."""
+    turns = [
+        turn("a", 1, timestamp=0),
+        turn("a", 2, delay=100),
+        turn("a", 4, delay=2000.5, timestamp=None),
+        turn("b", 3, timestamp=1000),
+        turn("b", 5, timestamp=4000, delay=7),
+        turn("b", 6, delay=0),
+    ]
+    trace = read_trace(written("\n".join(turns)))
+    assert_holds(trace, [0.0, 0.1, 1.0, 2.1005, 4.0, 4.0], [1, 2, 3, 4, 5, 6], 1)
+    assert trace.num_delayed == 3
 
 
 def test_rows_out_of_order_are_refused_or_sorted(written):
@@ -395,9 +470,15 @@ def test_mooncake_conversations_become_nearly_poisson_once_spread(data_dir):
 
 def test_every_format_is_recognised_from_its_first_line(written):
     for format, columns in COLUMNS.items():
-        row = ["2023-11-16 18:15" if format == "azure" else "0", "3", "4"][: len(columns)]
-        record = json.dumps(dict(zip(columns, row, strict=True)))
-        text = record if format == "mooncake" else ",".join(columns) + "\n" + ",".join(row)
+        row = ["2023-11-16 18:15" if format in ("azure", "litellm", "sglang") else "0", "3", "4"][: len(columns)]
+        record = dict(zip(columns, row, strict=True))
+        text = ",".join(columns) + "\n" + ",".join(row)
+        if format == "mooncake":
+            text = json.dumps(record)
+        if format == "benchmark":
+            text = json.dumps({name: [value] for name, value in record.items()})
+        if format == "sglang":
+            text = "\n".join([sglang("received", "a", row[0]), sglang("finished", "a", row[0], *row[1:])])
         trace = read_trace(written(text))
         assert len(trace) == 1
         assert format == "arrivals" or (trace.prompt_tokens[0], trace.output_tokens[0]) == (3, 4)
