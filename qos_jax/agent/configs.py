@@ -25,6 +25,7 @@ class AgentConfig:
     num_envs: int = 128
     chunk: int = 7
     """Requests of each environment per chunk; with counterfactual targets requests per expert."""
+    copies: int = 1  # of each environment in a chunk, which receive the same requests; with returns
     probes: int = 4  # probes at a time: each runs for ``probes * chunk`` requests per expert
     updates: int = 10  # gradient steps per chunk
     batch_size: int = 512
@@ -40,7 +41,7 @@ class AgentConfig:
           InputError: the targets are unknown, or a size is out of range.
         """
         targets = targets_named(self.targets)
-        for name in ("num_envs", "chunk", "probes", "updates", "batch_size", "capacity", "warm_up", "shards"):
+        for name in ("num_envs", "chunk", "copies", "probes", "updates", "batch_size", "capacity", "warm_up", "shards"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
         targets.check(self)
@@ -57,6 +58,31 @@ class AgentConfig:
     def rows_per_chunk(self) -> int:
         """Rows that a chunk adds to the replay buffer."""
         return targets_named(self.targets).rows_per_chunk(self)
+
+
+def _return_learner(**numbers: Any) -> AgentConfig:
+    network = replace(_MVR, encoder="pooled", slots=1, value=True)  # which reads no requests, so one is kept in a row
+    hyper = Hyperparameters(
+        gamma=1.0,
+        polyak=0.98,
+        alpha=0.015,
+        reset_prob=0.05,
+        empty_prob=0.1,
+        discount_s=10.0,
+        joint=0.5,
+        weights=RewardWeights(potential=1.0),
+    )
+    return AgentConfig(
+        network,
+        "returns",
+        num_envs=64,
+        chunk=128,
+        copies=4,
+        updates=32,
+        batch_size=512,
+        capacity=64 * 128 * 4,
+        hyper=hyper.replace(**numbers),
+    )
 
 
 def _value_learner(network: NetworkConfig, hyper: Hyperparameters) -> AgentConfig:
@@ -83,7 +109,8 @@ _SAC_HYPER = Hyperparameters(
 _PAPER_HYPER = Hyperparameters(
     learning_rate=3e-4,
     final_learning_rate=3e-4,
-    alpha=0.1,
+    polyak=0.98,  # with 0.995 values reach half of what they should be in a million requests
+    alpha=0.03,
     alpha_rate=1e-3,
     min_q_weight=1.0,
     critic_entropy=1.0,
@@ -116,10 +143,10 @@ AGENTS: dict[str, AgentConfig] = {
     "mvr_no_residual": AgentConfig(replace(_MVR, residual=False)),
     "mvr_1_layer": AgentConfig(replace(_MVR, han=HANConfig(layers=1))),
     "mvr_3_layers": AgentConfig(replace(_MVR, han=HANConfig(layers=3))),
-    "sac": _value_learner(replace(_MVR, actor=True), _SAC_HYPER),
-    "sac_paper_reward": _value_learner(
-        replace(_MVR, actor=True), _SAC_HYPER.replace(weights=RewardWeights(predicted_loss=1.0))
-    ),
+    "sac": _return_learner(),
+    "sac_joint": _return_learner(joint=1.0),
+    "sac_td0": _value_learner(replace(_MVR, actor=True), _SAC_HYPER),
+    "sac_paper_reward": _return_learner(weights=RewardWeights(predicted_loss=1.0)),
     "paper": _value_learner(_PAPER, _PAPER_HYPER),
     "baseline_rl": _value_learner(_FLAT, _PAPER_HYPER.replace(weights=RewardWeights())),
 }

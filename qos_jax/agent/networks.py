@@ -33,6 +33,7 @@ NUM_CRITICS = 2
 _MAX_LAYERS = 100
 
 _NET = (*EXPERT_FEATURES, *IMPACT_FEATURES).index("net")
+_VALUE_SCALE = 10.0  # reward units; values are sums over some hundred requests, and weights start small
 _LOWEST_PRIOR = -2.0  # QoS; lower clip of the prior, the cost of two answers
 
 
@@ -45,6 +46,7 @@ class NetworkConfig:
     name registered with ``register_network``."""
     readout: Readout = "pointer"
     actor: bool = False  # a separate policy head; without it the policy is soft-optimal for the critics
+    value: bool = False  # critics of the state, and of each placement's advantage over a drop, for targets ``returns``
     with_impact: bool = True  # the impact estimate is among the features
     with_rates: bool = True  # the recent arrival rates are among the features; always in the flat view
     residual: bool = True  # the critics learn the difference to the impact estimate
@@ -81,6 +83,8 @@ class NetworkConfig:
             raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
         if self.encoder == "flat" and self.readout == "pointer":
             raise InputError("readout is 'pointer', must be 'arrived' for encoder 'flat', which has no expert nodes")
+        if self.value and (self.actor or self.readout != "pointer"):
+            raise InputError("value is True, which needs actor False and readout 'pointer'")
         if self.residual and not (self.with_impact and self.readout == "pointer"):
             raise InputError("residual is True, which needs with_impact True and readout 'pointer'")
 
@@ -99,7 +103,8 @@ class Heads(struct.PyTreeNode):
     """Outputs of a network for each of the A actions; leading batch axes are those of the inputs."""
 
     logits: Array | None  # [A] of the policy; None without a policy head
-    q: Array  # [NUM_CRITICS, A]
+    q: Array  # [NUM_CRITICS, A]; with values, the advantage over a drop
+    value: Array | None = None  # [NUM_CRITICS, N + 1] of the state, for each expert and the fleet; None without values
 
 
 Features = Callable[[Observation], Inputs]  # from the observation of one environment to the inputs of the network
@@ -124,12 +129,29 @@ class ActorCritic(nn.Module):
         experts, fleet = _in_context(embedding)
         prior = _prior(inputs) if config.residual else 0.0
 
-        def point(name: str) -> Array:
-            place = self._mlp(name, 1)(experts)[..., 0]
-            drop = self._mlp(f"{name}_drop", 1)(fleet)
-            return jnp.concatenate([place + (prior if name != "actor" else 0.0), drop], -1)
+        def place(name: str) -> Array:
+            return self._mlp(name, 1)(experts)[..., 0] + (prior if name != "actor" else 0.0)
 
-        return self._heads(point)
+        def point(name: str) -> Array:
+            return jnp.concatenate([place(name), self._mlp(f"{name}_drop", 1)(fleet)], -1)
+
+        if not config.value:
+            return self._heads(point)
+
+        def placements(name: str) -> Array:
+            return jnp.pad(place(name), [(0, 0)] * (experts.ndim - 2) + [(0, 1)])
+
+        return self._heads(placements).replace(value=self._values(inputs))
+
+    def _values(self, inputs: Inputs) -> Array:
+        """Returns the values by an encoder of their own: their errors are many times the advantages."""
+        experts, fleet = _in_context(_Pooled(self.config.han, name="value_pooled")(inputs))
+
+        def value(name: str) -> Array:
+            by_expert = _MLP((*self.config.hidden, 1), name=name)(experts)[..., 0]
+            return jnp.concatenate([by_expert, _MLP((*self.config.hidden, 1), name=f"{name}_fleet")(fleet)], -1)
+
+        return _VALUE_SCALE * jnp.stack([value(f"value_{i}") for i in range(NUM_CRITICS)], -2)
 
     def _heads(self, head: Callable[[str], Array]) -> Heads:
         logits = head("actor") if self.config.actor else None

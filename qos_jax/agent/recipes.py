@@ -6,7 +6,6 @@ import dataclasses
 
 from qos_jax.agent import configs
 from qos_jax.agent.configs import AgentConfig
-from qos_jax.worlds import presets
 from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.randomization import rate_clip_per_s
 
@@ -16,6 +15,9 @@ On unequal ones it is real, since one request too many on a slow expert delays m
 
 _STEPS = {"paper-3": 200_000, "paper-6": 1_000_000, "edge-8": 400_000}
 _DEFAULT_STEPS = 500_000
+_WITH_VALUES = ("returns", "temporal_difference")  # targets that bootstrap: values must travel the discount's horizon,
+_STEPS_OF_VALUES = {"paper-3": 1_000_000}  # which is more requests in larger fleets
+_DEFAULT_STEPS_OF_VALUES = 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,13 @@ def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr
     if len({gpu for _, gpu in world.pairs}) == 1:
         config = dataclasses.replace(config, hyper=config.hyper.replace(max_externality=EQUAL_GPUS_MAX_EXTERNALITY))
     if world.has_preset_fleet:  # of another fleet the saturation rate is simulated, once, by training
-        clip_per_s = rate_clip_per_s(*presets.make(world.preset))
+        clip_per_s = rate_clip_per_s(*WorldConfig(world.preset, world.fleet).build())
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, rate_clip_per_s=clip_per_s))
+    known, default = _STEPS, _DEFAULT_STEPS
+    if config.targets in _WITH_VALUES:
+        known, default = _STEPS_OF_VALUES, _DEFAULT_STEPS_OF_VALUES
     return Recipe(
         agent=config,
-        steps=_STEPS.get(world.preset, _DEFAULT_STEPS),
+        steps=default if world.fleet is not None else known.get(world.preset, default),
         randomise=("load",) if world.trace is not None else ("load", "arrivals"),
     )

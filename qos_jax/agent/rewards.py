@@ -17,7 +17,7 @@ from qos_jax.sim.cost import excess_energy_j
 from qos_jax.sim.engine import ExpertState
 from qos_jax.sim.env import EnvParams
 from qos_jax.sim.types import ExpertProfile, Observation
-from qos_jax.sim.world import Completions, slot_latency_per_token_s
+from qos_jax.sim.world import Completions, slot_margin_s
 
 
 class RewardWeights(struct.PyTreeNode):
@@ -40,11 +40,10 @@ def expert_returns(
       profile: of the experts.
       experts: their state, with the answers that finished since the last collection.
       weights: of the costs; ``drop``, ``predicted_loss`` and ``potential`` are not used.
-      width_s: width of the logistic [s/token] that replaces the step at the latency limit.
+      width_s: width of the logistic [s/token] that replaces the step at the limits.
     """
     slots = experts.slots
-    margin_s = slots.payload.latency_limit_s - slot_latency_per_token_s(profile, slots)
-    in_time = jax.nn.sigmoid(margin_s / width_s)
+    in_time = jax.nn.sigmoid(slot_margin_s(profile, slots) / width_s)
     soft_qos = slots.payload.score * in_time - weights.violation * (1.0 - in_time)
     cost = _resource_cost(profile, experts, weights)
     return jnp.sum(jnp.where(slots.finished, soft_qos, 0.0), -1) - cost

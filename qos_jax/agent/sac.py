@@ -51,6 +51,11 @@ class Hyperparameters(struct.PyTreeNode):
     width_s: Array | float = 1e-3  # s/token, width of the logistic in the soft QoS of measured answers
     max_externality: Array | float = 10.0  # lower clip of counterfactual targets, in reward units
     reset_prob: Array | float = 0.005  # share of environments reset to their state after the warm-up, per chunk
+    empty_prob: Array | float = 0.0  # share of environments whose experts are emptied, per chunk
+    discount_s: Array | float = 1e9  # s, time constant of the discount of returns, beside ``gamma``
+    trace_decay: Array | float = 1.0  # lambda of returns
+    opportunity_cost: Array | float = 1.0  # share that experts pay of what the best other use of a request is worth
+    joint: Array | float = 0.0  # weight of the fleet's stream of returns against those of the experts
     weights: RewardWeights = RewardWeights()
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from qos_jax.errors import InputError
 from qos_jax.io.imports import import_named, in_one_line
-from qos_jax.routers import heuristics
+from qos_jax.io.text_files import shown
+from qos_jax.routers import heuristics, production
 from qos_jax.routers.base import Router
 from qos_jax.routers.impact_greedy import impact_greedy
 from qos_jax.routers.planner import rollout_planner
@@ -36,6 +37,10 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     "latency_headroom": heuristics.latency_headroom,
     "bert_router": heuristics.bert_router,
     "bert_router_feasible": heuristics.bert_router_feasible,
+    "score_threshold": production.score_threshold,
+    "multi_factor": production.multi_factor,
+    "route_balance": production.route_balance,
+    "latency_scorer": production.latency_scorer,
     "impact_greedy": impact_greedy,
     # Tuned on paper-3 alone, by ``python -m experiments.tune_impact``: the best values differ where GPUs are equal.
     "impact_greedy_equal_gpus": partial(impact_greedy, "impact_greedy_equal_gpus", width_s=1.5e-3, price=0.1),
@@ -53,6 +58,11 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
 }
 PLANNERS: dict[str, Callable[[Workload], Router]] = {"rollout": rollout_planner}
 """Routers that simulate ahead at every decision, and are therefore slow."""
+VARIANTS: dict[str, Callable[[Router], Router]] = {
+    "+admission": production.with_admission,
+    "+no_drop": production.without_drop,
+}
+"""What may stand behind the name of a router, once: another rule for what is refused."""
 _registered: dict[str, RouterFactory] = {}
 _MAX_SINGLE_EXPERTS = 8  # larger fleets have no rows of one expert alone in tables of all routers
 
@@ -93,7 +103,8 @@ def make_router(name: str, env: Environment, params: EnvParams | None = None) ->
 
     Args:
       name: one of ``router_names(env)``, the planner ``rollout``, or ``package.module:factory`` for a ``RouterFactory``
-        of the user's, which is imported.
+        of the user's, which is imported. Behind any of them ``+admission`` has it refuse what impact_greedy
+        refuses, and ``+no_drop`` nothing.
       env: the environment.
       params: its parameters. The library's routers do not need them, except for planners, which sample future requests
         from ``params.workload``.
@@ -104,6 +115,11 @@ def make_router(name: str, env: Environment, params: EnvParams | None = None) ->
     """
     if isinstance(env, int):
         env, params = _earlier_call(env, params)
+    if not isinstance(name, str):
+        raise InputError(f"router is {shown(name)}, must be a name such as 'round_robin'")
+    before, plus, variant = name.rpartition("+")
+    if plus and "+" not in before and (change := VARIANTS.get(plus + variant)):
+        return change(make_router(before, env, params))
     if name in _ROUTERS:
         return _ROUTERS[name]()
     if name in PLANNERS:
@@ -114,7 +130,7 @@ def make_router(name: str, env: Environment, params: EnvParams | None = None) ->
         return _made_by_user(name, env, params)
     num_experts = env.spec.num_experts
     expert = name.removeprefix("expert_")
-    if name != expert and expert.isdecimal() and int(expert) < num_experts:
+    if name != expert and expert.isascii() and expert.isdecimal() and int(expert) < num_experts:
         return heuristics.single_expert(int(expert))
     known = ", ".join([*_ROUTERS, *PLANNERS, *_registered])
     raise InputError(

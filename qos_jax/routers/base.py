@@ -57,9 +57,12 @@ def drawn_best(key: Array, value: Array, legal: Array) -> Array:
       legal: [A] bool, at least one of them.
     """
     value = jnp.asarray(value, float)
-    best = jnp.max(jnp.where(legal, value, -jnp.inf))
+    among_legal = jnp.where(legal, value, -jnp.inf)
+    best = jnp.max(among_legal)
     lot = jax.random.uniform(key, value.shape)
-    highest = legal & ~(value < best)  # any legal one where a value is NaN
+    # XLA may compute a value twice and round it differently, so that none equals the best: then the first one is taken.
+    first = jnp.arange(value.shape[0]) == jnp.argmax(among_legal)
+    highest = legal & (first | ~(value < best))  # any legal one where a value is NaN
     return jnp.argmax(jnp.where(highest, lot, -1.0)).astype(jnp.int32)
 
 

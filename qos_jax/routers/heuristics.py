@@ -139,7 +139,11 @@ def bert_router_feasible() -> Router:
     """Takes the best predicted score among experts that are predicted to meet the limit, else the most headroom."""
 
     def value(obs: Observation) -> Array:
-        margin_s = obs.arrived.latency_limit_s - impact(obs).latency_per_token_s
+        estimate = impact(obs)
+        if obs.arrived.limits is None:
+            margin_s = obs.arrived.latency_limit_s - estimate.latency_per_token_s
+        else:
+            margin_s = estimate.in_time - 0.5  # rather met than missed
         feasible = (margin_s >= 0) & obs.action_mask[:-1]
         return jnp.where(jnp.any(feasible), jnp.where(feasible, obs.arrived.predicted_score, -1e9), margin_s)
 

@@ -33,7 +33,7 @@ from qos_jax.routers.impact_greedy import PRICE, impact_greedy
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.types import ExpertProfile, Observation, RequestView, Workload
-from qos_jax.sim.world import World, WorldSpec, advance, collect, dispatch, observe, slot_latency_per_token_s
+from qos_jax.sim.world import World, WorldSpec, advance, collect, dispatch, observe, slot_margin_s
 
 HORIZON = 40  # decisions
 FUTURES = 8
@@ -82,7 +82,7 @@ def rollout_planner(
         gain = values - values[default][None]
         clear_gain = gain.mean(-1) - gain.std(-1) / math.sqrt(futures - 1)
         best = drawn_best(key_ties, clear_gain, obs.action_mask)
-        action = jnp.where(clear_gain[best] > 0.0, best, default)
+        action = jnp.where(obs.action_mask[best] & (clear_gain[best] > 0.0), best, default)
         return action, gaps.replace(sent=action < actions[-1])
 
     def init() -> Gaps:
@@ -127,8 +127,7 @@ def _value(
 def _soft_qos(profile: ExpertProfile, world: World) -> Array:
     """Returns the soft QoS [] of the finished requests."""
     slots = world.experts.slots
-    margin_s = slots.payload.latency_limit_s - slot_latency_per_token_s(profile, slots)
-    qos = slots.payload.predicted_score * jax.nn.sigmoid(margin_s / WIDTH_S)
+    qos = slots.payload.predicted_score * jax.nn.sigmoid(slot_margin_s(profile, slots) / WIDTH_S)
     return jnp.sum(jnp.where(slots.finished, qos, 0.0))
 
 

@@ -31,6 +31,7 @@ POINTERS = {
     "han with an actor, few slots": NetworkConfig(actor=True, slots=2, **SMALL),
     "han without impact": NetworkConfig(with_impact=False, residual=False, **SMALL),
     "pooled": NetworkConfig("pooled", **SMALL),
+    "pooled with values": NetworkConfig("pooled", value=True, **SMALL),
 }
 ARRIVED = NetworkConfig(readout="arrived", actor=True, with_impact=False, residual=False, **SMALL)
 FLAT = dataclasses.replace(ARRIVED, encoder="flat")
@@ -187,14 +188,13 @@ def test_outputs_and_gradients_are_finite_where_only_the_drop_is_legal(config: N
     @quick_jit
     def update(state: sac.LearnerState, batch: CounterfactualTarget) -> Any:
         inputs, critic_loss = targets_named("counterfactual").critic_loss(network, hyper, state, batch)
-        return sac.update(network, hyper, state, inputs, critic_loss, jnp.float32(0.0))
+        after, losses = sac.update(network, hyper, state, inputs, critic_loss, jnp.float32(0.0))
+        heads = network.apply(after.params, inputs)
+        return after, losses, heads, jax.vmap(greedy)(jax.random.split(jax.random.key(0)), heads, inputs.legal)
 
-    after, losses = update(state, batch)
-    chex.assert_tree_all_finite((after, losses))
-    heads = _apply(network, after.params, inputs)
-    chex.assert_tree_all_finite(heads)
-    keys = jax.random.split(jax.random.key(0))
-    np.testing.assert_array_equal(jax.vmap(greedy)(keys, heads, inputs.legal), [3, 3])
+    *numbers, actions = update(state, batch)
+    chex.assert_tree_all_finite(numbers)
+    np.testing.assert_array_equal(actions, [3, 3])
 
 
 def test_greedy_takes_the_best_legal_action() -> None:

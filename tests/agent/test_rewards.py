@@ -94,7 +94,7 @@ COMPLETIONS = Completions(
     passes=jnp.int32(7),
 )
 
-compiled_reward = quick_jit(shaped_reward)
+compiled_reward, in_flight = quick_jit(shaped_reward), quick_jit(in_flight_qos)
 
 
 def reward_of(weights: RewardWeights, action: int = EXPERT, dropped: bool = False) -> float:
@@ -121,14 +121,14 @@ def test_the_costs_of_a_step_are_those_computed_by_hand(weights: RewardWeights, 
 
 def test_the_predicted_loss_of_other_requests_is_a_cost() -> None:
     """The paper's penalty; a drop has none."""
-    loss = np.asarray(impact(BEFORE).qos_change)
+    loss = np.asarray(quick_jit(impact)(BEFORE).qos_change)
     assert loss[EXPERT] < -1e-3 and loss[0] != pytest.approx(loss[EXPERT])
     for action, expected in ((0, loss[0]), (EXPERT, loss[EXPERT]), (2, 0.0)):
         assert reward_of(RewardWeights(predicted_loss=2.0), action) == pytest.approx(QOS + 2.0 * expected, rel=1e-4)
 
 
 def test_the_potential_is_the_qos_in_flight() -> None:
-    change = GAMMA * float(in_flight_qos(AFTER)) - float(in_flight_qos(BEFORE))
+    change = GAMMA * float(in_flight(AFTER)) - float(in_flight(BEFORE))
     assert abs(change) > 1e-2
     assert reward_of(RewardWeights(potential=1.0)) == pytest.approx(QOS + change, rel=1e-4)
 
@@ -150,6 +150,6 @@ def test_the_potential_telescopes_over_each_episode() -> None:
 
         return lax.scan(step, env.reset(key, params), jax.random.split(key, episodes * episode))[1]
 
-    plain, shaped, in_flight = (np.reshape(x, (episodes, episode)) for x in play(jax.random.key(3)))
-    assert np.all(in_flight[:, -1] > 0.1) and np.all(plain.sum(1) > 0.1)
-    np.testing.assert_allclose(shaped.sum(1), plain.sum(1) + in_flight[:, -1], rtol=1e-4, atol=1e-4)
+    plain, shaped, left = (np.reshape(x, (episodes, episode)) for x in play(jax.random.key(3)))
+    assert np.all(left[:, -1] > 0.1) and np.all(plain.sum(1) > 0.1)
+    np.testing.assert_allclose(shaped.sum(1), plain.sum(1) + left[:, -1], rtol=1e-4, atol=1e-4)

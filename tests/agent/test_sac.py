@@ -113,6 +113,7 @@ class TestSmallProcesses:
         np.testing.assert_allclose(solved["terminated"].q, np.tile(expected[:, None], ACTIONS), atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_soft_optimum_is_found(solved: dict[str, Solved]) -> None:
     found, params = solved["any"], any_process()
     q, policy = decision_processes.soft_optimum(params, *SOFT.values())

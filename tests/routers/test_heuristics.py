@@ -23,6 +23,7 @@ DROP = NUM_EXPERTS
 ENV = small_env(NUM_EXPERTS)
 ROUTERS = {name: make_router(name, ENV) for name in router_names(ENV)}
 BY_IMPACT = {"impact_greedy", "impact_greedy_equal_gpus", "impact_greedy_no_drop", "oracle_impact"}
+MAY_REFUSE = {*BY_IMPACT, "latency_scorer"}
 SINGLES = {f"expert_{i}" for i in range(NUM_EXPERTS)}
 IDLE: list[list[Any]] = [[]] * NUM_EXPERTS
 R, W = running(), waiting()
@@ -100,6 +101,15 @@ def test_latency_headroom_knows_how_fast_the_experts_are() -> None:
     assert choice("latency_headroom", observation(*IDLE, predicted_tokens=[30.0, 30.0, 90.0, 30.0])) == 2
 
 
+def test_the_only_legal_expert_is_taken_however_its_value_is_rounded() -> None:
+    """XLA computes values twice and may round them differently: 58 of 49 blocks made vllm_dp_2026 take expert 0."""
+    queue = [running(prompt_tokens=n, computed_tokens=n + 4) for n in (237, 301, 333)] + [W] * 3
+    for kv_blocks in range(40, 60):
+        profile = equal_experts(4, kv_blocks=[4, kv_blocks, 4, 4])
+        obs = observation([], queue, [], [], profile=profile, legal=[False, True, False, False, False])
+        assert set(map(int, all_choices(jax.random.key(0), obs).values())) - {DROP} == {1}
+
+
 class TestVllmDp2026:
     def test_a_queue_counts_more_where_kv_memory_is_short(self) -> None:
         fleet = ([R, W], [R] * 4, [R] * 6, [R] * 7)  # 3 blocks for each running request
@@ -138,7 +148,7 @@ class TestBertRouterFeasible:
 
     def test_an_illegal_expert_is_not_feasible(self) -> None:
         fastest_last = reordered(self.idle(0.025), [3, 2, 1, 0])
-        obs = fastest_last.replace(action_mask=fastest_last.action_mask.at[3].set(False))
+        obs = fastest_last.replace(action_mask=np.arange(NUM_EXPERTS + 1) != 3)
         assert choice("bert_router_feasible", obs) == choice("latency_headroom", obs) == 2
 
 
@@ -146,6 +156,12 @@ def test_a_single_expert_gets_all_requests_and_those_it_cannot_take_are_dropped(
     assert choice("expert_2", observation([], [], [W] * 8, [])) == 2
     assert choice("expert_2", observation(*IDLE, legal=[True, True, False, True, True])) == DROP
     assert choice("expert_2", observation(*IDLE, legal=[True, True, False, True, False])) == DROP
+
+
+@pytest.mark.parametrize("name", [5, None, ["random"], "", "expert_99", "expert_-1", "expert_\u0661"])
+def test_what_is_no_name_of_a_router_is_refused(name: Any) -> None:
+    with pytest.raises(InputError, match=r"^router .* (is unknown; choose all|must be a name)"):
+        make_router(name, ENV)
 
 
 def test_random_takes_all_legal_experts_equally_often() -> None:
@@ -217,7 +233,7 @@ def test_every_action_is_legal(obs: Observation, seed: int) -> None:
         assert 0 <= action <= DROP
         if not legal[:-1].any():
             assert action == DROP, name
-        elif name in BY_IMPACT:
+        elif name in MAY_REFUSE:
             assert legal[action], name
         elif name in SINGLES:
             assert action == (int(name[-1]) if legal[int(name[-1])] else DROP)

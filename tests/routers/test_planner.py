@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from qos_jax import InputError, Observation, evaluate, make, make_router, router_names, scenarios
 from qos_jax.impact.imagined_world import expected_remaining_tokens, sample_belief, sample_request
@@ -105,15 +105,16 @@ class TestSampleBelief:
             assert 10 <= int(slots.output_tokens[0, 0]) <= 160 - 32
 
 
+@pytest.mark.slow
 class TestPlanner:
     @settings(max_examples=30)
     @given(observations(NUM_EXPERTS))
+    @example(observation(*[[]] * NUM_EXPERTS, legal=[False] * (NUM_EXPERTS + 1)))
     def test_its_actions_are_legal(self, obs: Observation) -> None:
         mask = np.asarray(obs.action_mask)
         action = int(short_act(jax.random.key(0), obs, SHORT.init())[0])
         assert mask[action] if mask.any() else action == NUM_EXPERTS
 
-    @pytest.mark.slow
     def test_it_does_not_observe_ground_truth(self, played: tuple[EnvState, Observation, Any]) -> None:
         """Its actions do not change with the true scores and the true remaining tokens."""
         states, observed, memories = played
@@ -138,7 +139,6 @@ class TestPlanner:
             chosen.append(action)
         assert len(set(chosen)) > 2
 
-    @pytest.mark.slow
     def test_it_estimates_the_rate_from_ages(self, played: tuple[EnvState, Observation, Any]) -> None:
         gaps = played[2]
         assert not gaps.weight[0]
@@ -157,7 +157,6 @@ class TestPlanner:
         assert action(observation(*[at_limit] * 4, legal=[True] * 4 + [False], **arrived)) < NUM_EXPERTS
         assert action(observation(at_limit, at_limit, [], at_limit, **arrived)) == 2
 
-    @pytest.mark.slow
     def test_the_same_key_gives_the_same_action(self, played: tuple[EnvState, Observation, Any]) -> None:
         obs, memory = jax.tree.map(lambda x: x[-1], played[1:])
         one, other = (short_act(jax.random.key(5), obs, memory)[0] for _ in range(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qos_jax.agent.targets.base import Agent, Targets
 from qos_jax.agent.targets.counterfactual import Counterfactual
+from qos_jax.agent.targets.returns import Returns
 from qos_jax.agent.targets.temporal_difference import TemporalDifference
 from qos_jax.errors import InputError
 
@@ -11,6 +12,7 @@ __all__ = ["Agent", "Targets", "register_targets", "targets_named"]
 
 _TARGETS: dict[str, Targets] = {
     "counterfactual": Counterfactual(),
+    "returns": Returns(),
     "temporal_difference": TemporalDifference(),
 }
 _BUILT_IN = tuple(_TARGETS)
