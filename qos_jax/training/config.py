@@ -12,6 +12,8 @@ from qos_jax.agent.configs import AgentConfig
 from qos_jax.agent.overrides import leaves, overridden
 from qos_jax.errors import InputError
 from qos_jax.io import dataclass_json
+from qos_jax.io.text_files import number_or_nan, shown
+from qos_jax.sim.validation import checked_whole
 from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
 
 RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
@@ -19,6 +21,8 @@ RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
 
 DEFAULT_LOAD = 0.9
 HELD_OUT_LOADS = (0.6, 0.9, 1.1, 1.3)  # of the evaluation, where loads are randomised
+
+_MAX_STEPS = 2**62
 
 Run = Mapping[str, float]  # ``seed``, and the values of varied numbers by name
 
@@ -43,8 +47,16 @@ class TrainingConfig:
         Raises:
           InputError: a field is out of range.
         """
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}, must be at least 1")
+        for name in ("steps", "evaluation_envs", "evaluation_steps"):
+            checked_whole(name, getattr(self, name), 1, _MAX_STEPS)
+        if self.evaluate_every is not None:
+            checked_whole("evaluate_every", self.evaluate_every, 1, _MAX_STEPS)
+        for name, kind in (("randomise", "names"), ("loads", "numbers above 0"), ("runs", "tables with a seed")):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise InputError(f"{name} is {shown(getattr(self, name))}, must be a tuple of {kind}")
+        for load in self.loads:
+            if not number_or_nan(load) > 0:
+                raise InputError(f"loads has {shown(load)}, must have finite numbers above 0")
         for name in self.randomise:
             if name not in RANDOMISED:
                 raise InputError(f"--randomise={name}: choose all, or some of {', '.join(RANDOMISED)}")
@@ -88,6 +100,8 @@ def runs_of(agent: AgentConfig, seeds: Sequence[int], vary: Sequence[str] = ()) 
     Raises:
       InputError: a field cannot vary, or a value is no number.
     """
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+        raise InputError(f"seeds is {shown(seeds)}, must be one or more whole numbers")
     varied: dict[str, list[float]] = {}
     for text in vary:
         name, _, values = text.partition("=")

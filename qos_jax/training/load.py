@@ -19,6 +19,7 @@ from qos_jax.sim.env import Environment
 from qos_jax.sim.types import Observation
 from qos_jax.sim.world import WorldSpec, example_observation
 from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.shipped import is_shipped, shipped_folder, shipped_label
 
 _MAX_SIZE = 2**24  # of anything in a world's spec
 
@@ -31,7 +32,7 @@ def load_router(
     It runs on any device, and for fleets of any size if its network does.
 
     Args:
-      path: folder of the run.
+      path: folder of the run, or ``pretrained:NAME`` for a router that is part of the package.
       seed: of a run of several seeds, which one; the first by default.
       run: instead of the seed, which of ``training.runs`` in config.json, where a seed was trained more than once.
       name: of the router; that of the folder by default.
@@ -42,6 +43,8 @@ def load_router(
     Raises:
       InputError: the folder holds no run that this version can read, or none of this seed or number.
     """
+    if is_shipped(path):
+        path, name = shipped_folder(str(path)), name or shipped_label(str(path))
     folder = RunFolder.reopen(path)
     seeds = folder.training.seeds
     if run is not None and run not in range(len(seeds)):

@@ -16,9 +16,11 @@ from typing import Any
 
 from qos_jax.agent import configs
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import shown
 from qos_jax.training.config import TrainingConfig
-from qos_jax.workload.traces import read_trace
+from qos_jax.workload.trace_files import read_trace
 from qos_jax.worlds.config import WorldConfig
+from qos_jax.worlds.presets import FURTHER_LIMITS
 
 FORMAT = 3
 FIELDS: dict[str, Any] = {"spec": dict, "world": (dict, type(None)), "training": dict}
@@ -28,9 +30,26 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "agent": {"shards": 1},
     "network": {"most_rate": None, "with_rates": False},
     "hyper": {"most_harm": 10.0},
-    "world": {"trace_format": None, "trace_sort": False, "engine": "vllm-sync"},
+    "spec": {"observe": "engine", "service_limits": False},
+    "world": {
+        "fleet": None,
+        "trace_format": None,
+        "trace_sort": False,
+        "trace_lengths": False,
+        "engine": "vllm-sync",
+        **{name: None for name in FURTHER_LIMITS},
+        "observe": None,
+        "scrape_s": None,
+    },
 }
-"""Values in effect before a field existed: of the agent in format 1, of the world until format 2."""
+"""Values in effect before a field existed: of the agent in format 1, of spec and world until now."""
+
+_BEFORE_RETURNS: dict[str, dict[str, Any]] = {
+    "agent": {"copies": 1},
+    "network": {"value": False},
+    "hyper": {"empty_prob": 0.0, "discount_s": 1e9, "trace_decay": 1.0, "opportunity_cost": 1.0, "joint": 0.0},
+}
+"""Values of the agent's fields for targets ``returns``, which early runs of format 3 lack; others do not use them."""
 
 
 def upgraded(config: Any, file: str) -> dict[str, Any]:
@@ -47,6 +66,7 @@ def upgraded(config: Any, file: str) -> dict[str, Any]:
     if not isinstance(version, int) or (version != FORMAT and version not in _UPGRADES):
         known = ", ".join(map(str, [*_UPGRADES, FORMAT]))
         raise InputError(f"{file}: format is {version!r}, must be one of {known}")
+    _check_kinds(config, {"spec": dict}, file)
     while config["format"] != FORMAT:
         try:
             config = _UPGRADES[config["format"]](config)
@@ -56,11 +76,30 @@ def upgraded(config: Any, file: str) -> dict[str, Any]:
             ) from error
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
-    for field, kind in FIELDS.items():
-        if not isinstance(config.get(field), kind):
-            raise InputError(f"{file}: {field} is {config.get(field)!r}, must be a table of fields")
-    world = config["world"]
-    return config | {"world": world if world is None else _BEFORE_THE_FIELD["world"] | _spread_before(world) | world}
+    _check_kinds(config, FIELDS, file)
+    world, training = config["world"], config["training"]
+    training = training | {"agent": _with_fields_of_returns(training.get("agent"))}
+    return config | {
+        "spec": _BEFORE_THE_FIELD["spec"] | config["spec"],
+        "training": training,
+        "world": world if world is None else _BEFORE_THE_FIELD["world"] | _spread_before(world) | world,
+    }
+
+
+def _check_kinds(config: dict[str, Any], fields: dict[str, Any], file: str) -> None:
+    for field, kind in fields.items():
+        if field not in config or not isinstance(config[field], kind):
+            found = f"is {shown(config[field])}" if field in config else "is missing"
+            raise InputError(f"{file}: {field} {found}, must be a table of fields")
+
+
+def _with_fields_of_returns(agent: Any) -> Any:
+    """Adds the fields of ``_BEFORE_RETURNS`` that an agent lacks; what is no table is left for its reader to refuse."""
+    if not isinstance(agent, dict):
+        return agent
+    given = {name: agent.get(name) for name in ("network", "hyper")}
+    tables = {name: _BEFORE_RETURNS[name] | table for name, table in given.items() if isinstance(table, dict)}
+    return _BEFORE_RETURNS["agent"] | agent | tables
 
 
 def _spread_before(world: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,25 @@ def test_what_cannot_vary_is_refused(text: str, message: str) -> None:
 def test_seeds_of_evaluation_are_refused(seed: float) -> None:
     with pytest.raises(InputError, match="seeds must be below 1000"):
         TrainingConfig(runs=({"seed": seed},))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": "x"}, "steps is 'x', must be a whole number from 1"),
+        ({"evaluate_every": 0.5}, "evaluate_every is 0.5, must be a whole number from 1"),
+        ({"evaluation_envs": 0}, "evaluation_envs is 0, must be a whole number from 1"),
+        ({"loads": 5}, "loads is 5, must be a tuple of numbers above 0"),
+        ({"loads": (0.5, "x")}, "loads has 'x', must have finite numbers above 0"),
+        ({"loads": (10**400,)}, "loads has 1000.*, must have finite numbers above 0"),
+        ({"randomise": "load"}, "randomise is 'load', must be a tuple of names"),
+        ({"seeds": 5}, "seeds is 5, must be one or more whole numbers"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(fields: dict[str, Any], message: str) -> None:
+    recipe = qos_jax.Recipe(AGENTS["mvr"], 8)
+    with pytest.raises(InputError, match=message):
+        qos_jax.train("paper-3", recipe, **fields)
 
 
 class TestRecipes:

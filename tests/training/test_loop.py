@@ -61,11 +61,14 @@ def _quick_compilation() -> Iterator[None]:
         yield
 
 
+SEEN: list[Progress] = []  # what the run of ``whole`` told of itself
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, RunFolder]:
     """A run from its beginning to its end."""
     folder = new_folder(tmp_path_factory.mktemp("whole"))
-    return run(folder), folder
+    return run(folder, progress_fn=SEEN.append), folder
 
 
 def state_of(folder: RunFolder) -> Any:
@@ -87,15 +90,13 @@ def test_every_chunk_is_reported_and_some_are_evaluated(whole: tuple[TrainResult
     assert 0 < seconds[-1] <= result.train_s
 
 
-def test_progress_says_how_far_it_is() -> None:
-    seen: list[Progress] = []
-    result = run(progress_fn=seen.append, seeds=(1,))
-    assert [progress.record for progress in seen] == result.records
-    assert {progress.total_steps for progress in seen} == {192}
-    assert math.isnan(seen[0].left_s)
-    assert seen[-1].left_s == 0.0
-    assert all(progress.left_s > 0 and progress.steps_per_s > 0 for progress in seen[1:-2])
-    assert [progress.evaluation["steps"] for progress in seen if progress.evaluation] == [
+def test_progress_says_how_far_it_is(whole: tuple[TrainResult, RunFolder]) -> None:
+    assert [progress.record for progress in SEEN] == whole[0].records
+    assert {progress.total_steps for progress in SEEN} == {192}
+    assert math.isnan(SEEN[0].left_s)
+    assert SEEN[-1].left_s == 0.0
+    assert all(progress.left_s > 0 and progress.steps_per_s > 0 for progress in SEEN[1:-2])
+    assert [progress.evaluation["steps"] for progress in SEEN if progress.evaluation] == [
         0, 0, 0, 64, 64, 64, 128, 128, 128, 192,
     ]  # fmt: skip
 
@@ -131,8 +132,11 @@ def test_an_evaluation_has_a_size(field: str, value: int) -> None:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, whole: tuple[TrainResult, RunFolder]) -> None:
+    """One that was killed before its first checkpoint starts again."""
     folder = new_folder(tmp_path)
+    folder.append({"kind": "train", "steps": 32, "seconds": 9.0, "metrics": {}})
     stopped = run(folder, should_stop=stop_after(3))
+    assert untimed(stopped.records) == untimed(whole[0].records)[: len(stopped.records)]
     assert (stopped.finished, stopped.steps, folder.latest) == (False, 96, 96)
     # As if it had been killed later: lines beyond the checkpoint, the last of them not whole.
     folder.append({"kind": "train", "steps": 128, "seconds": 9.0, "metrics": {}})
@@ -147,14 +151,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, whole: tuple[
     assert lines == resumed.records
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
-    tmp_path: pathlib.Path, whole: tuple[TrainResult, RunFolder]
-) -> None:
-    folder = new_folder(tmp_path)
-    folder.append({"kind": "train", "steps": 32, "seconds": 9.0, "metrics": {}})
-    assert untimed(run(folder).records) == untimed(whole[0].records)
 
 
 def test_a_finished_run_is_left_as_it_is(whole: tuple[TrainResult, RunFolder]) -> None:

@@ -19,7 +19,7 @@ def state_of(**sizes: int) -> TrainState:
 
 def test_what_is_needed_is_what_is_allocated() -> None:
     learner = small_learner()
-    state = learner.init(jax.random.key(0), small_params(), learner.config.hyper)
+    state = jax.jit(learner.init)(jax.random.key(0), small_params(), learner.config.hyper)
     allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(state.replace(key=None)))
     assert sum(needed_bytes(state).values()) == allocated
     assert needed_bytes(state_of()) == needed_bytes(state)

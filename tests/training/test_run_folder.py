@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -28,7 +28,8 @@ from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.held_out import HeldOut
 from qos_jax.training.run import TrainingRun
 from qos_jax.training.run_folder import RunFolder, locked, make_config, read_config
-from tests.helpers.instant_env import assert_equal, instant_env, small_learner
+from tests.helpers.instant_env import assert_equal, small_learner
+from tests.helpers.observations import observation
 from tests.helpers.quick_compilation import quick_compilation
 from tests.helpers.small_env import small_params
 
@@ -36,9 +37,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 POINTER = NetworkConfig(encoder="pooled", hidden=(8,), han=HANConfig(8, 2, 1))
 
 
+initial = jax.jit(Learner.init, static_argnums=0)
+
+
+@cache
 def state_of(learner: Learner, seed: int = 0) -> Any:
     params = small_params(learner.env.spec.num_experts)
-    return jax.jit(learner.init)(jax.random.key(seed), params, learner.config.hyper)
+    return initial(learner, jax.random.key(seed), params, learner.config.hyper)
 
 
 def training_of(learner: Learner, seeds: tuple[int, ...] = (0,), **fields: Any) -> TrainingConfig:
@@ -54,10 +59,8 @@ def saved(path: pathlib.Path, learner: Learner, seeds: tuple[int, ...] = (0,)) -
     return folder
 
 
-def observations(num_experts: int = 3, number: int = 5) -> list[Observation]:
-    params = small_params(num_experts)
-    reset = jax.jit(instant_env(num_experts).reset)
-    return [reset(jax.random.key(seed), params)[0] for seed in range(number)]
+def idle(num_experts: int) -> Observation:
+    return observation(*[[]] * num_experts)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -244,7 +247,7 @@ class TestRunFolder:
         learner = small_learner()
         flat.check_same(make_config(learner, training_of(learner), command="another"))
         hotter = small_learner(hyper=learner.config.hyper.replace(alpha=0.5))
-        with pytest.raises(InputError, match=r"training.agent.hyper.alpha is 0.1, but 0.5 is asked for"):
+        with pytest.raises(InputError, match=r"training.agent.hyper.alpha is 0.03, but 0.5 is asked for"):
             flat.check_same(make_config(hotter, training_of(hotter)))
         with pytest.raises(InputError, match=r"training.runs is .*, but .* is asked for"):
             flat.check_same(make_config(learner, training_of(learner, (0, 1))))
@@ -290,8 +293,16 @@ class TestLoadRouter:
         weights = learner.weights(state_of(learner))
         assert (router.name, router.kind, router.information) == ("tiny", "learned", "predictions")
         assert_equal(router.params, weights)
-        actions = [int(router.act(jax.random.key(0), obs, router.init())[0]) for obs in observations()]
-        assert actions == [int(learner.act(weights, jax.random.key(0), obs)) for obs in observations()]
+        reset, params = jax.jit(jax.vmap(learner.env.reset, in_axes=(0, None))), small_params()
+        seen, _ = reset(jax.random.split(jax.random.key(0), 5), params)
+
+        @jax.jit
+        @jax.vmap
+        def actions(obs: Observation) -> tuple[jax.Array, jax.Array]:
+            key = jax.random.key(0)
+            return router.act(key, obs, router.init())[0], learner.act(weights, key, obs)
+
+        np.testing.assert_array_equal(*actions(seen))
 
     def test_one_seed_of_several_is_picked(self, tmp_path: pathlib.Path) -> None:
         learner = small_learner()
@@ -306,13 +317,12 @@ class TestLoadRouter:
         saved(tmp_path, small_learner(network=POINTER))
         router = load_router(tmp_path)
         for num_experts in (1, 3, 5):
-            (obs,) = observations(num_experts, 1)
-            assert 0 <= int(jax.jit(router.act)(jax.random.key(0), obs, ())[0]) <= num_experts
+            action, _ = jax.jit(router.act)(jax.random.key(0), idle(num_experts), ())
+            assert 0 <= int(action) <= num_experts
 
     def test_a_network_of_fixed_size_says_so(self, flat: RunFolder) -> None:
-        (obs,) = observations(5, 1)
         with pytest.raises(InputError, match=r"router 'x' has a network for 3 experts only, but the fleet has 5"):
-            load_router(flat.path, name="x").act(jax.random.key(0), obs, ())
+            load_router(flat.path, name="x").act(jax.random.key(0), idle(5), ())
 
     def test_it_needs_no_replay_and_no_state(self, copy: pathlib.Path) -> None:
         shutil.rmtree(copy / "checkpoints" / "64" / "state")
@@ -377,7 +387,7 @@ SPOILED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
         "config.json: format is None, must be one of",
     ),
     "another version": (changed(format=99), "config.json: format is 99, must be one of 1, 2"),
-    "no training": (changed(training=None), "config.json: training is None, must be a table"),
+    "no training": (changed(training=None), "config.json: training is missing, must be a table"),
     "field missing": (changed(training__agent__capacity=None), "config.json: training.agent.capacity is missing"),
     "field unknown": (changed(training__agent__depth=3), "config.json: training.agent.depth is unknown"),
     "field of another kind": (changed(training__agent__num_envs="many"), "training.agent.num_envs is 'many'"),

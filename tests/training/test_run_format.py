@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qos_jax
-from qos_jax import InputError
+from qos_jax import Environment, EnvParams, InputError, Observation
+from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.networks import heads_of
 from qos_jax.training.load import learner_of, load_router
 from qos_jax.training.run_folder import RunFolder, read_config
@@ -27,23 +30,38 @@ def test_every_format_has_left_a_run() -> None:
     assert all(sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) < 200_000 for run in RUNS)
 
 
+@partial(jax.jit, static_argnums=0)
+def repeated(env: Environment, params: EnvParams, reset_key: int, first_step_key: int, actions: jax.Array) -> Any:
+    """Returns the observation at each decision."""
+
+    def turn(now: Any, x: Any) -> Any:
+        (obs, state), (t, action) = now, x
+        return env.step(jax.random.key(first_step_key + t), state, action, params)[:2], obs
+
+    start = env.reset(jax.random.key(reset_key), params)
+    return jax.lax.scan(turn, start, (jnp.arange(len(actions)), actions))[1]
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_its_router_decides_as_it_did(path: pathlib.Path) -> None:
     """On the observations that it met then; where two actions are worth the same, rounding may choose the other."""
     then = json.loads((path / "decisions.json").read_text())
     router, learner = load_router(path), learner_of(RunFolder.reopen(path))
-    env, params = qos_jax.make(then["preset"], load=then["load"])
-    step, act = jax.jit(env.step), jax.jit(router.act)
-    values = jax.jit(lambda obs: heads_of(learner.network, router.params, learner.features(obs)).q)
-    obs, state = jax.jit(env.reset)(jax.random.key(then["reset_key"]), params)
-    for t, action in enumerate(then["actions"]):
-        q = np.asarray(values(obs))
-        if t % 20 == 19:
-            np.testing.assert_allclose(q, then["q_every_20"][t // 20], atol=2e-3)
-        best = np.where(obs.action_mask, q.mean(0), -np.inf)
-        if np.diff(np.sort(best))[-1] > 2e-3:
-            assert int(act(jax.random.key(t), obs, ())[0]) == action
-        obs, state, *_ = step(jax.random.key(then["first_step_key"] + t), state, action, params)
+    actions = np.array(then["actions"])
+    world = qos_jax.make(then["preset"], load=then["load"])
+    met = repeated(*world, then["reset_key"], then["first_step_key"], actions)
+
+    @jax.jit
+    @jax.vmap
+    def decided(t: jax.Array, obs: Observation) -> tuple[jax.Array, jax.Array]:
+        q = heads_of(learner.network, router.params, learner.features(obs)).q
+        return q, router.act(jax.random.key(t), obs, ())[0]
+
+    q, chosen = map(np.asarray, decided(np.arange(len(actions)), met))
+    np.testing.assert_allclose(q[19::20], then["q_every_20"], atol=2e-3)
+    best = np.where(met.action_mask, q.mean(1), -np.inf)
+    clear = np.diff(np.sort(best))[:, -1] > 2e-3
+    np.testing.assert_array_equal(chosen[clear], actions[clear])
 
 
 def config_of(number: int) -> dict[str, Any]:
@@ -100,6 +118,16 @@ def test_runs_from_before_there_were_engines_go_on_with_synchronous_scheduling(n
     assert upgraded(config_of(number), "config.json")["world"]["engine"] == "vllm-sync"
 
 
+def test_a_run_of_sac_from_before_lambda_returns_is_that_of_sac_td0() -> None:
+    """The agent is stored by its fields, so its name may mean another agent now."""
+    then = configs.to_dict(AGENTS["sac_td0"])
+    del then["copies"], then["network"]["value"]
+    for field in ("empty_prob", "discount_s", "trace_decay", "opportunity_cost", "joint"):
+        del then["hyper"][field]
+    config = edited(config_of(3), "training.agent", then)
+    assert configs.from_dict(upgraded(config, "config.json")["training"]["agent"]) == AGENTS["sac_td0"]
+
+
 def test_a_field_is_translated_and_an_unknown_one_refused() -> None:
     agent = upgraded(config_of(1), "config.json")["training"]["agent"]
     assert (agent["hyper"]["max_externality"], agent["targets"], agent["probes"]) == (0.35, "counterfactual", 1)
@@ -109,6 +137,25 @@ def test_a_field_is_translated_and_an_unknown_one_refused() -> None:
     with pytest.raises(InputError, match=r"config.json: format 1: field 'capacity' is missing|capacity is missing"):
         folder = RunFolder(FORMATS / "run-1", upgraded(edited(config_of(1), "agent.capacity", remove=True), "c.json"))
         _ = folder.training
+
+
+@pytest.mark.parametrize(
+    ("number", "field", "value", "message"),
+    [
+        (1, "spec", "x", "spec is 'x', must be a table of fields"),
+        (2, "spec", "x", "spec is 'x', must be a table of fields"),
+        (2, "spec", None, "spec is missing, must be a table of fields"),
+        (3, "world", None, "world is missing, must be a table of fields"),
+        (2, "training.agent.network", 5, "training.agent.network is 5, must be a table of fields"),
+        (3, "training.agent.hyper", [], r"training.agent.hyper is \[\], must be a table of fields"),
+        (3, "training.agent.network.rate_clip_per_s", 10**400, "rate_clip_per_s is 1000.* must be a number of 64 bits"),
+        (3, "training.agent.network.hidden", [8, 10**400], r"hidden\[1\] is 1000.* must be a number of 64 bits"),
+    ],
+)
+def test_a_table_that_is_none_or_missing_is_named(number: int, field: str, value: Any, message: str) -> None:
+    config = edited(config_of(number), field, value, remove=value is None)
+    with pytest.raises(InputError, match=f"config.json: .*{message}|config.json: {message}"):
+        _ = RunFolder(FORMATS / f"run-{number}", upgraded(config, "config.json")).training
 
 
 def test_a_run_of_an_earlier_format_does_not_go_on() -> None:
