@@ -154,7 +154,7 @@ def solved(actor: bool, process: Process, state: TrainState) -> Solved:
 
 
 def stacked(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *trees)
 
 
 def process(

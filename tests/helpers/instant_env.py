@@ -7,29 +7,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qos_jax.agent import AGENTS, Learner, make_learner
 from qos_jax.agent.networks import NetworkConfig
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment, EnvParams, EnvState
-from qos_jax.sim.types import Observation
-from qos_jax.sim.world import Completions, WorldSpec
+from qos_jax.sim.world import Completions, World, WorldSpec
 
 
 class InstantEnvironment(Environment):
     """The reward of a decision is the score of the request on the chosen expert."""
 
-    def _step(
-        self, key: Array, state: EnvState, action: Array, params: EnvParams
-    ) -> tuple[Observation, EnvState, Array, dict[str, Any]]:
-        dropped = action == self.spec.num_experts
+    def _serve(
+        self, state: EnvState, action: Array, gap_s: Array, params: EnvParams
+    ) -> tuple[World, Completions, Array]:
         qos = jnp.append(state.request.score, 0.0)[action]
-        gap_s, request, workload = params.workload.next(key, state.workload)
-        state = EnvState(state.time + 1, state.world, request, workload)
         zero, none, each = jnp.float32(0), jnp.int32(0), jnp.zeros(self.spec.num_experts)
         answers = Completions(jnp.int32(1), qos, qos, zero, none, each, each, each, none)
-        return self.observe(state, params), state, qos, {"completions": answers, "dropped": dropped, "gap_s": gap_s}
+        return state.world, answers, action == self.spec.num_experts
 
 
 def instant_env(num_experts: int = 3) -> InstantEnvironment:
@@ -56,4 +53,4 @@ def assert_equal(one: Any, other: Any) -> None:
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert jnp.array_equal(a, b, equal_nan=True), jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path), strict=True)

@@ -77,7 +77,7 @@ def observation(
     num_experts = len(fleet)
     arrived = {"prompt_tokens": 32, "latency_limit_s": 0.05, "predicted_score": 0.5, "predicted_tokens": 40.0} | arrived
     for name in ("predicted_score", "predicted_tokens"):
-        arrived[name] = jnp.broadcast_to(jnp.asarray(arrived[name], jnp.float32), num_experts)
+        arrived[name] = np.broadcast_to(np.asarray(arrived[name], np.float32), num_experts)
     arrived["recent_rate_per_s"] = np.full(len(RATE_WINDOWS_S), arrived.get("recent_rate_per_s", 6.0))
     filled = [[*requests, *[_JUNK] * (slots - len(requests))] for requests in fleet]
     present = np.arange(slots) < np.array([len(requests) for requests in fleet])[:, None]
@@ -99,8 +99,8 @@ def observation(
 
 def reordered(obs: Observation, order: Sequence[int]) -> Observation:
     """The same fleet with expert ``order[i]`` in place i."""
-    order = np.asarray(order)
-    return Observation(
+    order, obs = np.asarray(order), jax.tree.map(np.asarray, obs)
+    return obs.replace(
         arrived=obs.arrived.replace(
             predicted_score=obs.arrived.predicted_score[order], predicted_tokens=obs.arrived.predicted_tokens[order]
         ),

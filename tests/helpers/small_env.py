@@ -57,7 +57,7 @@ def small_experts(num_experts: int = 3, **fields: Any) -> ExpertProfile:
         "max_waiting": 3,
         "network_s": 0.01,
     } | fields
-    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), num_experts), ExpertProfile(**fields))
+    return jax.tree.map(lambda x: jnp.asarray(np.broadcast_to(x, num_experts)), ExpertProfile(**fields))
 
 
 def small_params(

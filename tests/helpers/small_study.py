@@ -24,7 +24,7 @@ def put_in_place() -> None:
     for name in list(studies.STUDIES):
         del studies.STUDIES[name]
     studies.STUDIES["small"] = small
-    studies.BUDGETS["quick"] = Budget(requests=40, seeds=2, steps=512, training_seeds=2, ends_only=False)
+    studies.BUDGETS["quick"] = Budget(requests=40, seeds=2, most_steps=512, most_training_seeds=2, ends_only=False)
 
 
 if __name__ == "__main__":
