@@ -19,17 +19,20 @@ if TYPE_CHECKING:
     from qos_jax.encoder.flat import flat_view
     from qos_jax.encoder.jraph_views import graph_view
     from qos_jax.errors import InputError
+    from qos_jax.evaluation.capacity import Capacity, capacities
     from qos_jax.evaluation.evaluate import Scenario, evaluate, scenarios
+    from qos_jax.fleet.fleet_file import Fleet, load_fleet
     from qos_jax.predictor.predictor import Predictor, load_predictor
     from qos_jax.routers import Router, make_router, register_router, router_names
     from qos_jax.sim.capacity import sample_requests, saturation_rate
     from qos_jax.sim.env import Environment, EnvParams, EnvState
     from qos_jax.sim.replay import replay
-    from qos_jax.sim.types import ExpertProfile, Observation, Request, RequestLog, RequestTrace
+    from qos_jax.sim.types import ExpertProfile, Observation, Request, RequestLog, RequestTrace, ServiceLimits
     from qos_jax.training.load import load_router
     from qos_jax.workload.arrivals import register_arrivals
     from qos_jax.workload.tables import QualityTable, read_mix_instruct, read_npz
-    from qos_jax.workload.traces import ArrivalTrace, read_trace
+    from qos_jax.workload.trace_files import read_trace
+    from qos_jax.workload.traces import ArrivalTrace
     from qos_jax.worlds.config import WorldConfig
     from qos_jax.worlds.presets import PRESETS, make
 
@@ -41,17 +44,20 @@ _MODULES = {
     "encoder.flat": ("flat_view",),
     "encoder.jraph_views": ("graph_view",),
     "errors": ("InputError",),
+    "evaluation.capacity": ("Capacity", "capacities"),
     "evaluation.evaluate": ("Scenario", "evaluate", "scenarios"),
+    "fleet.fleet_file": ("Fleet", "load_fleet"),
     "predictor.predictor": ("Predictor", "load_predictor"),
     "routers": ("Router", "make_router", "register_router", "router_names"),
     "sim.capacity": ("sample_requests", "saturation_rate"),
     "sim.env": ("EnvParams", "EnvState", "Environment"),
     "sim.replay": ("replay",),
-    "sim.types": ("ExpertProfile", "Observation", "Request", "RequestLog", "RequestTrace"),
+    "sim.types": ("ExpertProfile", "Observation", "Request", "RequestLog", "RequestTrace", "ServiceLimits"),
     "training.load": ("load_router",),
     "workload.arrivals": ("register_arrivals",),
     "workload.tables": ("QualityTable", "read_mix_instruct", "read_npz"),
-    "workload.traces": ("ArrivalTrace", "read_trace"),
+    "workload.trace_files": ("read_trace",),
+    "workload.traces": ("ArrivalTrace",),
     "worlds.config": ("WorldConfig",),
     "worlds.presets": ("PRESETS", "make"),
 }
@@ -60,10 +66,12 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "PRESETS",
     "ArrivalTrace",
+    "Capacity",
     "EnvParams",
     "EnvState",
     "Environment",
     "ExpertProfile",
+    "Fleet",
     "InputError",
     "Observation",
     "Predictor",
@@ -74,10 +82,13 @@ __all__ = [
     "RequestTrace",
     "Router",
     "Scenario",
+    "ServiceLimits",
     "WorldConfig",
+    "capacities",
     "evaluate",
     "flat_view",
     "graph_view",
+    "load_fleet",
     "load_predictor",
     "load_router",
     "make",

@@ -15,10 +15,11 @@ import pytest
 import yaml
 from absl.flags import FlagValues
 
-from qos_jax import routers
+from qos_jax import load_fleet, make, routers
 from qos_jax.agent import networks, targets
-from qos_jax.fleet.profiles import GPUS, LLMS
+from qos_jax.fleet.catalogue import DEVICES, LLMS
 from qos_jax.programs import app
+from qos_jax.programs.fleet import catalogue_text
 from qos_jax.programs.main import PROGRAMS
 from qos_jax.workload import arrivals
 from qos_jax.workload.constants import MIX_INSTRUCT
@@ -28,7 +29,7 @@ from tests.helpers.quick_compilation import quick_compilation
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
-LANGUAGES = {"python", "sh", "json", "text"}  # of which text is only shown
+LANGUAGES = {"python", "sh", "json", "toml", "text"}  # of which text is only shown
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#]*)(?:#(?P<anchor>[^)]*))?\)")
@@ -36,15 +37,13 @@ GENERATED_RESULTS = DOCS / "results" / "results.md"
 REGISTRIES = (
     PRESETS,
     LLMS,
-    GPUS,
+    DEVICES,
     MIX_INSTRUCT,
     routers._registered,
     arrivals._LAWS,
     networks._NETWORKS,
     targets._TARGETS,
 )
-
-QUICK = [page for page in PAGES if page == ROOT / "README.md" or page.parent == DOCS / "start"]  # run at each change
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -84,7 +83,7 @@ def program_of(words: list[str]) -> tuple[Callable[[FlagValues], None], list[str
     if "=" in words[0]:  # an environment variable
         words = words[1:]
     if words[0] == "qos-jax":
-        return PROGRAMS[words[1]].define, words[2:]
+        return PROGRAMS[words[1]].define, PROGRAMS[words[1]].as_flags(words[2:])
     module = words[2]
     launched = module.removeprefix("experiments.").replace("_", "-")
     return PROGRAMS[launched].define if launched in PROGRAMS else importlib.import_module(module).define, words[3:]
@@ -125,7 +124,7 @@ def quickly() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "page",
-    [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+    [page if page == ROOT / "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 @pytest.mark.usefixtures("quickly")
@@ -139,6 +138,18 @@ def test_python_runs(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: py
             if block.language == "python":
                 source = "\n" * (block.first_line - 1) + block.body  # so that a traceback names the line of the page
                 exec(compile(source, str(page), "exec"), namespace)
+
+
+@each_page
+def test_fleet_files_are_legal(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for number, block in enumerate(block for block in blocks_of(page) if block.language == "toml"):
+        (tmp_path / f"{number}.toml").write_text(block.body)
+        make(load_fleet(tmp_path / f"{number}.toml"), rate_per_s=1.0)
+
+
+def test_the_catalogue_is_the_one_that_is_shipped() -> None:
+    page = (DOCS / "reference" / "catalogue.md").read_text(encoding="utf-8")
+    assert catalogue_text() in page
 
 
 @pytest.mark.parametrize("command", commands())

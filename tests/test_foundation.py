@@ -40,6 +40,7 @@ def requirements(extra: str) -> list[Requirement]:
     [
         ("", [MAIN_LOCK]),
         ("gym", [MAIN_LOCK]),
+        ("gateway", [MAIN_LOCK]),
         ("notebooks", [MAIN_LOCK]),
         ("dev", [MAIN_LOCK]),
         ("sb3", [MAIN_LOCK, SB3_LOCK]),

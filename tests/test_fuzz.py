@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from qos_jax import InputError
 from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.overrides import overridden
+from qos_jax.fleet.catalogue import MEASURED
+from qos_jax.fleet.fleet_file import load_fleet
 from qos_jax.fleet.profile_fitting import TIMING_UNITS, load_profile, load_tables
-from qos_jax.fleet.profiles import MEASURED
 from qos_jax.predictor.data import read_prediction_table
 from qos_jax.predictor.heads import Head, HeadConfig, HeadNetwork, fit_scale
 from qos_jax.predictor.predictor import Predictor, load_predictor
@@ -39,7 +40,7 @@ from qos_jax.training.run_folder import CONFIG, METRICS, RunFolder, make_config
 from qos_jax.workload.arrivals import parse_arrivals
 from qos_jax.workload.prediction import parse_prediction
 from qos_jax.workload.tables import read_mix_instruct, read_npz
-from qos_jax.workload.traces import read_trace
+from qos_jax.workload.trace_files import read_trace
 from tests.helpers.instant_env import instant_env, small_learner
 from tests.helpers.prediction_tables import EXPERTS, made_up_table, write_mix_instruct, write_npz, write_prompts
 from tests.helpers.small_env import small_params
@@ -53,6 +54,18 @@ ODD = (
 )  # fmt: skip
 LENGTHS = {"prompt_tokens": np.full(4, 9)}
 
+FLEET = """
+format = 1
+limits = { latency_ms_per_token = 150 }
+quality = { mean_score = { "llama-3.1-8b" = 0.312 }, mean_output_tokens = { "llama-3.1-8b" = 686 } }
+workload = { arrivals = "poisson", prompt_tokens_median = 400, prompt_tokens_p90 = 1500, saturation_per_s = 4.73 }
+[[experts]]
+llm = "llama-3.1-8b:int4"
+device = "Jetson AGX Orin 64GB"
+count = 2
+link_delay_s = 0.004
+engine = { kind = "vllm", max_num_seqs = 48, memory_share = 0.16 }
+"""
 edits = st.lists(
     st.tuples(st.floats(0, 1), st.integers(0, 30), st.one_of(st.sampled_from(ODD), st.binary(max_size=12))), max_size=6
 )
@@ -96,6 +109,9 @@ def _written(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, Reader]]
     tables = folder / "tables.json"
     tables.write_text(next(iter(MEASURED.values())).read_text())
     yield "tables", tables, load_tables
+    fleet = folder / "fleet.toml"
+    fleet.write_text(FLEET)
+    yield "fleet", fleet, load_fleet
     run = _write_run(folder / "run")
     yield "run", run / CONFIG, lambda path: load_router(path.parent)
     yield "checksums", run / "checkpoints" / "32" / "checksums.json", lambda path: load_router(path.parents[2])
@@ -138,8 +154,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[pathlib.P
 
 
 KINDS = (
-    *TRACES, "packed", "prompts", "npz", "predictions", "mix_instruct", "profile", "run", "checksums", "metrics",
-    "predictor config.json", "predictor heads.safetensors",
+    *TRACES, "packed", "prompts", "npz", "predictions", "mix_instruct", "profile", "fleet", "run", "checksums",
+    "metrics", "predictor config.json", "predictor heads.safetensors",
     *(f"encoder {name}" for name in ("config.json", "sentence_bert_config.json", "vocab.txt", "tokenizer.json")),
     "encoder model.safetensors",
 )  # fmt: skip
@@ -170,7 +186,7 @@ def test_a_damaged_file_is_read_or_refused(kind: str, files: dict, data: st.Data
 
 @pytest.mark.parametrize(
     "kind",
-    ["azure", "npz", *TEXTS, "predictor heads.safetensors"],
+    ["azure", "npz", "fleet", *TEXTS, "predictor heads.safetensors"],
 )
 @EXAMPLES
 @given(content=st.binary(max_size=200))
@@ -336,10 +352,17 @@ def test_tensors_of_odd_types_are_read_or_refused(kind: str, dtype: str, files: 
     [
         ("predictor config.json", "members", 10**20),
         ("predictor config.json", "head.hidden", [8] * 20_000),
+        ("predictor config.json", "embedding_size", 10**400),
+        ("predictor config.json", "head.hidden", [10**400]),
+        ("predictor config.json", "head.num_buckets", 2**62),
         ("encoder config.json", "num_hidden_layers", 20_000),
         ("run", "spec.num_experts", 10**20),
         ("run", "training.agent.network.hidden", [8] * 20_000),
         ("run", "training.agent.network.han.layers", 20_000),
+        ("run", "training.agent.network.hidden", [10**400]),
+        ("run", "training.agent.network.rate_clip_per_s", 10**400),
+        ("run", "training.agent.network", 5),
+        ("run", "training.agent.hyper", []),
         ("checksums", "weights", []),
         ("checksums", "weights", "sums"),
         ("checksums", "weights", None),
@@ -361,28 +384,65 @@ def test_sizes_and_kinds_are_checked_before_the_work(kind: str, field: str, valu
         path.write_bytes(whole)
 
 
+def _template(*parts: dict) -> dict:
+    """A post-processor that puts these parts around a text."""
+    pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {"[CLS]": {"id": "[CLS]", "ids": [2], "tokens": ["[CLS]"]},
+              "[HIGH]": {"id": "[HIGH]", "ids": [99_999], "tokens": ["[HIGH]"]}}  # fmt: skip
+    return {"type": "TemplateProcessing", "single": list(parts), "pair": pair, "special_tokens": tokens}
+
+
+TEXT, CLS, HIGH, ABSENT = (
+    {"Sequence": {"id": "A", "type_id": 0}},
+    *({"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[HIGH]", "[ABSENT]")),
+)
+REPLACE = {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 1000}
+
+
 @pytest.mark.parametrize(
     "part, value",
     [
         ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-        (
-            "post_processor",
-            {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-                "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [99_999], "tokens": ["[CLS]"]}},
-            },
-        ),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8AAAAA"}),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}),
+        ("normalizer", {"type": "Sequence", "normalizers": [REPLACE] * 3}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}),
+        ("model", {"type": "WordPiece", "unk_token": "[NO]", "vocab": {}, "continuing_subword_prefix": "##",
+                   "max_input_chars_per_word": 9}),
+        ("model", {"type": "WordLevel", "unk_token": "[NO]", "vocab": {"a": 0}}),
+        ("model", {"type": "Unigram", "unk_id": 99, "vocab": [["a", -1.0]]}),
+        ("model", {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}),
+        ("model", {"type": "BPE", "unk_token": "[NO]", "vocab": {"a": 0}, "merges": []}),
+        ("post_processor", _template(CLS, TEXT, HIGH)),
+        ("post_processor", _template(TEXT, ABSENT)),
+        ("post_processor", _template({"Sequence": {"id": "B", "type_id": 0}})),
+        ("post_processor", _template(TEXT, *[CLS] * 1000)),
     ],
-    ids=["panic of the library", "token beyond the vocabulary"],
-)
+    ids=[
+        "panic at load", "panic on any text", "endless replacement", "replacement that fills the memory",
+        "endless split", "no unknown word", "no unknown level", "unknown piece beyond", "no unknown piece",
+        "no unknown pair", "token beyond the vocabulary", "absent token", "absent text", "no room for a text",
+    ],
+)  # fmt: skip
 def test_a_hostile_tokenizer_is_refused(part: str, value: dict, files: dict) -> None:
     path, read = files["encoder tokenizer.json"]
     whole = path.read_bytes()
     try:
         path.write_text(json.dumps(json.loads(whole) | {part: value}))
-        with pytest.raises(InputError, match=str(path)):
+        with pytest.raises(InputError, match=str(path.parent)):
             read(path)
     finally:
         path.write_bytes(whole)
+
+
+def test_a_text_on_which_the_tokenizer_panics_is_an_input_error(files: dict) -> None:
+    path, read = files["encoder tokenizer.json"]
+    whole = path.read_bytes()
+    endless = {"type": "Replace", "pattern": {"Regex": "(q+)+$"}, "content": "x"}
+    try:
+        path.write_text(json.dumps(json.loads(whole) | {"normalizer": endless}))
+        encoder = read(path)
+    finally:
+        path.write_bytes(whole)
+    with pytest.raises(InputError, match=f"{path.parent}: its tokenizer fails on a text: .*retry-limit"):
+        encoder.tokenize(["q" * 40 + "b"])

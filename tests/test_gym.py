@@ -62,13 +62,14 @@ def test_observations_may_be_the_nodes_of_the_graph() -> None:
 
 
 def test_steps_are_those_of_the_environment(vector_env: RouterVectorEnv) -> None:
-    env, step = small_env(), jax.jit(small_env().step)
+    env = small_env()
+    reset, step, view = jax.jit(env.reset), jax.jit(env.step), jax.jit(flat_view)
     obs, info = vector_env.reset(seed=7)
     keys, states = [], []
     for i in range(NUM_ENVS):
         key, reset_key = jax.random.split(jax.random.fold_in(jax.random.key(7), i))
-        first_obs, state = env.reset(reset_key, PARAMS)
-        np.testing.assert_allclose(obs[i], flat_view(first_obs), rtol=1e-5)
+        first_obs, state = reset(reset_key, PARAMS)
+        np.testing.assert_allclose(obs[i], view(first_obs), rtol=1e-5)
         np.testing.assert_array_equal(info["action_mask"][i], first_obs.action_mask)
         keys.append(key)
         states.append(state)
@@ -80,7 +81,7 @@ def test_steps_are_those_of_the_environment(vector_env: RouterVectorEnv) -> None
         for i in range(NUM_ENVS):
             keys[i], step_key = jax.random.split(keys[i])
             next_obs, states[i], *expected = step(step_key, states[i], jnp.int32(actions[i]), PARAMS)
-            np.testing.assert_allclose(obs[i], flat_view(next_obs), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(obs[i], view(next_obs), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose((reward[i], terminated[i], truncated[i]), expected[:3], rtol=1e-5)
             np.testing.assert_array_equal(info["action_mask"][i], next_obs.action_mask)
             of_step = info["final_info"] if truncated[i] else info
@@ -89,7 +90,7 @@ def test_steps_are_those_of_the_environment(vector_env: RouterVectorEnv) -> None
             assert of_step["finished"][i] == expected[3]["completions"].finished
             if truncated[i]:
                 final_obs = expected[3]["final_observation"]
-                np.testing.assert_allclose(info["final_obs"][i], flat_view(final_obs), rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(info["final_obs"][i], view(final_obs), rtol=1e-4, atol=1e-5)
                 np.testing.assert_array_equal(info["final_info"]["action_mask"][i], final_obs.action_mask)
                 assert np.any(info["final_obs"][i] != obs[i])
 
@@ -340,9 +341,15 @@ def test_a_step_before_the_first_reset_is_refused() -> None:
         RouterEnv(small_env(), PARAMS).step(0)
 
 
-def test_no_environments_are_refused() -> None:
-    with pytest.raises(InputError, match="num_envs is 0"):
-        RouterVectorEnv(small_env(), PARAMS, 0)
+@pytest.mark.parametrize("number", [0, 2.5, "3", True, None, 10**12])
+def test_a_number_of_environments_that_is_none_is_refused(number: Any) -> None:
+    with pytest.raises(InputError, match=f"num_envs is {number!r}, must be a whole number from 1"):
+        RouterVectorEnv(small_env(), PARAMS, number)
+
+
+def test_options_that_are_no_table_are_refused(vector_env: RouterVectorEnv) -> None:
+    with pytest.raises(InputError, match=r"options is \[1\], must be a table"):
+        vector_env.reset(options=[1])
 
 
 def test_gymnasium_is_optional() -> None:

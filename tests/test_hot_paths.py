@@ -39,7 +39,7 @@ def test_stale_metrics_are_scattered_into_a_ring_without_addition() -> None:
     assert not any("stablehlo.add" in each for each in scatters)
 
 
-SLOW = [pytest.param(agent, marks=pytest.mark.slow) for agent in ("sac", "paper")]
+SLOW = [pytest.param(agent, marks=pytest.mark.slow) for agent in ("sac", "sac_td0", "paper")]
 
 
 @pytest.mark.parametrize("agent", ["mvr", *SLOW])

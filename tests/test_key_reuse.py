@@ -36,6 +36,7 @@ def check(run: Callable[[Array], Any]) -> None:
 @pytest.mark.parametrize("agent", ["mvr", pytest.param("sac", marks=pytest.mark.slow)])
 def test_training_uses_each_key_once(agent: str) -> None:
     sizes = {"num_envs": 2, "chunk": 3, "probes": 2, "batch_size": 8, "capacity": 12, "warm_up": 3, "updates": 2}
+    sizes["copies"] = min(AGENTS[agent].copies, sizes["num_envs"])
     learner = make_learner(ENV, dataclasses.replace(AGENTS[agent], **sizes))
     hyper = jax.tree.map(jnp.float32, learner.config.hyper)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -226,21 +227,27 @@ def own_learner() -> Learner:
     return small_learner(network=NetworkConfig("linear"), targets="huber")
 
 
+@functools.cache
+def trained_once() -> Any:
+    """The state after one chunk, and its metrics."""
+    learner, params = own_learner(), small_params()
+    hyper = jax.tree.map(jnp.float32, learner.config.hyper)
+
+    @jax.jit
+    def train(key: Array) -> Any:
+        state = learner.warm_up(learner.init(key, params, hyper), params, hyper)
+        return learner.train_chunk(state, params, hyper, jnp.int32(0), jnp.float32(0))
+
+    return train(jax.random.key(0))
+
+
 class TestAgents:
     @pytest.fixture
     def trained(self, tmp_path: pathlib.Path) -> tuple[pathlib.Path, Router]:
         """The folder and the router of a run with a network and targets of the user's, after one chunk."""
         qos_jax.register_network("linear", linear)
         qos_jax.register_targets("huber", Huber())
-        learner, params = own_learner(), small_params()
-        hyper = jax.tree.map(jnp.float32, learner.config.hyper)
-
-        @jax.jit
-        def train(key: Array) -> Any:
-            state = learner.warm_up(learner.init(key, params, hyper), params, hyper)
-            return learner.train_chunk(state, params, hyper, jnp.int32(0), jnp.float32(0))
-
-        state, metrics = train(jax.random.key(0))
+        learner, (state, metrics) = own_learner(), trained_once()
         assert np.isfinite(metrics["critic_loss"])
         folder = RunFolder.start(tmp_path / "run", make_config(learner, TrainingConfig(learner.config)))
         folder.save(32, state, learner.weights(state))
@@ -249,11 +256,15 @@ class TestAgents:
     def test_load_router_rebuilds_the_agent(self, trained: tuple[pathlib.Path, Router]) -> None:
         path, router = trained
         loaded = load_router(path)
-        reset = jax.jit(instant_env().reset)
-        for seed in range(5):
-            key = jax.random.key(seed)
-            obs: Observation = reset(key, small_params())[0]
-            assert int(loaded.act(key, obs, ())[0]) == int(router.act(key, obs, ())[0])
+        reset, params = instant_env().reset, small_params()
+
+        @jax.jit
+        @jax.vmap
+        def actions(key: Array) -> tuple[Array, Array]:
+            obs: Observation = reset(key, params)[0]
+            return loaded.act(key, obs, ())[0], router.act(key, obs, ())[0]
+
+        np.testing.assert_array_equal(*actions(jax.random.split(jax.random.key(0), 5)))
 
     @pytest.mark.parametrize(
         ("registry", "name", "message"),

@@ -23,6 +23,7 @@ ROOMS = (
     "gym",
     "training",
     "report",
+    "gateway",
     "api",
     "programs",
 )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qos_jax.sim.service_level import Limited, per_token_limit_s
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, RequestView
 
 FLAT_LIMIT = 5.0
@@ -38,7 +39,7 @@ FLAT_EXPERT = (
 _LATENCY_LIMIT_S = 0.03  # s/token; a limit of this size is 1 in the flat view
 _UNIT_TOKENS = 1024  # tokens that are 1 in the flat view, on a logarithmic scale
 _PREFILL_TOKENS = 256  # prompt tokens of the prefill whose time is a column
-_MIN_TIME_S = 1e-6  # lower clip of divisors
+_MIN_TIME_S, _MAX_TIME_S = 1e-6, 1e6  # clips of limits and divisors, so that ratios are finite
 
 
 def flat_size(num_experts: int) -> int:
@@ -76,7 +77,7 @@ def arrived_columns(obs: Observation) -> dict[str, Array]:
     rates = jnp.log1p(arrived.recent_rate_per_s / obs.experts.running.shape[-1])
     return {
         "prompt_tokens": log_tokens(arrived.prompt_tokens),
-        "latency_limit": jnp.maximum(arrived.latency_limit_s, _MIN_TIME_S) / _LATENCY_LIMIT_S,
+        "latency_limit": arrived_limit_s(obs) / _LATENCY_LIMIT_S,
         **{name: rates[k] for k, name in enumerate(FLAT_ARRIVED[-len(RATE_WINDOWS_S) :])},
     }
 
@@ -86,7 +87,7 @@ def expert_columns(obs: Observation) -> dict[str, Array]:
     obs = jax.tree.map(jnp.asarray, obs)
     arrived, experts, requests = obs.arrived, obs.experts, obs.requests
     profile = experts.profile
-    limit_s = jnp.maximum(arrived.latency_limit_s, _MIN_TIME_S)
+    limit_s = arrived_limit_s(obs)
     max_running = profile.max_running.astype(jnp.float32)
     kv_tokens = BLOCK_SIZE_TOKENS * profile.kv_blocks.astype(jnp.float32)
     columns = {
@@ -106,6 +107,17 @@ def expert_columns(obs: Observation) -> dict[str, Array]:
     return {name: jnp.broadcast_to(column, experts.running.shape) for name, column in columns.items()}
 
 
+def arrived_limit_s(obs: Observation) -> Array:
+    """Returns the latency per token [] that the limits of the arrived request allow an answer of the mean length."""
+    tokens = None if obs.arrived.limits is None else jnp.mean(obs.arrived.predicted_tokens)
+    return clipped_limit_s(obs.arrived, tokens)
+
+
+def clipped_limit_s(of: Limited, tokens: Array | None) -> Array:
+    """Returns ``per_token_limit_s``, clipped so that ratios of limits are finite."""
+    return jnp.clip(jnp.asarray(per_token_limit_s(of, tokens)), _MIN_TIME_S, _MAX_TIME_S)
+
+
 def log_tokens(tokens: Array) -> Array:
     """Returns numbers of tokens on a logarithmic scale, on which 1024 tokens are 1."""
     return jnp.log1p(tokens) / math.log1p(_UNIT_TOKENS)
@@ -116,7 +128,8 @@ def _summary(name: str, requests: RequestView, mask: Array) -> dict[str, Array]:
     count = jnp.maximum(jnp.sum(mask, -1), 1).astype(jnp.float32)
     dtype = requests.predicted_tokens.dtype
     remaining_tokens = requests.predicted_tokens - requests.generated_tokens.astype(dtype)
-    allowed_s = jnp.maximum(requests.latency_limit_s * requests.predicted_tokens, _MIN_TIME_S)
+    limit_s = clipped_limit_s(requests, requests.predicted_tokens)
+    allowed_s = jnp.maximum(limit_s * requests.predicted_tokens, _MIN_TIME_S)
     latency = jnp.minimum(requests.age_s / allowed_s, FLAT_LIMIT)
     return {
         f"{name}_tokens_left": log_tokens(jnp.sum(jnp.where(mask, remaining_tokens, 0.0), -1)),

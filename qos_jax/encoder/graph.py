@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from qos_jax.encoder.flat import FLAT_ARRIVED, FLAT_EXPERT, arrived_columns, expert_columns, log_tokens
+from qos_jax.encoder.flat import (
+    FLAT_ARRIVED,
+    FLAT_EXPERT,
+    arrived_columns,
+    arrived_limit_s,
+    clipped_limit_s,
+    expert_columns,
+    log_tokens,
+)
 from qos_jax.errors import InputError
 from qos_jax.impact.estimate import impact
 from qos_jax.sim.cost import blocks_of
@@ -31,8 +39,6 @@ REQUEST_FEATURES = (
     "kv_share",
     "computed",
 )
-
-_MIN_LIMIT_S, _MAX_LIMIT_S = 1e-6, 1e6  # s/token; clips limits, so that ratios of limits are finite
 
 
 class GraphFeatures(struct.PyTreeNode):
@@ -99,7 +105,7 @@ def _impact_columns(obs: Observation) -> dict[str, Array]:
     tokens = jnp.maximum(obs.arrived.predicted_tokens, 1.0)
     estimate = impact(obs.replace(arrived=obs.arrived.replace(predicted_tokens=tokens)))
     return {
-        "own_latency": estimate.latency_per_token_s / _limit_s(obs.arrived.latency_limit_s),
+        "own_latency": estimate.latency_per_token_s / arrived_limit_s(obs),
         "in_time": estimate.in_time,
         "qos": estimate.qos,
         "qos_change": _compressed(estimate.qos_change),
@@ -111,8 +117,8 @@ def _impact_columns(obs: Observation) -> dict[str, Array]:
 def _request_columns(obs: Observation) -> dict[str, Array]:
     """Returns the columns [N, S] of the requests, before clipping; values in empty slots have no meaning."""
     requests = obs.requests
-    limit_s = _limit_s(requests.latency_limit_s)
     predicted_tokens = jnp.maximum(requests.predicted_tokens, 1.0)
+    limit_s = clipped_limit_s(requests, predicted_tokens)
     remaining_tokens = jnp.maximum(predicted_tokens - requests.generated_tokens.astype(predicted_tokens.dtype), 1.0)
     due_tokens = requests.age_s / limit_s  # a request on schedule has generated as many
     known_tokens = jnp.maximum(requests.prompt_tokens + requests.generated_tokens, 1)
@@ -124,7 +130,7 @@ def _request_columns(obs: Observation) -> dict[str, Array]:
         "generated_tokens": log_tokens(requests.generated_tokens),
         "age": due_tokens / predicted_tokens,
         "slack": (predicted_tokens - due_tokens) / remaining_tokens,
-        "latency_limit": limit_s / _limit_s(obs.arrived.latency_limit_s),
+        "latency_limit": limit_s / arrived_limit_s(obs),
         "kv_share": blocks / obs.experts.profile.kv_blocks[..., None],
         "computed": requests.computed_tokens / known_tokens,
     }
@@ -143,10 +149,6 @@ def _first_requests(present: Array, count: int) -> tuple[Array, Array]:
 def _stacked(columns: dict[str, Array], names: tuple[str, ...]) -> Array:
     features = jnp.stack([columns[name].astype(jnp.float32) for name in names], -1)
     return jnp.clip(features, -FEATURE_LIMIT, FEATURE_LIMIT)
-
-
-def _limit_s(limit_s: Array) -> Array:
-    return jnp.clip(limit_s, _MIN_LIMIT_S, _MAX_LIMIT_S)
 
 
 def _compressed(x: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qos_jax.encoder.graph import GraphFeatures
 from qos_jax.errors import InputError
-from qos_jax.sim.types import ExpertProfile, ExpertView, Observation, RequestView
+from qos_jax.sim.types import ExpertProfile, ExpertView, Observation, RequestView, ServiceLimits
 
 NODE_KINDS = ("arrived", "expert", "request")
 
@@ -80,8 +80,13 @@ def _node_table(obs: Observation, expert_of: np.ndarray, slot: np.ndarray) -> di
     put(kind == 0, obs.arrived, ["prompt_tokens", "latency_limit_s"])
     put(kind == 1, obs.experts, [name for name in _names(ExpertView) if name != "profile"])
     put(kind == 1, obs.experts.profile, [name for name in _names(ExpertProfile) if name != "kernels"])
-    masks = ("running", "waiting")
-    put(kind == 2, obs.requests, [name for name in _names(RequestView) if name not in masks], (expert_of, slot))
+    others = ("running", "waiting", "limits", "first_token_s")
+    put(kind == 2, obs.requests, [name for name in _names(RequestView) if name not in others], (expert_of, slot))
+    if obs.requests.limits is not None:
+        limits = _names(ServiceLimits)
+        put(kind == 2, obs.requests, ["first_token_s"], (expert_of, slot))
+        put(kind == 2, obs.requests.limits, limits, (expert_of, slot))
+        put(kind == 0, obs.arrived.limits, limits)
     return {"kind": kind, **columns}
 
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +27,35 @@ from qos_jax.sim.batching import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import ReplayResult, replay_many
-from qos_jax.sim.types import Request, RequestTrace
+from qos_jax.sim.types import Observation, Request, RequestTrace
 from qos_jax.sim.validation import MAX_SEED, checked_whole
 from qos_jax.sim.world import WorldSpec, advance, dispatch, empty_world, observe
+from qos_jax.workload.arrivals import RATE_RANGE_PER_S
 
 _REAL = (int, float, np.integer, np.floating)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A load and a seed, which fix the requests that every router is given."""
+    """A load and a seed, which fix the requests that every router is given.
+
+    Raises:
+      InputError: a number is out of range.
+    """
 
     load: float  # fraction of the fleet's saturation rate
-    rate_per_s: float  # requests/s
-    seed: int
+    rate_per_s: float  # requests/s, within ``RATE_RANGE_PER_S``
+    seed: int  # whole, below 2^32
+
+    def __post_init__(self) -> None:
+        """Checks the numbers: seeds beyond 32 bit would be those of others, and tiny rates would never end."""
+        checked_whole("seed", self.seed, 0, MAX_SEED)
+        low, high = RATE_RANGE_PER_S
+        for name, least, most in (("load", 0.0, math.inf), ("rate_per_s", low, high)):
+            value = getattr(self, name)
+            is_number = isinstance(value, _REAL) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most or not math.isfinite(value):
+                raise InputError(f"{name} is {value!r}, must be a number from {least:g} to {most:g}")
 
 
 def scenarios(params: EnvParams, loads: Sequence[float], seeds: Iterable[int]) -> list[Scenario]:
@@ -54,15 +69,14 @@ def scenarios(params: EnvParams, loads: Sequence[float], seeds: Iterable[int]) -
     Raises:
       InputError: a load or a seed is out of range, or the saturation rate of the world is unknown.
     """
-    saturation_per_s, seeds = float(params.saturation_per_s), list(seeds)
+    saturation_per_s = float(params.saturation_per_s)
+    seeds = [checked_whole("seed", seed, 0, MAX_SEED) for seed in seeds]
     if not 0 < saturation_per_s < math.inf:
         raise InputError(f"saturation_per_s is {saturation_per_s}: measure it with qos_jax.saturation_rate")
     for load in loads:
         if isinstance(load, bool) or not isinstance(load, _REAL) or not 0 < load < math.inf:
             raise InputError(f"load is {load!r}, must be a finite number above 0")
-    for seed in seeds:
-        checked_whole("seed", seed, 0, MAX_SEED)
-    return [Scenario(float(load), float(load) * saturation_per_s, int(seed)) for load in loads for seed in seeds]
+    return [Scenario(float(load), float(load) * saturation_per_s, seed) for load in loads for seed in seeds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,20 +118,43 @@ def route_requests(
       The actions [J] int32; ``num_experts`` is a drop.
     """
 
-    def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], Array]:
-        (world, memories), (gap_s, request, key) = carry, x
-        world = advance(spec, params.experts, world, gap_s)
-        obs = observe(spec, params.observed_experts, world, request, params.staleness_s)
-
-        def act(i: int) -> tuple[Array, Any]:
+    def act(key: Array, obs: Observation, memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+        def act_of(i: int) -> tuple[Array, tuple[Any, ...]]:
             action, memory = routers[i].act(key, obs, memories[i])
             return jnp.asarray(action, jnp.int32), (*memories[:i], memory, *memories[i + 1 :])
 
-        action, memories = lax.switch(which, [partial(act, i) for i in range(len(routers))])
-        world, _ = dispatch(spec, params.experts, world, request, action)
-        return (world, memories), action
+        return lax.switch(which, [partial(act_of, i) for i in range(len(routers))])
 
-    start = (empty_world(spec, params.experts), tuple(router.init() for router in routers))
+    memories = tuple(router.init() for router in routers)
+    return route_by(spec, act, memories, params, gaps_s, requests, key, lambda obs: ())[0]
+
+
+def route_by(
+    spec: WorldSpec,
+    act: Callable[[Array, Observation, Any], tuple[Array, Any]],
+    memory: Any,
+    params: EnvParams,
+    gaps_s: Array,
+    requests: Request,
+    key: Array,
+    look: Callable[[Observation], Any],
+) -> tuple[Array, Any]:
+    """Routes a known sequence of requests by ``act`` of a router; see ``route_requests``.
+
+    Returns:
+      The actions [J] int32, and what ``look`` returns of the observation of each decision, leaves [J, ...].
+    """
+
+    def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], tuple[Array, Any]]:
+        (world, memory), (gap_s, request, key) = carry, x
+        world = advance(spec, params.experts, world, gap_s)
+        obs = observe(spec, params.observed_experts, world, request, params.staleness_s)
+        action, memory = act(key, obs, memory)
+        action = jnp.asarray(action, jnp.int32)
+        world, _ = dispatch(spec, params.experts, world, request, action)
+        return (world, memory), (action, look(obs))
+
+    start = (empty_world(spec, params.experts, params.scrape_s), memory)
     return lax.scan(decide, start, (gaps_s, requests, jax.random.split(key, gaps_s.shape[0])))[1]
 
 
@@ -157,32 +194,63 @@ def evaluate(
     Raises:
       InputError: a number is out of range.
     """
-    num_requests = checked_whole("num_requests", num_requests, 1)
-    warmup = checked_whole("warmup", warmup, 0, num_requests - 1)
-    rates = np.array([scenario.rate_per_s for scenario in scenarios])
-    keys = jnp.stack([jax.random.key(scenario.seed) for scenario in scenarios])
-    gaps_s, requests = _sample_scenarios(params, rates, keys, num_requests)
-    traces = _traces(gaps_s, requests, len(scenarios))
+    together = tuple(routers)
+    sampled = sample_scenarios(params, scenarios, num_requests)
 
-    together, experts = tuple(routers), jax.tree.map(np.asarray, params.experts)
-    world = params.replace(workload=None)  # another workload does not recompile
-
-    def run_router(which: int) -> list[RouterRun]:
-        router = together[which]
-        actions = np.asarray(
-            _route_scenarios(env.spec, together, jnp.int32(which), world, gaps_s, with_truths(router, requests), keys)
-        )
-        assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
-        replays = replay_many(experts, traces, assignments, block_size=env.spec.engine.block_size)
-        runs = [
-            RouterRun(router, *each, metrics_of(experts, *each[1:], warmup))
-            for each in zip(scenarios, traces, assignments, replays, strict=True)
-        ]
-        progress(router)
+    def run(which: int) -> list[RouterRun]:
+        runs = run_router(env, params, together, which, sampled, warmup)
+        progress(together[which])
         return runs
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [run for runs in pool.map(run_router, range(len(together))) for run in runs]
+        return [each for runs in pool.map(run, range(len(together))) for each in runs]
+
+
+class SampledScenarios(NamedTuple):
+    """The J requests of each of S scenarios."""
+
+    scenarios: Sequence[Scenario]
+    gaps_s: Array  # [S, J] s before each request
+    requests: Request  # leaves [S, J, ...]
+    keys: Array  # [S]
+    traces: list[RequestTrace]
+
+
+def sample_scenarios(params: EnvParams, scenarios: Sequence[Scenario], num_requests: int) -> SampledScenarios:
+    """Samples the requests of scenarios; the arrival rate is that of each. Other rates and seeds do not recompile.
+
+    Raises:
+      InputError: the number of requests is out of range.
+    """
+    num_requests = checked_whole("num_requests", num_requests, 1)
+    rates = np.array([scenario.rate_per_s for scenario in scenarios])
+    keys = jnp.stack([jax.random.key(scenario.seed) for scenario in scenarios])
+    gaps_s, requests = _sample_scenarios(params, rates, keys, num_requests)
+    return SampledScenarios(scenarios, gaps_s, requests, keys, _traces(gaps_s, requests, len(scenarios)))
+
+
+def run_router(
+    env: Environment,
+    params: EnvParams,
+    routers: tuple[Router, ...],
+    which: int,
+    sampled: SampledScenarios,
+    warmup: int = 0,
+) -> list[RouterRun]:
+    """Runs one of ``routers``, which are compiled into one program, on sampled scenarios; see ``evaluate``."""
+    warmup = checked_whole("warmup", warmup, 0, sampled.gaps_s.shape[1] - 1)
+    router, experts = routers[which], jax.tree.map(np.asarray, params.experts)
+    world = params.replace(workload=None)  # another workload does not recompile
+    requests = with_truths(router, sampled.requests)
+    actions = np.asarray(
+        _route_scenarios(env.spec, routers, jnp.int32(which), world, sampled.gaps_s, requests, sampled.keys)
+    )
+    assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
+    replays = replay_many(experts, sampled.traces, assignments, block_size=env.spec.engine.block_size)
+    return [
+        RouterRun(router, *each, metrics_of(experts, *each[1:], warmup))
+        for each in zip(sampled.scenarios, sampled.traces, assignments, replays, strict=True)
+    ]
 
 
 @partial(jax.jit, static_argnums=3)
@@ -214,7 +282,8 @@ def _traces(gaps_s: Array, requests: Request, count: int) -> list[RequestTrace]:
     requests, arrivals_s = jax.tree.map(np.asarray, requests), np.cumsum(np.asarray(gaps_s, np.float64), axis=1)
     return [
         RequestTrace(
-            arrival_s=arrivals_s[i], **{name: getattr(requests, name)[i] for name in Request.__dataclass_fields__}
+            arrival_s=arrivals_s[i],
+            **{name: jax.tree.map(lambda x: x[i], getattr(requests, name)) for name in Request.__dataclass_fields__},  # noqa: B023
         )
         for i in range(count)
     ]

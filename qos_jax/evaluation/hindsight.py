@@ -103,12 +103,15 @@ def known_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
     """Returns the trace of ``checked_trace`` with scores and latency limits as float64.
 
     Raises:
-      InputError: the trace is empty, or scores or limits are missing, of a wrong shape or not finite.
+      InputError: the trace is empty, or scores or limits are missing, of a wrong shape or not finite, or there are
+        limits beside that on the latency per token.
     """
     trace = checked_trace(trace, num_experts)
     num_requests = len(trace.arrival_s)
     if num_requests == 0:
         raise InputError("trace has no request, must have at least one")
+    if trace.limits is not None:
+        raise InputError("trace.limits is given, must be None: plans in hindsight know the limit per token only")
     known = {}
     for name, shape in (("score", (num_requests, num_experts)), ("latency_limit_s", (num_requests,))):
         value = getattr(trace, name)

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from qos_jax.errors import InputError
 from qos_jax.evaluation.evaluate import RouterRun
-from qos_jax.evaluation.metrics import latency_per_token_s
+from qos_jax.evaluation.metrics import in_time_of, latency_per_token_s
 from qos_jax.impact.estimate import Impact, ImpactForm, impact
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import ReplayResult, replay_many
@@ -65,9 +65,7 @@ def outcome_of(env: Environment, params: EnvParams, run: RouterRun, *, warmup: i
     replays = replay_many(experts, [run.trace] * len(removed), others, block_size=env.spec.engine.block_size)
 
     def in_time(replayed: ReplayResult) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            per_token_s = latency_per_token_s(experts, run.trace, run.assignment, replayed)
-            return per_token_s <= run.trace.latency_limit_s
+        return in_time_of(experts, run.trace, run.assignment, replayed)
 
     realised = in_time(run.replayed)
     return Outcome(
@@ -112,14 +110,11 @@ def predict(
     Returns:
       The estimate, NumPy arrays [R, J, W]; values have no meaning where the router dropped the request.
     """
-    fields: Any = Request.__dataclass_fields__
-    columns: dict[str, Any] = {name: np.stack([getattr(run.trace, name) for run in runs]) for name in fields}
+    together = jax.tree.map(lambda *each: np.stack(each), *(run.trace.requests for run in runs))
     gaps_s = np.stack([np.diff(run.trace.arrival_s, prepend=0.0) for run in runs]).astype(np.float32)
     actions = np.stack([np.where(run.assignment < 0, env.spec.num_experts, run.assignment) for run in runs])
     widths = jnp.asarray(widths_s, jnp.float32)
-    predicted = _predict(
-        env.spec, form, length_cv, params, widths, (gaps_s, Request(**columns), actions.astype(np.int32))
-    )
+    predicted = _predict(env.spec, form, length_cv, params, widths, (gaps_s, together, actions.astype(np.int32)))
     return jax.tree.map(np.asarray, predicted)
 
 
@@ -135,7 +130,7 @@ def _predict(
         world, _ = dispatch(spec, params.experts, world, request, action)
         return world, jax.tree.map(lambda x: x[:, action], predicted)
 
-    return jax.vmap(lambda run: lax.scan(decide, empty_world(spec, params.experts), run)[1])(runs)
+    return jax.vmap(lambda run: lax.scan(decide, empty_world(spec, params.experts, params.scrape_s), run)[1])(runs)
 
 
 def calibration_of(outcomes: Sequence[Outcome], predicted: Impact) -> list[dict[str, Any]]:

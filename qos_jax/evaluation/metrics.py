@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from qos_jax.sim.validation import check_shapes
 
 
 def qos_of(experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, result: ReplayResult) -> np.ndarray:
-    """Returns the QoS [J]: the score if the latency per token is within the limit, else 0, also for dropped requests.
+    """Returns the QoS [J]: the score if the answer meets all limits, else 0, also for dropped requests.
 
     Args:
       experts: profile of the N experts.
@@ -21,17 +22,46 @@ def qos_of(experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, 
       assignment: [J] int, expert of each request; -1 for a request that the router dropped.
       result: of the replay of this assignment.
     """
-    in_time = latency_per_token_s(experts, trace, assignment, result) <= trace.latency_limit_s
+    in_time = in_time_of(experts, trace, assignment, result)
     return np.where(in_time, select_assigned(trace.score, assignment), 0.0)
+
+
+def in_time_of(experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, result: ReplayResult) -> np.ndarray:
+    """Returns [J] bool: the answer meets all limits; no for dropped requests. See ``qos_of``."""
+    times = times_of(experts, trace, assignment, result)
+    with np.errstate(invalid="ignore"):
+        in_time = times.latency_per_token_s <= trace.latency_limit_s
+        if trace.limits is not None:
+            in_time &= (times.ttft_s <= trace.limits.ttft_s) & (times.e2e_s <= trace.limits.e2e_s)
+            in_time &= (times.tpot_s <= trace.limits.tpot_s) | (times.tokens == 1)
+    return in_time
+
+
+class Times(NamedTuple):
+    """The times that users see, with the network delay; NaN for dropped requests."""
+
+    tokens: np.ndarray  # [J] tokens of the answer
+    ttft_s: np.ndarray  # [J] s from the arrival to the first token
+    tpot_s: np.ndarray  # [J] s per token after the first; 0 for answers of one token
+    e2e_s: np.ndarray  # [J] s from the arrival to the last token
+    latency_per_token_s: np.ndarray  # [J] s/token
+
+
+def times_of(experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, result: ReplayResult) -> Times:
+    """Returns the times of the answers; see ``qos_of``."""
+    network_s = np.broadcast_to(experts.network_s, np.shape(experts.step_base_s))[assignment]
+    tokens = select_assigned(trace.output_tokens, assignment)
+    e2e_s = result.log.finish_s - trace.arrival_s + network_s
+    ttft_s = result.log.first_token_s - trace.arrival_s + network_s
+    tpot_s = (result.log.finish_s - result.log.first_token_s) / np.maximum(tokens - 1, 1)
+    return Times(tokens, ttft_s, tpot_s, e2e_s, e2e_s / tokens)
 
 
 def latency_per_token_s(
     experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, result: ReplayResult
 ) -> np.ndarray:
     """Returns (finish - arrival + network) / output tokens [J] in s/token, NaN for dropped requests; see ``qos_of``."""
-    network_s = np.broadcast_to(experts.network_s, np.shape(experts.step_base_s))[assignment]
-    latency_s = result.log.finish_s - trace.arrival_s + network_s
-    return latency_s / select_assigned(trace.output_tokens, assignment)
+    return times_of(experts, trace, assignment, result).latency_per_token_s
 
 
 def select_assigned(values: np.ndarray, assignment: np.ndarray) -> np.ndarray:
@@ -63,27 +93,24 @@ def metrics_of(
     counted = slice(warmup, None)
     log = result.log
     qos = qos_of(experts, trace, assignment, result)[counted]
-    per_token_s = latency_per_token_s(experts, trace, assignment, result)[counted]
     answered = ~log.dropped[counted]
-    tokens = select_assigned(trace.output_tokens, assignment)[counted]
-    first_s, finish_s = log.first_token_s[counted], log.finish_s[counted]
-    with np.errstate(invalid="ignore"):
-        tpot_s = ((finish_s - first_s) / np.maximum(tokens - 1, 1))[answered & (tokens > 1)]
-        violation = ~(per_token_s <= trace.latency_limit_s[counted])
+    in_time = in_time_of(experts, trace, assignment, result)[counted]
+    times = Times(*(values[counted] for values in times_of(experts, trace, assignment, result)))
+    per_token_s = times.latency_per_token_s
+    tpot_s = times.tpot_s[answered & (times.tokens > 1)]
     return {
         "requests": len(qos),
         "qos": float(qos.mean()),
         "score": _mean(select_assigned(trace.score, assignment)[counted][answered]),
         "latency_per_token_s": _mean(per_token_s[answered]),
-        **{
-            f"latency_per_token_p{p}_s": float(np.percentile(per_token_s[answered], p))
-            if answered.any()
-            else float("nan")
-            for p in (50, 95, 99)
-        },
-        "ttft_s": _mean((first_s - trace.arrival_s[counted])[answered]),
+        **_percentiles("latency_per_token", per_token_s[answered]),
+        "ttft_s": _mean(times.ttft_s[answered]),
+        **_percentiles("ttft", times.ttft_s[answered]),
         "tpot_s": _mean(tpot_s),
-        "violation_rate": float(violation.mean()),
+        **_percentiles("tpot", tpot_s),
+        "e2e_s": _mean(times.e2e_s[answered]),
+        **_percentiles("e2e", times.e2e_s[answered]),
+        "violation_rate": float(1.0 - in_time.mean()),
         "drop_rate": float(1.0 - answered.mean()),
         "preemptions": float(log.preemptions[counted].sum()),
         **_fleet_metrics(experts, trace, assignment, result),
@@ -122,6 +149,10 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
+def _percentiles(name: str, values: np.ndarray) -> dict[str, float]:
+    return {f"{name}_p{p}_s": float(np.percentile(values, p)) if values.size else float("nan") for p in (50, 95, 99)}
+
+
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else float("nan")
 
@@ -137,6 +168,13 @@ class Metric:
     scale: float = 1.0  # factor from the unit in results.json to the one in the title
 
 
+def _shares(name: str, title: str, what: str, decimals: int) -> dict[str, Metric]:
+    return {
+        f"{name}_p{p}_s": Metric(f"{title} p{p}, ms", f"{p} % of the {what} at most this time", decimals, -1, 1e3)
+        for p in (50, 95, 99)
+    }
+
+
 METRICS = {
     "qos": Metric("QoS", "mean score of all requests; late answers and dropped requests count 0", 3, 1),
     "score": Metric("score", "mean quality of the answers, including late ones, between 0 and 1", 3, 1),
@@ -146,8 +184,12 @@ METRICS = {
     "latency_per_token_p50_s": Metric("p50, ms", "50 % of the answers take at most this time per token", 1, -1, 1e3),
     "latency_per_token_p95_s": Metric("p95, ms", "95 % of the answers take at most this time per token", 1, -1, 1e3),
     "latency_per_token_p99_s": Metric("p99, ms", "99 % of the answers take at most this time per token", 1, -1, 1e3),
-    "ttft_s": Metric("TTFT, ms", "mean time from arrival to first token", 0, -1, 1e3),
+    "ttft_s": Metric("TTFT, ms", "mean time from arrival to first token, with the network delay", 0, -1, 1e3),
+    **_shares("ttft", "TTFT", "answers have their first token after", 0),
     "tpot_s": Metric("TPOT, ms", "mean time per output token after the first", 1, -1, 1e3),
+    **_shares("tpot", "TPOT", "answers take per token after the first", 1),
+    "e2e_s": Metric("E2E, ms", "mean time from arrival to last token, with the network delay", 0, -1, 1e3),
+    **_shares("e2e", "E2E", "answers take from arrival to last token", 0),
     "preemptions": Metric("preemptions", "how often a running request lost its KV memory and had to start over", 0, -1),
     "kv_utilisation": Metric("KV use, %", "KV memory in use, mean over time and experts", 1, 0, 100),
     "qos_per_gb_s": Metric("QoS per GB s", "QoS per GB of KV memory and second of holding it", 3, 1),

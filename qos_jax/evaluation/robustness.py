@@ -21,14 +21,15 @@ import numpy as np
 
 from qos_jax.evaluation.evaluate import Scenario
 from qos_jax.evaluation.statistics import summarise
+from qos_jax.fleet.engines import ENGINES
+from qos_jax.fleet.experts import Expert
 from qos_jax.fleet.profile_fitting import TIMING_UNITS
-from qos_jax.fleet.profiles import ENGINES, engine_fields
+from qos_jax.fleet.profiles import engine_fields
 from qos_jax.sim.env import EnvParams
 from qos_jax.sim.types import AnyArray, ExpertProfile
 from qos_jax.workload.arrivals import parse_arrivals
 from qos_jax.workload.prediction import parse_prediction
 from qos_jax.worlds.config import WorldConfig
-from qos_jax.worlds.presets import preset_named
 
 COEFFICIENTS = tuple(TIMING_UNITS)
 TABLES = tuple(f"kernels.{name}" for name in ("dense_s", "head_s", "attention_s", "host_s", "host_per_sequence_s"))
@@ -75,7 +76,7 @@ class Change:
         """
         experts = scaled(params.experts, self.factors)
         if self.engine is not None:
-            experts = with_engine(experts, world.pairs, self.engine)
+            experts = with_engine(experts, world.fleet_experts, self.engine)
         workload: Any = params.workload
         if self.prediction is not None:
             workload = dataclasses.replace(workload, prediction=parse_prediction(self.prediction))
@@ -113,7 +114,7 @@ def changes(
       belief: of ``BELIEFS``: routers observe the unchanged profile, the changed one, or once each.
       seeds: number of seeds of the evaluation, after which those of ``other requests`` begin.
     """
-    preset = preset_named(world.preset)
+    preset = world.base
     engine = world.engine or preset.engine
     prediction = world.prediction or (preset.prediction if world.predictor is None else "of a predictor")
     law = world.arrivals or ("trace" if world.trace is not None else preset.arrivals)
@@ -175,15 +176,15 @@ def scaled(experts: ExpertProfile, factors: Mapping[str, float]) -> ExpertProfil
     return experts
 
 
-def with_engine(experts: ExpertProfile, pairs: Sequence[tuple[str, str]], engine: str) -> ExpertProfile:
+def with_engine(experts: ExpertProfile, fleet: Sequence[Expert], engine: str) -> ExpertProfile:
     """Returns a profile whose experts run another engine.
 
     Args:
       experts: the profile.
-      pairs: LLM and GPU of each expert.
+      fleet: its experts.
       engine: a name in ``ENGINES``.
     """
-    fields = engine_fields(engine, [gpu for _, gpu in pairs])
+    fields = engine_fields(fleet, engine)
     return experts.replace(
         **{name: jnp.asarray(values, jnp.asarray(getattr(experts, name)).dtype) for name, values in fields.items()}
     )

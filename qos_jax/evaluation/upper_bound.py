@@ -85,7 +85,11 @@ def _work_of(experts: ExpertProfile, trace: RequestTrace, n: int) -> _Work:
     span_s = shared_s + cost_s
     span_s[:, 0] = np.maximum(base_s, prefill_base_s + per_prompt_token_s * prompt[:, 0]) + per_sequence_s
     span_s = _sums(span_s)
-    allowed_s = trace.latency_limit_s * tokens * (1 + _ROUNDING) + _ROUNDING - network_s
+    allowed_s = trace.latency_limit_s * tokens
+    if trace.limits is not None:
+        later_s = np.where(tokens > 1, trace.limits.tpot_s * np.maximum(tokens - 1, 1), 0.0)
+        allowed_s = np.minimum(allowed_s, np.minimum(trace.limits.e2e_s, trace.limits.ttft_s + later_s))
+    allowed_s = allowed_s * (1 + _ROUNDING) + _ROUNDING - network_s
     return _Work(
         shared_s, int(experts.max_running[n]), trace.arrival_s, allowed_s, tokens,
         _sums(cost_s), _sums(np.sqrt(cost_s)), span_s, _at(span_s, tokens) <= allowed_s,

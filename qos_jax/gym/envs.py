@@ -8,6 +8,7 @@ finish in it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from qos_jax.encoder.graph import graph_features
 from qos_jax.errors import InputError
 from qos_jax.sim.env import Environment, EnvParams, EnvState, check_process
 from qos_jax.sim.types import Observation
+from qos_jax.sim.validation import MAX_SIZE, checked_whole
 
 Info = dict[str, Any]
 
@@ -68,10 +70,9 @@ class RouterVectorEnv(gymnasium.vector.VectorEnv[Any, ArrayLike, np.ndarray]):
           autoreset_mode: how the next episode starts: a mode of gymnasium, or its value such as "NextStep".
 
         Raises:
-          InputError: ``num_envs`` is below 1, or the mode is unknown.
+          InputError: ``num_envs`` is no whole number from 1 to 2**24, or the mode is unknown.
         """
-        if num_envs < 1:
-            raise InputError(f"num_envs is {num_envs}, must be at least 1")
+        num_envs = checked_whole("num_envs", num_envs, 1, MAX_SIZE)
         self._mode = _mode_named(autoreset_mode)
         self.metadata = {"render_modes": [], "autoreset_mode": self._mode}
         self.num_envs = num_envs
@@ -170,6 +171,8 @@ class RouterVectorEnv(gymnasium.vector.VectorEnv[Any, ArrayLike, np.ndarray]):
 
     def _reset_mask(self, options: Info | None) -> np.ndarray:
         """Returns the environments [E] to reset."""
+        if not isinstance(options, Mapping | None):
+            raise InputError(f"options is {options!r}, must be a table such as {{'reset_mask': mask}}, or None")
         options = dict(options or {})
         mask = options.pop("reset_mask", None)
         if options:

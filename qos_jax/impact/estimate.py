@@ -27,9 +27,10 @@ from qos_jax.impact.imagined_world import LENGTH_CV, expected_remaining_tokens, 
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, Slots
+from qos_jax.sim.service_level import expected_margin_s
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation
 from qos_jax.sim.validation import check_shapes
-from qos_jax.sim.world import payload_of, slot_latency_per_token_s
+from qos_jax.sim.world import payload_of, slot_latency_per_token_s, slot_margin_s
 
 WIDTH_S = 2.0e-3  # s/token, tuned on training seeds of paper-3 and edge-8
 
@@ -85,11 +86,16 @@ def impact(
 
 def in_flight_qos(obs: Observation, width_s: Array | float = WIDTH_S, length_cv: float = LENGTH_CV) -> Array:
     """Returns the expected QoS [] of all requests on the experts if no request arrives later; see ``impact``."""
+    return jnp.sum(expert_in_flight_qos(obs, width_s, length_cv))
+
+
+def expert_in_flight_qos(obs: Observation, width_s: Array | float = WIDTH_S, length_cv: float = LENGTH_CV) -> Array:
+    """Returns the part [N] of ``in_flight_qos`` of each expert's requests."""
     _check_one(obs)
     load = _load(obs, length_cv)
     margin_s, _ = _effect_on_others(obs, load)
     in_time = jax.nn.sigmoid(margin_s / width_s)
-    return jnp.sum(jnp.where(load.present, in_time * obs.requests.predicted_score, 0.0))
+    return jnp.sum(jnp.where(load.present, in_time * obs.requests.predicted_score, 0.0), -1)
 
 
 def _check_one(obs: Observation) -> None:
@@ -115,6 +121,10 @@ def _by_formula(obs: Observation, width_s: Array | float, length_cv: float) -> I
     spread = jnp.log(jnp.maximum(margin_s, 1e-6) / jnp.maximum(delay_per_token_s, 1e-9))
     steepness = 1.81 / math.sqrt(math.log1p(length_cv**2))  # of the logistic with the SD of the lognormal's logarithm
     in_time = jax.nn.sigmoid(margin_s / width_s) * jax.nn.sigmoid(steepness * spread)
+    if obs.arrived.limits is not None:
+        in_time = jnp.minimum(
+            in_time, _in_further_limits(obs, latency_per_token_s, delay_per_token_s, width_s, steepness)
+        )
 
     margin_s, slower_s = _effect_on_others(obs, load)
     lost = jax.nn.sigmoid(margin_s / width_s) - jax.nn.sigmoid((margin_s - slower_s) / width_s)
@@ -127,11 +137,24 @@ def _by_formula(obs: Observation, width_s: Array | float, length_cv: float) -> I
     )
 
 
+def _in_further_limits(
+    obs: Observation, per_token_s: Array, delay_per_token_s: Array, width_s: Array | float, steepness: float
+) -> Array:
+    """Returns the probability [N] that the arrived request meets the limit that is hardest to meet, of ``limits``."""
+    limits, tokens = obs.arrived.limits, obs.arrived.predicted_tokens
+    assert limits is not None
+    delay_s, rate_s = delay_per_token_s * tokens, per_token_s - delay_per_token_s
+    ttft = jax.nn.sigmoid((limits.ttft_s - delay_s - rate_s) / (width_s * tokens))  # an iteration after the delay
+    tpot = jax.nn.sigmoid((limits.tpot_s - rate_s) / width_s)
+    spread = jnp.log(jnp.maximum(limits.e2e_s - delay_s, 1e-6) / jnp.maximum(rate_s * tokens, 1e-9))
+    return jnp.minimum(jnp.minimum(ttft, tpot), jax.nn.sigmoid(steepness * spread))
+
+
 def _by_rollout(obs: Observation, width_s: Array | float, length_cv: float) -> Impact:
     slots, scores = _simulate(obs, length_cv), obs.requests.predicted_score
     occupied = slots.output_tokens > 0
     latency_per_token_s = slot_latency_per_token_s(obs.experts.profile, slots)
-    margin_s = slots.payload.latency_limit_s - latency_per_token_s
+    margin_s = slot_margin_s(obs.experts.profile, slots)
     without, together = jnp.where(occupied, jax.nn.sigmoid(margin_s / width_s), 0.0)
 
     is_arrived = occupied[1] & ~occupied[0]
@@ -222,7 +245,13 @@ def _effect_on_others(obs: Observation, load: _Load) -> tuple[Array, Array]:
     end = jnp.where(requests.waiting, _over_slots(load.wait) * queue_share, 0.0) + load.left  # iterations from now
     own_s = load.left * (load.cost_s + _over_slots(profile.per_kv_token_s) * (load.left - 1.0) / 2.0)
     remaining_s = _over_slots(load.stall_before_s + profile.network_s) + end * iteration_s + own_s
-    margin_s = requests.latency_limit_s - (requests.age_s + remaining_s) / jnp.maximum(load.length, 1.0)
+    has_first = requests.generated_tokens > 0
+    before_first_s = _over_slots(load.stall_before_s + profile.network_s) + (end - load.left + 1.0) * iteration_s
+    ttft_s = requests.age_s + before_first_s
+    if requests.first_token_s is not None:
+        ttft_s = jnp.where(has_first, requests.first_token_s + _over_slots(profile.network_s), ttft_s)
+    length = jnp.maximum(load.length, 1.0)
+    margin_s = expected_margin_s(requests, length, requests.age_s + remaining_s, ttft_s, has_first)
 
     shared = jnp.clip(end - _over_slots(load.wait), 0.0, _over_slots(obs.arrived.predicted_tokens))  # iterations
     decoding = jnp.maximum(shared - 1.0, 0.0)

@@ -61,9 +61,9 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
         taken_at=no_tokens,
         preemptions=no_tokens,
         arrival_s=-requests.age_s,
-        first_token_s=no_time_s,
+        first_token_s=no_time_s if requests.first_token_s is None else requests.first_token_s,
         finish_s=no_time_s,
-        payload=SlotPayload(score, limit_s, score, tokens),
+        payload=SlotPayload(score, limit_s, score, tokens, requests.limits),
     )
     occupied = (requests.running | requests.waiting) & (output_tokens > emitted)
     slots = jax.tree.map(lambda x: jnp.where(occupied, x, jnp.zeros_like(x)), slots)
@@ -89,6 +89,7 @@ def sample_request(obs: Observation, length_cv: float = LENGTH_CV, key: Array | 
         latency_limit_s=arrived.latency_limit_s,
         predicted_score=arrived.predicted_score,
         predicted_tokens=arrived.predicted_tokens,
+        limits=arrived.limits,
     )
 
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import shown
+
+_MAX_WHOLE = 2**63 - 1  # larger ones have no array, and some no floating-point number
 
 Config = TypeVar("Config")
 
@@ -30,7 +33,7 @@ def from_dict(default: Config, values: Any, path: str) -> Config:
       InputError: a field is unknown, missing or has a wrong type; the message names it by its path.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{path} is {values!r}, must be a table of fields")
+        raise InputError(f"{path} is {shown(values)}, must be a table of fields")
     fields = {field.name for field in dataclasses.fields(default)}  # type: ignore[arg-type]
     for name in sorted(fields.symmetric_difference(values)):
         raise InputError(f"{path}.{name} is {'unknown' if name in values else 'missing'}")
@@ -70,13 +73,21 @@ def _in_words(declared: Any) -> str:
     return {str: "a string", float: "a number", bool: "True or False", types.NoneType: "None"}[declared]
 
 
+def _check_size(value: Any, path: str) -> None:
+    if isinstance(value, int) and abs(value) > _MAX_WHOLE:
+        raise InputError(f"{path} is {shown(value)}, must be a number of 64 bits")
+
+
 def _value(default: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(default):
         return from_dict(default, value, path)
     if isinstance(default, tuple) and isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            _check_size(each, f"{path}[{index}]")
         return tuple(value)
+    _check_size(value, path)
     number = (int, float)
     may_be = (*number, type(None)) if default is None else number if isinstance(default, float) else type(default)
     if not isinstance(value, may_be) or (isinstance(value, bool) and not isinstance(default, bool)):
-        raise InputError(f"{path} is {value!r}, must be of the kind of {default!r}")
+        raise InputError(f"{path} is {shown(value)}, must be of the kind of {default!r}")
     return value

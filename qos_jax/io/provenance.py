@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import hashlib
 import importlib.metadata
+import json
+import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from qos_jax.io.files import write_whole
 
 _PACKAGES = ("qos_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -20,6 +29,40 @@ def versions() -> dict[str, str]:
     packages = {name: _version(name) for name in _PACKAGES}
     machine = {"platform": platform.platform(), "processor": _processor(), "device": jax.devices()[0].device_kind}
     return {"python": platform.python_version()} | packages | machine
+
+
+def command_of(program: str) -> str:
+    """Returns what was typed to start this program, as it can be typed again."""
+    return shlex.join(["qos-jax", program, *sys.argv[1:]])
+
+
+def fingerprint(*paths: str | os.PathLike[str]) -> str:
+    """Returns what tells files apart: 16 digits of a SHA-256 of their contents; of a folder, of all files in it."""
+    found = hashlib.sha256()
+    for path in map(pathlib.Path, paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
+def write_result(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+    """Writes a result, which holds its ``command``, as strict JSON; says on stderr whose result it replaces.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        earlier = json.loads(path.read_text(encoding="utf-8")).get("command")
+        if earlier != result["command"]:
+            print(f"note: {path} of another command is replaced: {earlier}", file=sys.stderr)
+    write_whole(path, json.dumps(plain(result), indent=1, allow_nan=False))
+
+
+def made_by(command: str) -> dict[str, Any]:
+    """Returns where a result comes from: ``command``, ``date`` in UTC, and ``versions``."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"command": command, "date": date, "versions": versions()}
 
 
 def plain(value: Any) -> Any:

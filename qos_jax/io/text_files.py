@@ -149,6 +149,14 @@ def parse_number(value: Any) -> float:
     return number
 
 
+def number_or_nan(value: Any) -> float:
+    """Returns a number of JSON or TOML; NaN, which fails every check of a range, for texts and other values."""
+    try:
+        return math.nan if isinstance(value, str) else parse_number(value)
+    except ValueError:
+        return math.nan
+
+
 def parse_count(value: Any) -> int:
     """Returns a whole number of tokens, which may be written as ``44.0``.
 
@@ -163,5 +171,8 @@ def parse_count(value: Any) -> int:
 
 def shown(value: Any) -> str:
     """Returns a value for a message, cut after 80 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # of a whole number with more digits than Python writes
+        text = "a value that is too long to be written"
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -21,9 +21,11 @@ from flax import struct
 from jax import Array
 
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import shown
 
 HeadForm = Literal["buckets", "regression"]
 
+MAX_SIZE = 2**20  # of a width, and of numbers of buckets and members; products of three fit in 64 bits
 _MAX_LAYERS = 100
 _POWERS = np.linspace(0.0, 1.5, 31)
 _EMPTY = -1e9  # log share of an empty bucket, instead of minus infinity, which has no gradient
@@ -45,12 +47,12 @@ class HeadConfig:
         """
         if self.form not in get_args(HeadForm):
             raise InputError(f"form is {self.form!r}, must be one of {', '.join(get_args(HeadForm))}")
-        if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
-            raise InputError(f"hidden is {self.hidden}, must be whole numbers of at least 1")
+        if not all(isinstance(width, int) and 1 <= width <= MAX_SIZE for width in self.hidden):
+            raise InputError(f"hidden is {shown(self.hidden)}, must be whole numbers from 1 to {MAX_SIZE}")
         if len(self.hidden) > _MAX_LAYERS:
             raise InputError(f"hidden has {len(self.hidden)} layers, must have at most {_MAX_LAYERS}")
-        if not (isinstance(self.num_buckets, int) and self.num_buckets >= 2):
-            raise InputError(f"num_buckets is {self.num_buckets}, must be a whole number of at least 2")
+        if not (isinstance(self.num_buckets, int) and 2 <= self.num_buckets <= MAX_SIZE):
+            raise InputError(f"num_buckets is {shown(self.num_buckets)}, must be a whole number from 2 to {MAX_SIZE}")
 
     @property
     def num_outputs(self) -> int:

@@ -32,7 +32,8 @@ from jax import Array
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, remove, remove_temporaries, writable_folder, write_whole
-from qos_jax.predictor.heads import Buckets, Forecast, Head, HeadConfig, HeadNetwork, Standard
+from qos_jax.io.text_files import shown
+from qos_jax.predictor.heads import MAX_SIZE, Buckets, Forecast, Head, HeadConfig, HeadNetwork, Standard
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained, read_tensor, save_pretrained
 
 RUN_SUBFOLDER = "predictor"  # of the folder that qos-jax predictor writes
@@ -212,9 +213,9 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         raise InputError(f"{path}: weights is {config.get('weights')!r}, must be {_WEIGHTS}HASH, a folder beside it")
     for field, kind in _FIELDS.items():
         value = config.get(field)
-        if type(value) is not kind or (type(value) is int and value < 1):
-            at_least = " and at least 1" if kind is int else ""
-            raise InputError(f"{path}: {field} is {value!r}, must be of type {kind.__name__}{at_least}")
+        if type(value) is not kind or (type(value) is int and not 1 <= value <= MAX_SIZE):
+            legal = f" from 1 to {MAX_SIZE}" if kind is int else ""
+            raise InputError(f"{path}: {field} is {shown(value)}, must be of type {kind.__name__}{legal}")
     experts = config["experts"]
     if not experts or not all(isinstance(name, str) for name in experts) or len(set(experts)) < len(experts):
         raise InputError(f"{path}: experts is {experts!r}, must be different names")

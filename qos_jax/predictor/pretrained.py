@@ -2,16 +2,22 @@
 
 A folder holds config.json, model.safetensors and either tokenizer.json or vocab.txt, in the layout of BERT or of
 DistilBERT. The optional sentence_bert_config.json gives the number of tokens at which texts are cut off.
+
+A tokenizer.json may hold regular expressions. The library gives up one that takes millions of steps from one position
+of a text, which is an error here, too. It has no limit on all positions together, so a file that is made for it can
+make long texts slow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -31,6 +37,8 @@ if TYPE_CHECKING:
 
 _MIN_LENGTH = 16  # tokens, to which shorter texts are padded
 _CHARACTERS_PER_TOKEN = 100  # longer words become one [UNK] in BERT's tokenizers
+_MAX_GROWTH = 32  # of a text by the replacements of a normalizer
+_PROBE = f"A short text, \u00e9\u4e2d\U0001f600 0-9\t\0 {'a' * 40}b"  # known and unknown characters, and a long word
 
 _CONFIG, _WEIGHTS, _TOKENIZER, _VOCABULARY = "config.json", "model.safetensors", "tokenizer.json", "vocab.txt"
 _TOKENIZER_CONFIG, _SENTENCE_CONFIG = "tokenizer_config.json", "sentence_bert_config.json"
@@ -52,7 +60,7 @@ class Pretrained:
     The bound matters only for texts with words or blanks of hundreds of characters.
 
     Raises:
-      InputError: ``max_tokens`` is not between 3 and ``config.max_positions``.
+      InputError: ``max_tokens`` is not between 3 and ``config.max_positions``, or the special tokens fill it.
     """
 
     config: EncoderConfig
@@ -68,12 +76,15 @@ class Pretrained:
                 f"{self.source}: max_tokens is {self.max_tokens}, "
                 f"must be from 3 to max_positions, {self.config.max_positions}"
             )
+        if (special := self.tokenizer.num_special_tokens_to_add(False)) >= self.max_tokens:
+            raise InputError(f"{self.source}: {special} special tokens around a text, must be fewer than max_tokens, "
+                             f"{self.max_tokens}")  # fmt: skip
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Returns the tokens of the texts, padded to 16, 32, 64, ... or ``max_tokens``, so that few shapes compile.
 
         Raises:
-          InputError: a text is empty or not a string.
+          InputError: a text is empty or not a string, or the tokenizer fails on it.
         """
         return self._pad(self._encode(texts))
 
@@ -102,13 +113,14 @@ class Pretrained:
             raise InputError(f"texts is the text {texts[:40]!r}, must be a list of texts")
         limit = _CHARACTERS_PER_TOKEN * self.max_tokens
         cut = [_cut(number, text, limit) for number, text in enumerate(texts)]
-        encodings = self.tokenizer.encode_batch(cut, add_special_tokens=False)
-        max_words = self.max_tokens - self.tokenizer.num_special_tokens_to_add(False)
-        for number, encoding in enumerate(encodings):
-            if not encoding.ids:
-                raise InputError(f"text {number} is {cut[number][:40]!r}, must have a word in it")
-            encoding.truncate(max_words)
-        return [self.tokenizer.post_process(encoding).ids for encoding in encodings]
+        with _refusing(f"{self.source}: its tokenizer fails on a text"):
+            encodings = self.tokenizer.encode_batch(cut, add_special_tokens=False)
+            max_words = self.max_tokens - self.tokenizer.num_special_tokens_to_add(False)
+            for number, encoding in enumerate(encodings):
+                if not encoding.ids:
+                    raise InputError(f"text {number} is {cut[number][:40]!r}, must have a word in it")
+                encoding.truncate(max_words)
+            return [self.tokenizer.post_process(encoding).ids for encoding in encodings]
 
     def _pad(self, encoded: Sequence[Sequence[int]]) -> Tokens:
         """Returns token ids as arrays of one length."""
@@ -331,9 +343,11 @@ def _check_tensor(name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> None
 def _read_tokenizer(folder: pathlib.Path, config: EncoderConfig) -> Tokenizer:
     path = folder / _TOKENIZER if (folder / _TOKENIZER).exists() else folder / _VOCABULARY
     tokenizer = _from_tokenizer_json(path) if path.name == _TOKENIZER else _from_vocabulary(path)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    around_a_text = tokenizer.post_process(tokenizer.encode("", add_special_tokens=False)).ids
+    with _refusing(f"{path}: is no tokenizer"):
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        around_a_text = tokenizer.post_process(tokenizer.encode("", add_special_tokens=False)).ids
+        tokenizer.post_process(tokenizer.encode(_PROBE, add_special_tokens=False))
     highest = max([*tokenizer.get_vocab().values(), *around_a_text], default=0)
     if highest >= config.vocab_size:
         raise InputError(f"{path}: has a token of id {highest}, must be below vocab_size, {config.vocab_size}")
@@ -344,12 +358,34 @@ def _from_tokenizer_json(path: pathlib.Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     text = _read_text(path)
+    with _refusing(f"{path}: is no tokenizer"):
+        tokenizer = Tokenizer.from_str(text)
+        growth = _growth(json.loads(tokenizer.to_str())["normalizer"])
+    if growth > _MAX_GROWTH:
+        raise InputError(f"{path}: normalizer makes a text up to {growth} times as long, must be {_MAX_GROWTH} at most")
+    return tokenizer
+
+
+def _growth(normalizer: Any) -> int:
+    """Returns how many times as long as a text what its replacements make of it may be."""
+    if not isinstance(normalizer, dict):
+        return 1
+    parts, content = normalizer.get("normalizers"), normalizer.get("content")
+    within = math.prod(map(_growth, parts)) if isinstance(parts, list) else 1
+    return within * max(len(content) if isinstance(content, str) else 1, 1)
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turns errors of the tokenizer's library into input errors that begin with ``what``."""
     try:
-        return Tokenizer.from_str(text)
+        yield
+    except InputError:
+        raise
     except BaseException as error:  # the library raises plain exceptions, and panics, which are no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"{path}: is no tokenizer: {error}") from error
+        raise InputError(f"{what}: {error}") from error
 
 
 def _from_vocabulary(path: pathlib.Path) -> Tokenizer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-PRESETS = ("paper-3", "paper-6", "edge-8", "edge-64", "golden-rtx4090")
+PRESETS = ("paper-3", "paper-6", "edge-8", "edge-64", "golden-rtx4090", "jetson-4", "edge-2026", "campus-16")
 ENGINES = ("vllm", "vllm-sync")
+OBSERVE = ("engine", "proxy")
 AGENTS = (
     "mvr",
     "mvr_no_graph",
@@ -13,6 +14,8 @@ AGENTS = (
     "mvr_1_layer",
     "mvr_3_layers",
     "sac",
+    "sac_joint",
+    "sac_td0",
     "sac_paper_reward",
     "paper",
     "baseline_rl",
@@ -31,6 +34,32 @@ MAIN_ROUTERS = (
 )
 """The routers that `make run` compares."""
 
+ARENA_ROUTERS = (
+    "round_robin",
+    "power_of_two",
+    "shortest_queue",
+    "vllm_dp_2026",
+    "score_threshold",
+    "multi_factor",
+    "route_balance",
+    "latency_scorer",
+    "bert_router_feasible",
+    "impact_greedy",
+    "oracle_impact",
+)
+"""The baselines of the arena."""
+
+ARENA_WORLDS = {
+    "paper-3": "--preset=paper-3",
+    "paper-3-bursts": "--preset=paper-3 --arrivals=gamma:3",
+    "paper-6": "--preset=paper-6",
+    "edge-8": "--preset=edge-8",
+    "jetson-4": "--preset=jetson-4",
+    "edge-2026": "--preset=edge-2026",
+    "campus-16": "--preset=campus-16",
+}
+"""The worlds of the arena, by the flags that make them."""
+
 ROUTERS = (
     *MAIN_ROUTERS,
     "random",
@@ -38,6 +67,10 @@ ROUTERS = (
     "least_kv",
     "power_of_two",
     "vllm_dp_2026",
+    "score_threshold",
+    "multi_factor",
+    "route_balance",
+    "latency_scorer",
     "oracle_score",
     "rollout",
 )
@@ -45,6 +78,7 @@ AGENT_FIELDS = (
     "network.encoder",
     "network.readout",
     "network.actor",
+    "network.value",
     "network.with_impact",
     "network.with_rates",
     "network.residual",
@@ -57,6 +91,7 @@ AGENT_FIELDS = (
     "targets",
     "num_envs",
     "chunk",
+    "copies",
     "probes",
     "updates",
     "batch_size",
@@ -75,6 +110,11 @@ AGENT_FIELDS = (
     "hyper.width_s",
     "hyper.max_externality",
     "hyper.reset_prob",
+    "hyper.empty_prob",
+    "hyper.discount_s",
+    "hyper.trace_decay",
+    "hyper.opportunity_cost",
+    "hyper.joint",
     "hyper.weights.violation",
     "hyper.weights.drop",
     "hyper.weights.kv_memory",
@@ -85,6 +125,7 @@ AGENT_FIELDS = (
 RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
 STUDIES = (
     "load",
+    "edge",
     "arrivals",
     "stale",
     "staleness",
@@ -95,10 +136,23 @@ STUDIES = (
     "planner",
     "hindsight",
     "ablations",
+    "learners",
     "energy",
 )
 BUDGETS = ("quick", "full")
 CHANGES = ("control", "coefficients", "engine", "predictions", "clock", "arrivals")
 BELIEFS = ("stale", "true", "both")
 FINE_TUNED_LAYERS, FINE_TUNING_EPOCHS = 2, 3
-TRACE_FORMATS = ("azure", "burstgpt", "mooncake", "vidur", "splitwise", "blis", "csv", "arrivals")
+TRACE_FORMATS = (
+    "azure",
+    "burstgpt",
+    "mooncake",
+    "vidur",
+    "splitwise",
+    "blis",
+    "litellm",
+    "sglang",
+    "benchmark",
+    "csv",
+    "arrivals",
+)

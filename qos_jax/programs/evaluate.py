@@ -8,9 +8,9 @@ one's, or another one's with --routers=runs/paper-3@3.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from qos_jax.errors import InputError
 from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate
 from qos_jax.io.files import writable_folder
-from qos_jax.io.provenance import plain
+from qos_jax.io.provenance import command_of, plain
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.router_flags import check_held_out, routers_named, run_folders
-from qos_jax.programs.world_flags import import_plugins, note_failed_requests, note_limits, numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, notes_on, numbers, world_config
 from qos_jax.report import plots
 from qos_jax.report.gains import terminal_gains
 from qos_jax.report.pictures import Drawing
@@ -50,14 +50,16 @@ def main(values: FlagValues) -> None:
     scenarios = _scenarios(values, params)
     check_held_out(values.routers, values.first_seed, [scenario.seed for scenario in scenarios])
     routers = routers_named(values.routers, env, params)
-    note_limits(world, env, params)
+    notes = notes_on(world, env, params)
     curves = _learning_curves(values.routers)  # read before the work, as all input is
     folder = writable_folder(values.out)
     warmup = int(values.warmup * values.requests)
     config = (
         world.described()
-        | note_failed_requests(world)
+        | notes
         | {
+            "inputs": world.inputs(),
+            "weights": {router.name: _weights(router) for router in routers if router.params is not None},
             "saturation_per_s": float(params.saturation_per_s),
             "rates_per_s": list(dict.fromkeys(scenario.rate_per_s for scenario in scenarios)),
             "seeds": list(dict.fromkeys(scenario.seed for scenario in scenarios)),
@@ -75,11 +77,12 @@ def main(values: FlagValues) -> None:
             bar.update(len(done))
 
         runs = evaluate(env, params, routers, scenarios, values.requests, warmup=warmup, progress=progress)
-    results = results_of(runs, config, shlex.join(["qos-jax", "evaluate", *sys.argv[1:]]))
+    results = results_of(runs, config, command_of("evaluate"))
+    report = write_report(
+        folder, results, lambda: _figures(env, params, runs, results) | curves, title=f"Routers on {world.name}"
+    )
     print(terminal_gains(results))
-    print(terminal_table(results), flush=True)
-    figures = _figures(env, params, runs, results) | curves
-    report = write_report(folder, results, figures, title=f"Routers on {values.preset}")
+    print(terminal_table(results))
     print(f"written: {report}")
 
 
@@ -113,6 +116,14 @@ def _check_free(folder: pathlib.Path, config: Mapping[str, Any], routers: Sequen
     raise InputError(f"{path} is of another evaluation: give another --out, or --overwrite")
 
 
+def _weights(router: Router) -> str:
+    """Returns what tells the weights of two routers apart that have one name."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(router.params):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
 def _learning_curves(texts: Sequence[str]) -> dict[str, Drawing]:
     """Returns what draws the learning curves of training runs; a warning tells of one whose records are damaged."""
     curves: dict[str, Drawing] = {}
@@ -144,6 +155,8 @@ def _figures(
     }
     if not results["gains"]:
         del figures["gains_against_load"]
+    if not np.isfinite(limit_s):  # some users have no limit per token
+        del figures["latency_cdf"]
     busiest = int(np.argmax(best.replayed.busy_s))
     served_s = best.trace.arrival_s[(best.assignment == busiest) & ~best.replayed.log.dropped]
     if served_s.size:

@@ -25,8 +25,8 @@ from qos_jax.evaluation import fidelity
 from qos_jax.evaluation.fidelity import SimulatedRun
 from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
+from qos_jax.fleet.engines import ENGINES
 from qos_jax.fleet.profile_fitting import tables_as_json
-from qos_jax.fleet.profiles import ENGINES
 from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.io.files import writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions

@@ -14,6 +14,7 @@ def define_world(values: FlagValues) -> None:
     """Defines the flags that describe a world; ``world_flags.world_config`` reads them."""
     group = FlagGroup(values, "World")
     group.string("preset", "paper-3", f"World by name: {_listed(choices.PRESETS)}.")
+    group.string("fleet", None, "Fleet file instead: experts, limits of the users, quality of the answers.")
     group.texts("experts", None, "Other experts than the preset's: LLM@GPU,LLM@GPU,...")
     group.choice("engine", None, choices.ENGINES, f"Engine of all experts: {_listed(choices.ENGINES)}, as vLLM runs by "
                  "default or with synchronous scheduling and no prefix cache; the preset's by default.")  # fmt: skip
@@ -24,6 +25,7 @@ def define_world(values: FlagValues) -> None:
     group.choice("trace_format", None, choices.TRACE_FORMATS, f"Format of the trace: {_listed(choices.TRACE_FORMATS)}; "
                  "by default recognised from its first line.")  # fmt: skip
     group.boolean("trace_sort", False, "Sort the rows of the trace by time, rather than refuse those out of order.")
+    group.boolean("trace_lengths", False, "Take the lengths of prompts and answers from the trace, too.")
     group.number("trace_spread", None, "The trace's times are rounded to steps of so many seconds, Mooncake's to 3: "
                  "spread the requests of a step over it.")  # fmt: skip
     group.choice("trace_part", None, ("all", "first", "second"), "Half of the trace to use, by time: first for "
@@ -38,8 +40,14 @@ def define_world(values: FlagValues) -> None:
     group.string("prediction", None, "What routers know of scores and lengths: realistic, perfect, none or "
                  "r2:SCORE:LENGTH; the preset's by default.")  # fmt: skip
     group.texts("latency_limit", None, "Latency limit per token, as 30ms, 0.03s or 0.03, which is in seconds; or those "
-                "of several equally common classes of users.")  # fmt: skip
+                "of several equally common classes of users; none lifts the preset's.")  # fmt: skip
+    group.texts("ttft_limit", None, "Limit on the time to the first token, as 500ms, for all or each class of users.")
+    group.texts("tpot_limit", None, "Limit on the time per token after the first, likewise.")
+    group.texts("e2e_limit", None, "Limit on the time to the last token, likewise. An answer must meet all limits.")
     group.number("staleness", None, "Routers observe metrics at least this many seconds late.")
+    group.choice("observe", None, choices.OBSERVE, "What routers observe: all that an engine knows, or what a proxy in "
+                 "front of it does, as qos-jax gateway; engine by default.")  # fmt: skip
+    group.number("scrape", None, "Seconds between two readings of the engines' metrics, for --observe=proxy.")
     group.boolean("allow_drop", None, "Routers may drop a request.")
     group.texts("plugins", None, "Modules to import first, which register routers, arrivals, networks or targets, "
                 "also from the current folder.")  # fmt: skip
@@ -121,6 +129,52 @@ def define_robustness(values: FlagValues) -> None:
     group.string("out", "runs/robustness", "Folder for robustness.json and robustness.md.")
 
 
+def define_capacity(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax capacity``."""
+    define_world(values)
+    group = FlagGroup(values, "Capacity")
+    group.texts("routers", ["main"], "Routers to compare, as for qos-jax evaluate.")
+    group.number("share", 0.95, "Share of the requests that is to meet its limits.", 0.01, 0.9999)
+    group.repeated("what_if", "Flags of the world to change, as in '--ttft_limit=300ms'; adds a table.")
+    group.number("price_per_kwh", 0.0, "Of electricity; adds the price of 1,000 good answers, in that currency.", 0.0)
+    group.number("price_per_hour", 0.0, "Of the whole fleet, for rent or depreciation; likewise.", 0.0)
+    group = FlagGroup(values, "Requests")
+    _define_requests(group, requests=2000, seeds=8)
+    group = FlagGroup(values, "Output")
+    group.string("out", "runs/capacity", "Folder for capacity.json and capacity.md.")
+
+
+def define_arena(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax arena``."""
+    group = FlagGroup(values, "Arena")
+    group.texts("worlds", list(choices.ARENA_WORLDS), f"Worlds: some of {_listed(tuple(choices.ARENA_WORLDS))}.")
+    group.repeated("world", "NAME: FLAGS, another world, as in 'mine: --fleet=fleet.toml --arrivals=gamma:3'.")
+    group.texts("routers", ["arena"], "Routers to judge, as for qos-jax evaluate; arena are the baselines.")
+    group.string("trained", None, "Folder with a training run for each world under its name, each of them a router "
+                 "in that world.")  # fmt: skip
+    group.texts("scrape", ["0.1", "1"], "Seconds between two readings of the engines' metrics by the proxy whose view "
+                "all routers have; a table for each.")  # fmt: skip
+    group.boolean("refusing", True, "Judge each router also with impact_greedy's admission, and without drops.")
+    group.texts("plugins", None, "Modules to import first, which register routers, also from the current folder.")
+    group = FlagGroup(values, "Requests")
+    group.texts("load", ["0.6", "0.9", "1.1"], "Arrival rates as fractions of the fleet's saturation rate.")
+    _define_requests(group, requests=1500, seeds=8)
+    group = FlagGroup(values, "Output")
+    group.string("out", "runs/arena", "Folder for arena.json, arena.csv and arena.md.")
+
+
+def define_replay_page(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax replay-page``."""
+    define_world(values)
+    group = FlagGroup(values, "Episode")
+    group.texts("routers", ["shortest_queue", "impact_greedy"], "One to three routers, as for qos-jax evaluate.")
+    group.number("load", 0.9, "Arrival rate as a fraction of the fleet's saturation rate.", 0.01, 100.0)
+    group.integer("requests", 400, "Requests of the episode.", 2, 20_000)
+    group.integer("seed", 1000, "Of the requests; training uses seeds below 1000.", 0)
+    group = FlagGroup(values, "Output")
+    group.string("out", "runs/episode.html", "File of the page.")
+
+
 def _define_requests(group: FlagGroup, *, requests: int, seeds: int) -> None:
     group.integer("requests", requests, "Requests of each load and seed.", 10)
     group.number("warmup", 0.1, "Leading share of them that the metrics do not count.", 0.0, 0.9)
@@ -178,6 +232,15 @@ def define_fit_profile(values: FlagValues) -> None:
     group.string("out", None, "File to write.", required=True)
 
 
+def define_fleet(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax fleet``."""
+    group = FlagGroup(values, "Fleet")
+    group.choice("action", None, ("show", "catalogue"), "What to do; the first word may stand for it, as in qos-jax "
+                 "fleet show FILE. catalogue lists the devices and LLMs that a file may name.")  # fmt: skip
+    group.string("file", None, "Fleet file; the second word may stand for it.")
+    group.string("out", None, "JSON file for what is shown, too.")
+
+
 def define_fidelity(values: FlagValues) -> None:
     """Defines the flags of ``qos-jax fidelity``."""
     group = FlagGroup(values, "Measured run")
@@ -191,6 +254,47 @@ def define_fidelity(values: FlagValues) -> None:
     group.number("host_us", 0.0, "Time of the host in an iteration that no kernel hides [us].", 0.0)
     group.number("host_per_sequence_us", 0.0, "Time of the host for each request in an iteration [us].", 0.0)
     group.string("out", "runs/fidelity", "Folder for fidelity.json, pictures and page.")
+
+
+def define_gateway(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax gateway``."""
+    group = FlagGroup(values, "What to do")
+    group.boolean("demo", False, "Serve fake engines to clients of its own, with a page that shows them.")
+    group.string("report", None, "Only report on a folder that --out named in a run with --shadow.")
+    group.string("export", None, "Only write the router for this fleet to a file, FILE.npz, that --router takes.")
+    group = FlagGroup(values, "Engines")
+    group.string("fleet", None, "Fleet file, in which every expert has a url.")
+    group.number("scrape_s", 0.5, "Seconds between two readings of an engine's metrics.", 0.01, 60.0)
+    group = FlagGroup(values, "Routing")
+    group.string("router", "impact_greedy", "Router: a name, the folder of a training run, FOLDER@SEED, a file "
+                 "that --export wrote, or package.module:factory.")  # fmt: skip
+    group.string("shadow", None, "Another router that decides, too, and is only recorded.")
+    group.choice("on_drop", "reject", ("reject", "best_effort"), "Requests that the router drops are answered 429, or "
+                 "served as well as can be.")  # fmt: skip
+    group.string("predictor", None, "Folder of a trained predictor of scores and lengths; the means so far by default.")
+    group.texts("plugins", None, "Modules to import first, which register routers, also from the current folder.")
+    group = FlagGroup(values, "Clients")
+    group.string("host", "127.0.0.1", "Address to listen on.")
+    group.integer("port", 8080, "Port to listen on.", 0, 65535)
+    group.string("api_keys_file", None, "File of the keys that clients must have, one a line; by default those in "
+                 "QOS_JAX_GATEWAY_KEYS, with commas between them, and none if there are none.")  # fmt: skip
+    group.integer("max_body_kb", 1024, "Longest request, in KiB.", 1, 2**20)
+    group.number("first_token_s", 60.0, "Seconds that an engine may take to its first token.", 0.1)
+    group.number("token_s", 30.0, "Seconds that it may take to each further one.", 0.1)
+    group.number("drain_s", None, "Seconds that requests may take to end after SIGTERM; as long as they need by "
+                 "default.", 1.0)  # fmt: skip
+    group = FlagGroup(values, "Output")
+    group.string("out", None, "Folder for requests.jsonl, one line for each request; none by default.")
+    group.boolean("log_texts", False, "requests.jsonl holds the texts of prompts and answers, too.")
+
+
+def define_observe(values: FlagValues) -> None:
+    """Defines the flags of ``qos-jax observe``."""
+    group = FlagGroup(values, "Input")
+    group.string("log", None, "Folder that --out named in a run of qos-jax gateway.", required=True)
+    group.string("fleet", None, "Fleet file of that run.", required=True)
+    group = FlagGroup(values, "Output")
+    group.string("out", None, "Folder for fleet.toml, the profiles, the trace and observed.json.", required=True)
 
 
 def define_reproduce(values: FlagValues) -> None:

@@ -21,18 +21,36 @@ class Program:
     summary: str
     define: Callable[[FlagValues], None]
     module: str  # whose ``main`` takes the flags; imported only when the program runs
+    words: tuple[str, ...] = ()  # flags for which the first arguments without a flag stand
+    compiles: bool = True  # uses JAX
 
     def main(self, values: FlagValues) -> None:
         """Runs the program with these flags."""
-        from qos_jax.programs.compilation_cache import use_cache
+        if self.compiles:
+            from qos_jax.programs.compilation_cache import use_cache
 
-        use_cache()
+            use_cache()
         importlib.import_module(self.module).main(values)
+
+    def as_flags(self, arguments: Sequence[str]) -> list[str]:
+        """Returns arguments of which all are flags."""
+        first = next((at for at, each in enumerate(arguments) if each.startswith("-")), len(arguments))
+        named = [f"--{flag}={word}" for flag, word in zip(self.words, arguments[:first], strict=False)]
+        return [*named, *arguments[len(named) :]]
 
 
 PROGRAMS = {
     "train": Program("Train a router.", flags.define_train, "qos_jax.programs.train"),
     "evaluate": Program("Compare routers on the same requests.", flags.define_evaluate, "qos_jax.programs.evaluate"),
+    "capacity": Program(
+        "Tell how much traffic each router can take within the limits.",
+        flags.define_capacity,
+        "qos_jax.programs.capacity",
+    ),
+    "arena": Program("Judge routers by one rule in several worlds.", flags.define_arena, "qos_jax.programs.arena"),
+    "replay-page": Program(
+        "Write a page that plays an episode of two routers.", flags.define_replay_page, "qos_jax.programs.replay_page"
+    ),
     "robustness": Program(
         "Tell which orders of routers survive an error of the model.",
         flags.define_robustness,
@@ -42,12 +60,21 @@ PROGRAMS = {
     "predictor": Program(
         "Train a predictor of scores and output lengths.", flags.define_predictor, "qos_jax.programs.train_predictor"
     ),
+    "fleet": Program(
+        "Show what follows from a fleet file: qos-jax fleet show FILE.",
+        flags.define_fleet,
+        "qos_jax.programs.fleet",
+        words=("action", "file"),
+        compiles=False,
+    ),
     "fit-profile": Program(
         "Fit an expert's timing to kernel tables.", flags.define_fit_profile, "qos_jax.programs.fit_profile"
     ),
     "fidelity": Program(
         "Compare the simulator with a measured run.", flags.define_fidelity, "qos_jax.programs.fidelity"
     ),
+    "gateway": Program("Route requests to real engines.", flags.define_gateway, "qos_jax.programs.gateway"),
+    "observe": Program("Fit a fleet file to the log of a gateway.", flags.define_observe, "qos_jax.programs.observe"),
     "reproduce": Program("Make the project's studies again.", flags.define_reproduce, "qos_jax.programs.reproduce"),
 }
 
@@ -55,7 +82,7 @@ PROGRAMS = {
 def run(name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the program of this name and exits; see ``run_program``."""
     program = PROGRAMS[name]
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = program.as_flags(sys.argv[1:] if arguments is None else arguments)
     run_program(program.define, program.main, name=f"qos-jax {name}", summary=program.summary, arguments=arguments)
 
 

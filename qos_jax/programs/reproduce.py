@@ -26,14 +26,16 @@ import numpy as np
 from absl.flags import FlagValues
 
 import qos_jax
+from qos_jax.agent.recipes import recipe
 from qos_jax.errors import InputError
 from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate, scenarios
 from qos_jax.evaluation.hindsight import plan
 from qos_jax.evaluation.metrics import metrics_of
 from qos_jax.evaluation.study import BOUND, PLAN, StudyResult
 from qos_jax.evaluation.upper_bound import upper_bound
-from qos_jax.io.files import csv_text, writable_folder, write_whole
+from qos_jax.io.files import csv_text, parse_json, writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
+from qos_jax.io.text_files import read_text, shown
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.studies import BUDGETS, STUDIES, TRAINED, Study, World
 from qos_jax.programs.train_once import train_once
@@ -46,7 +48,8 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import ExpertProfile
 from qos_jax.training.load import load_router
-from qos_jax.workload.traces import read_trace, with_gaps
+from qos_jax.workload.trace_files import read_trace
+from qos_jax.workload.traces import with_gaps
 from qos_jax.worlds import presets
 
 _DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
@@ -100,7 +103,7 @@ class _Maker:
         trained = TRAINED[name]
         asked = [
             f"--preset={trained.preset}", f"--agent={trained.agent}", f"--randomise={trained.randomise}",
-            *trained.flags, f"--steps={round(trained.share * self.budget.steps)}", f"--seeds={self._seeds(name)}",
+            *trained.flags, f"--steps={self._steps(name)}", f"--seeds={self._seeds(name)}",
         ]  # fmt: skip
         train_once(self.folder / "runs" / name, asked, quiet=True)
 
@@ -182,7 +185,12 @@ class _Maker:
         return self.known[name, seed, ""]
 
     def _seeds(self, name: str) -> int:
-        return min(TRAINED[name].seeds, self.budget.training_seeds)
+        return min(TRAINED[name].seeds, self.budget.most_training_seeds)
+
+    def _steps(self, name: str) -> int:
+        trained, most = TRAINED[name], self.budget.most_steps
+        steps = round(trained.share * recipe(trained.preset, trained.agent).steps)
+        return steps if most is None else min(steps, most)
 
     def _command(self, figure: str) -> str:
         return f"qos-jax reproduce --figure={figure} --budget={self.budget_name}"
@@ -231,7 +239,13 @@ def _file_name(label: str) -> str:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
+    """Returns a cell: ``rows``, each a table, and ``asked``, what they are the results of."""
     try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}; delete it") from error
+        kept = parse_json(read_text(path), str(path))
+    except InputError as error:
+        raise InputError(f"{error}; delete the file, which is damaged") from error
+    rows = kept.get("rows") if isinstance(kept, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or "asked" not in kept:
+        legal = "an object with asked, and rows, a list of objects"
+        raise InputError(f"{path}: is {shown(kept)}, must be {legal}; delete the file, which is damaged")
+    return kept

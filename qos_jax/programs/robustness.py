@@ -17,11 +17,7 @@ robustness.json holds ``config``, ``command``, ``date`` and ``versions`` as resu
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,10 +29,10 @@ from qos_jax.evaluation import robustness
 from qos_jax.evaluation.evaluate import RouterRun, Scenario, evaluate, scenarios
 from qos_jax.evaluation.robustness import Amounts, Change
 from qos_jax.io.files import writable_folder, write_whole
-from qos_jax.io.provenance import plain, versions
+from qos_jax.io.provenance import command_of, made_by, plain, write_result
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.router_flags import check_held_out, routers_named
-from qos_jax.programs.world_flags import import_plugins, note_limits, numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, notes_on, numbers, world_config
 from qos_jax.report.robustness_page import robustness_markdown
 from qos_jax.routers import Router
 from qos_jax.sim.env import Environment
@@ -56,7 +52,7 @@ def main(values: FlagValues) -> None:
     every_seed = {change.scenario(scenario).seed for change in changes for scenario in asked}
     check_held_out(values.routers, values.first_seed, sorted(every_seed))
     routers = routers_named(values.routers, env, params)
-    note_limits(world, env, params)
+    notes = notes_on(world, env, params)
     folder = writable_folder(values.out)
     warmup, environments, judged = int(values.warmup * values.requests), _Environments(env, world), []
     with ProgressBar(len(changes), "world", f"{len(routers)} routers; compiles") as bar:
@@ -66,13 +62,13 @@ def main(values: FlagValues) -> None:
                 evaluate(environments.of(change), changed, routers, there, values.requests, warmup=warmup)
             )  # fmt: skip
             bar.update(len(judged), doing=change.label)
-    config = world.described() | {
+    config = world.described() | notes | {
         "saturation_per_s": float(params.saturation_per_s), "loads": list(dict.fromkeys(each.load for each in asked)),
         "seeds": list(seeds), "requests": values.requests, "warmup": warmup,
     }  # fmt: skip
-    found = plain(_found(changes, routers, asked, judged) | {"config": config} | _provenance())
-    write_whole(folder / "robustness.json", json.dumps(found, indent=1, allow_nan=False))
-    write_whole(folder / "robustness.md", page := robustness_markdown(found))
+    found = plain(_found(changes, routers, asked, judged) | {"config": config} | made_by(command_of("robustness")))
+    write_result(folder / "robustness.json", found)
+    write_whole(folder / "robustness.md", page := robustness_markdown(found, world.name))
     print(page)
     print(f"written: {folder / 'robustness.md'}")
 
@@ -137,11 +133,3 @@ def _found(
         for run in runs
     ]
     return {"kinds": kinds, "pairs": math.comb(len(ranked), 2) * len(loads), "worlds": worlds, "rows": rows}
-
-
-def _provenance() -> dict[str, Any]:
-    return {
-        "command": shlex.join(["qos-jax", "robustness", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }

@@ -21,14 +21,14 @@ class Budget:
 
     requests: int  # of each load and seed
     seeds: int  # of an evaluation
-    steps: int  # of each training seed
-    training_seeds: int  # at most
+    most_steps: int | None  # of each training seed
+    most_training_seeds: int
     ends_only: bool  # of the loads and worlds of a study only the first and the last, and only routers that are drawn
 
 
 BUDGETS = {
-    "quick": Budget(requests=200, seeds=2, steps=6_000, training_seeds=1, ends_only=True),
-    "full": Budget(requests=1_500, seeds=16, steps=500_000, training_seeds=5, ends_only=False),
+    "quick": Budget(requests=200, seeds=2, most_steps=6_000, most_training_seeds=1, ends_only=True),
+    "full": Budget(requests=1_500, seeds=16, most_steps=None, most_training_seeds=5, ends_only=False),
 }
 
 
@@ -40,7 +40,7 @@ class Trained:
     agent: str = "mvr"
     randomise: str = "load,arrivals"
     flags: tuple[str, ...] = ()  # more flags of qos-jax train
-    share: float = 1.0  # of the budget's steps
+    share: float = 1.0  # of the recipe's steps
     seeds: int = 5
 
 
@@ -74,12 +74,13 @@ class Study:
 
 
 _MVR = {"paper-3": ("mvr",), "paper-6": ("mvr_paper_6",), "edge-8": ("mvr_edge_8",)}
+_EDGE = {name: (f"mvr_{name.replace('-', '_')}",) for name in ("jetson-4", "edge-2026", "campus-16")}
 _STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _MVR.items()}
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
-_SHARES_OF_SEEDS = {"paper-3": 4.0, "paper-6": 2.0, "edge-8": 1.0}  # where GPUs are equal gains are small
-_FAMILIAR = PRESETS["edge-8"].experts
-_TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].experts[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
+_SHARES_OF_SEEDS = {"paper-3": 4.0, "paper-6": 2.0}  # where GPUs are equal gains are small
+_FAMILIAR = PRESETS["edge-8"].pairs
+_TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].pairs[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
 
 _STALE_METRICS = ("--staleness=0.5", "--set=alpha=0.1")
 _ABLATIONS = {
@@ -91,39 +92,57 @@ _ABLATIONS = {
     "no_impact_features": Trained(agent="mvr_no_impact"),
     "no_rates": Trained(agent="mvr_no_rates"),
     "no_residual": Trained(agent="mvr_no_residual"),
-    "sac_potential_reward": Trained(agent="sac"),
-    "sac_paper_reward": Trained(agent="sac_paper_reward"),
-    "paper": Trained(agent="paper"),
-    "baseline_rl": Trained(agent="baseline_rl"),
+    "sac": Trained(agent="sac", share=0.2),
+    "sac_joint": Trained(agent="sac_joint", share=0.2),
+    "sac_td0": Trained(agent="sac_td0", share=0.2),
+    "sac_paper_reward": Trained(agent="sac_paper_reward", share=0.2),
+    "paper": Trained(agent="paper", share=0.2),
+    "baseline_rl": Trained(agent="baseline_rl", share=0.2),
     "never_drops": Trained(flags=("--noallow_drop",)),
 }
+_LEARNERS = {
+    "learner_sac": Trained(agent="sac"),
+    "learner_sac_joint": Trained(agent="sac_joint"),
+    "learner_sac_td0": Trained(agent="sac_td0"),
+    "learner_baseline_rl": Trained(agent="baseline_rl"),
+    "learner_paper": Trained(agent="paper"),
+    "learner_sac_edge_8": Trained("edge-8", agent="sac"),
+}
 _ENERGY = {
-    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.3, seeds=1)
+    f"energy_{weight}": Trained("edge-8", flags=(f"--set=weights.energy={weight}",), share=0.4, seeds=1)
     for weight in (1, 2, 5, 10)
 }
 
 TRAINED = {
-    "mvr": Trained(share=2.0),
-    "mvr_paper_6": Trained("paper-6", share=2.0),
-    "mvr_edge_8": Trained("edge-8", share=0.6),
-    "mvr_stale": Trained(flags=_STALE_METRICS, share=0.6),
-    "mvr_paper_6_stale": Trained("paper-6", flags=_STALE_METRICS, share=0.5),
-    "mvr_edge_8_stale": Trained("edge-8", flags=_STALE_METRICS, share=0.3),
-    "mvr_any_limit": Trained(randomise="load,arrivals,limit", share=0.6),
-    "mvr_any_fleet": Trained(
-        "edge-8", randomise="load,arrivals,fleet,limit", flags=("--set=max_externality=1",), share=0.8
-    ),
-    "mvr_true_predictions": Trained(flags=("--prediction=perfect",), share=0.6, seeds=3),
-    "mvr_edge_8_true_predictions": Trained("edge-8", flags=("--prediction=perfect",), share=0.6, seeds=3),
-    **{name: dataclasses.replace(one, share=0.3, seeds=2) for name, one in _ABLATIONS.items()},
+    "mvr": Trained(),
+    "mvr_paper_6": Trained("paper-6"),
+    "mvr_edge_8": Trained("edge-8"),
+    "mvr_jetson_4": Trained("jetson-4"),
+    "mvr_edge_2026": Trained("edge-2026"),
+    "mvr_campus_16": Trained("campus-16"),
+    "mvr_stale": Trained(flags=_STALE_METRICS),
+    "mvr_paper_6_stale": Trained("paper-6", flags=_STALE_METRICS),
+    "mvr_edge_8_stale": Trained("edge-8", flags=_STALE_METRICS),
+    "mvr_any_limit": Trained(randomise="load,arrivals,limit"),
+    "mvr_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet,limit", flags=("--set=max_externality=1",)),
+    "mvr_true_predictions": Trained(flags=("--prediction=perfect",), seeds=3),
+    "mvr_edge_8_true_predictions": Trained("edge-8", flags=("--prediction=perfect",), seeds=3),
+    **{name: dataclasses.replace(one, seeds=2) for name, one in _ABLATIONS.items()},
     **_ENERGY,
+    **_LEARNERS,
 }
 
 
 def _everywhere(trained: Mapping[str, tuple[str, ...]], **laws: Mapping[str, Any]) -> tuple[World, ...]:
     """Returns each preset, with its routers, under each law."""
     return tuple(
-        World(f"{preset}, {label.replace('_', ' ')}", preset, names, share_of_seeds=_SHARES_OF_SEEDS[preset], **law)
+        World(
+            f"{preset}, {label.replace('_', ' ')}",
+            preset,
+            names,
+            share_of_seeds=_SHARES_OF_SEEDS.get(preset, 1.0),
+            **law,
+        )
         for preset, names in trained.items()
         for label, law in laws.items()
     )
@@ -143,6 +162,12 @@ STUDIES = {
         _everywhere(_MVR, Poisson={}),
         loads=(0.3, *LOADS),
         metrics=("score", "latency_per_token_s", "violation_rate", "drop_rate", "kv_utilisation", "qos_per_gb_s"),
+    ),
+    "edge": Study(
+        "The edge of today",
+        "Who earns most on boards and cards of 2026 with LLMs of 4 to 16 bits, where memory binds?",
+        _everywhere(_EDGE, Poisson={}),
+        metrics=("score", "ttft_p95_s", "violation_rate", "drop_rate", "kv_utilisation", "preemptions"),
     ),
     "arrivals": Study(
         "Bursts, drifting rates and real traces",
@@ -247,6 +272,15 @@ STUDIES = {
             World("paper-3, nobody may drop", trained=("never_drops",), fields={"allow_drop": False}),
         ),
         routers=(*_FEW, "impact_greedy_no_drop"),
+    ),
+    "learners": Study(
+        "Methods of learning",
+        "Which method learns queues? Each has as many requests as its recipe says, and five training seeds.",
+        (
+            World("paper-3", trained=("mvr", *(name for name in _LEARNERS if not name.endswith("edge_8")))),
+            World("edge-8", "edge-8", ("mvr_edge_8", "learner_sac_edge_8")),
+        ),
+        routers=_FEW,
     ),
     "energy": Study(
         "QoS against energy",

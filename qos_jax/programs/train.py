@@ -36,7 +36,7 @@ from qos_jax.io.imports import import_named
 from qos_jax.programs import app
 from qos_jax.programs.flags import define_train
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.world_flags import import_plugins, note_failed_requests, note_limits, numbers, world_config
+from qos_jax.programs.world_flags import import_plugins, notes_on, numbers, world_config
 from qos_jax.training.config import RANDOMISED, TrainingConfig, runs_of
 from qos_jax.training.parallel import leads
 from qos_jax.training.progress import Progress, TrainResult
@@ -62,9 +62,8 @@ def main(values: FlagValues) -> None:
     command = shlex.join(["qos-jax", "train", *app.given(values)])
     with run.open_folder(values.out, resume=resume, command=command, flags=flags) as folder:
         if leads():
-            note_failed_requests(world)
-            note_limits(world, run.learner.env, run.held_out.params)
-            print(f"{values.agent} on {values.preset}: {sizes}", flush=True)
+            notes_on(world, run.learner.env, run.held_out.params)
+            print(f"{values.agent} on {world.name}: {sizes}", flush=True)
         with _stop_asked() as should_stop, _reporter(folder, run) as report:
             result = run.train(
                 folder,
@@ -262,7 +261,7 @@ class _Board:
     _MOST_WAITING, _PATIENCE_S = 1000, 5.0
 
     def __init__(self, folder: RunFolder) -> None:
-        self.left_out = False
+        self.left_out, self.leaving = False, threading.Lock()
         self.waiting: queue.Queue[tuple[list[tuple[str, float]], int] | None] = queue.Queue(self._MOST_WAITING)
         begins = (folder.latest or 0) + 1
         self.thread = threading.Thread(target=self._run, args=(folder.path / "tensorboard", begins), daemon=True)
@@ -310,9 +309,10 @@ class _Board:
         writer.close()
 
     def _leave_out(self, why: str) -> None:
-        if not self.left_out:
-            self.left_out = True
-            print(f"warning: TensorBoard is left out: {why}", file=sys.stderr)
+        with self.leaving:  # whoever finds it left out finds the warning printed, and there is one
+            if not self.left_out:
+                print(f"warning: TensorBoard is left out: {why}", file=sys.stderr)
+                self.left_out = True
 
 
 def _scalars(record: Mapping[str, Any], runs: Sequence[str]) -> Iterator[tuple[str, float]]:

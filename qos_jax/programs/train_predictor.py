@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import pathlib
 import shlex
@@ -24,7 +23,7 @@ from absl.flags import FlagValues
 
 from qos_jax.errors import InputError
 from qos_jax.io.files import writable_folder, write_whole
-from qos_jax.io.provenance import plain, versions
+from qos_jax.io.provenance import versions, write_result
 from qos_jax.predictor import FineTuning, HeadConfig, fine_tune, fit_frozen, load_pretrained, read_prediction_table
 from qos_jax.predictor.data import PredictionTable
 from qos_jax.predictor.fitting import Epoch
@@ -62,8 +61,9 @@ def main(values: FlagValues) -> None:
             parts["folds"] = {name: np.concatenate([columns[name] for columns in each]) for name in each[0]}
         predictor, parts["test"] = _held_out(values, fit, table, train, test, "training part")
     scores = {part: scores_of(columns) for part, columns in parts.items()}
-    print(_table(scores))
     _write(values, folder, predictor, parts, scores)
+    print(_table(scores))
+    print(f"written: {folder / 'metrics.json'}")
 
 
 def _with_embeddings(table: PredictionTable, encoder: Pretrained | None) -> PredictionTable:
@@ -135,9 +135,8 @@ def _write(
         np.savez_compressed(file, experts=np.array(predictor.experts), **columns)  # type: ignore[arg-type]
         write_whole(folder / f"predictions_{part}.npz", file.getvalue())
     results = about | {"experts": predictor.experts, **scores}
-    write_whole(folder / "metrics.json", json.dumps(plain(results), indent=1, allow_nan=False))
+    write_result(folder / "metrics.json", results)
     write_figure(folder, "reliability", partial(reliability_plots.prediction_reliability, _pictured(scores["test"])))
-    print(f"written: {folder / 'metrics.json'}")
 
 
 def _pictured(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:

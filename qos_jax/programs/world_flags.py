@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import os
+import shlex
 import string
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl.flags import FlagValues
 
 from qos_jax.errors import InputError
 from qos_jax.io.imports import in_one_line
+from qos_jax.programs.app import parse
+from qos_jax.programs.flags import define_world
 from qos_jax.sim.cost import iteration_bounds_s
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.worlds.config import WorldConfig
 
+LIMIT_FLAGS = ("latency_limit", "ttft_limit", "tpot_limit", "e2e_limit")
+_USUAL_S = {"ttft": 60.0, "e2e": 3600.0}  # limits above are hardly meant in seconds
 _IN_A_SECOND = {"": 1.0, "s": 1.0, "ms": 1e3}
 
 
@@ -31,11 +38,14 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
     Raises:
       InputError: a value is not legal.
     """
+    if values.fleet is not None and values["preset"].present:
+        raise InputError(f"--preset={values.preset} and --fleet={values.fleet} are both given: give one")
     trace_part = values.trace_part or ("first" if training else "all")
     table_part = values.table_part or ("train" if training else "test")
-    limits_s = numbers("latency_limit", values.latency_limit, _IN_A_SECOND)
-    return WorldConfig(
+    limits_s: dict[str, Any] = {f"{flag}_s": _limits_s(flag, getattr(values, flag)) for flag in LIMIT_FLAGS}
+    world = WorldConfig(
         preset=values.preset,
+        fleet=values.fleet,
         experts=tuple(values.experts) if values.experts else None,
         engine=values.engine,
         arrivals=values.arrivals,
@@ -44,21 +54,59 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
         trace_format=values.trace_format,
         trace_sort=values.trace_sort,
         trace_spread_s=values.trace_spread,
+        trace_lengths=values.trace_lengths,
         quality_table=values.quality_table,
         score_column=values.score_column,
-        table_part=table_part if values.quality_table is not None else "all",
         test_fraction=values.test_fraction,
         prompts=values.prompts,
         predictor=values.predictor,
         prediction=values.prediction,
-        latency_limit_s=tuple(limits_s) or None,
+        **limits_s,
         staleness_s=values.staleness,
         allow_drop=values.allow_drop,
+        observe=values.observe,
+        scrape_s=values.scrape,
     )
+    return world if world.table is None else dataclasses.replace(world, table_part=table_part)
 
 
-def note_failed_requests(world: WorldConfig) -> dict[str, int]:
-    """Says on stderr how many rows of the trace are failed requests, if any, and returns that for results.json."""
+def world_of_text(flag: str, text: str, same: Sequence[str] = ()) -> WorldConfig:
+    """Returns the world that a text of flags describes.
+
+    Args:
+      flag: that holds the text, for messages.
+      text: flags of a world, as on a command line.
+      same: other flags, over which those of the text go.
+
+    Raises:
+      InputError: the text cannot be read, or names another flag than one of a world.
+    """
+    known = FlagValues()
+    define_world(known)
+    try:
+        parse(known, [*same, *shlex.split(text)])
+    except (InputError, ValueError) as error:
+        raise InputError(f"{flag}: {error}") from error
+    return world_config(known)
+
+
+def _limits_s(flag: str, texts: Sequence[str] | None) -> tuple[float, ...] | None:
+    """Returns the limits of the classes of users, () for none and None where the flag is not given."""
+    if flag == "latency_limit" and texts == ["none"]:
+        return ()
+    return tuple(numbers(flag, texts, _IN_A_SECOND)) or None
+
+
+def notes_on(world: WorldConfig, env: Environment, params: EnvParams) -> dict[str, int]:
+    """Says on stderr which limits decide nothing, and which requests of the trace failed or have no time of their own.
+
+    Returns:
+      How many failed, as ``trace_failed_requests``, for results; nothing where all were answered.
+    """
+    _note_limits(world, env, params)
+    if world.trace is not None and (delayed := world.whole_trace.num_delayed):
+        print(f"note: {world.trace}: {delayed} turns have a delay in place of a time, and arrive that long after the "
+              "turn before them", file=sys.stderr)  # fmt: skip
     if world.trace is None or not (failed := world.whole_trace.num_skipped):
         return {}
     rows = failed + len(world.whole_trace)
@@ -66,18 +114,24 @@ def note_failed_requests(world: WorldConfig) -> dict[str, int]:
     return {"trace_failed_requests": failed}
 
 
-def note_limits(world: WorldConfig, env: Environment, params: EnvParams) -> None:
-    """Says on stderr where a latency limit is so long that hardly a request is late, or so short that all are."""
+def _note_limits(world: WorldConfig, env: Environment, params: EnvParams) -> None:
     bounds = iteration_bounds_s(params.experts, env.spec.engine.block_size)
     shortest_s, longest_s = float(bounds[0].min()), float(bounds[1].max())
-    for limit_s in world.latency_limits_s:
-        head = f"note: the latency limit of {limit_s:g} s/token ({1e3 * limit_s:g} ms)"
-        if limit_s < shortest_s:
-            print(f"{head} is below the shortest iteration of all experts, {shortest_s:.3g} s: "
-                  "no request can be in time", file=sys.stderr)  # fmt: skip
-        elif limit_s > longest_s:
-            print(f"{head} is above the longest iteration of all experts, {longest_s:.3g} s: "
-                  "a request can only be late by waiting in a queue", file=sys.stderr)  # fmt: skip
+    per_token = {"latency": world.latency_limits_s, "tpot": world.limits_s("tpot_limit_s")}
+    for name, limits_s in per_token.items():
+        for limit_s in filter(math.isfinite, limits_s):
+            head = f"note: the {name} limit of {limit_s:g} s/token ({1e3 * limit_s:g} ms)"
+            if limit_s < shortest_s:
+                print(f"{head} is below the shortest iteration of all experts, {shortest_s:.3g} s: "
+                      "no request can be in time", file=sys.stderr)  # fmt: skip
+            elif limit_s > longest_s:
+                print(f"{head} is above the longest iteration of all experts, {longest_s:.3g} s: "
+                      "a request can only be late by waiting in a queue", file=sys.stderr)  # fmt: skip
+    for name, usual_s in _USUAL_S.items():
+        for limit_s in world.limits_s(f"{name}_limit_s"):
+            if usual_s < limit_s < math.inf:
+                print(f"note: the {name} limit is {limit_s:g} s, over {usual_s / 60:g} min; for milliseconds write "
+                      f"{limit_s:g}ms", file=sys.stderr)  # fmt: skip
 
 
 def import_plugins(values: FlagValues, references: Sequence[str] = ()) -> None:

@@ -21,7 +21,9 @@ from collections.abc import Callable
 import matplotlib
 from matplotlib.figure import Figure
 
+from qos_jax.errors import InputError
 from qos_jax.io.files import shortened, write_whole
+from qos_jax.io.imports import in_one_line
 from qos_jax.report import style
 
 Drawing = Figure | Callable[..., Figure]
@@ -83,17 +85,24 @@ def picture_or_warning(name: str, drawing: Drawing) -> Picture | None:
     try:
         return picture(drawing)
     except Exception as error:  # a picture is worth less than the numbers
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"warning: the picture {name} is left out: {text}", file=sys.stderr)
+        print(f"warning: the picture {name} is left out: {in_one_line(error)}", file=sys.stderr)
         return None
 
 
 def write_figure(folder: str | os.PathLike[str], name: str, drawing: Drawing) -> Picture | None:
-    """Draws a figure, writes all its files and returns it; see ``picture_or_warning`` and ``Picture.write``."""
+    """Draws a figure, writes all its files and returns it; see ``picture_or_warning`` and ``write_or_warn``."""
     drawn = picture_or_warning(name, drawing)
     if drawn is not None:
-        drawn.write(folder, name)
+        write_or_warn(folder, name, drawn)
     return drawn
+
+
+def write_or_warn(folder: str | os.PathLike[str], name: str, drawn: Picture) -> None:
+    """Writes all files of a picture; one that cannot be written is a line on stderr."""
+    try:
+        drawn.write(folder, name)
+    except InputError as error:
+        print(f"warning: the picture {name} is left out: {error}", file=sys.stderr)
 
 
 def saved(figure: Figure, kind: str, width: style.Width = style.FULL) -> bytes:

@@ -16,22 +16,22 @@ is null. It holds
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.statistics import summarise
 from qos_jax.io.files import csv_text, write_whole
-from qos_jax.io.provenance import plain, versions
+from qos_jax.io.imports import in_one_line
+from qos_jax.io.provenance import made_by, plain
 from qos_jax.report.gains import paired_gains
 from qos_jax.report.html import report_html
 from qos_jax.report.latex import latex_table
-from qos_jax.report.pictures import Drawing, picture_or_warning
+from qos_jax.report.pictures import Drawing, picture_or_warning, write_or_warn
 
 RESULTS = "results.json"
 
@@ -49,9 +49,7 @@ def results_of(runs: Sequence[RouterRun], config: Mapping[str, Any], command: st
     ]
     results = {
         "config": config,
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **made_by(command),
         "gains": paired_gains(rows),
         "rows": rows,
         "summary": summary,
@@ -62,7 +60,7 @@ def results_of(runs: Sequence[RouterRun], config: Mapping[str, Any], command: st
 def write_report(
     out_dir: str | os.PathLike[str],
     results: Mapping[str, Any],
-    figures: Mapping[str, Drawing],
+    figures: Mapping[str, Drawing] | Callable[[], Mapping[str, Drawing]],
     *,
     title: str = "Routers compared",
 ) -> pathlib.Path:
@@ -74,7 +72,8 @@ def write_report(
     Args:
       out_dir: folder to write to; made if it is not there.
       results: of ``results_of``.
-      figures: drawings by name, see ``pictures``. Functions are called after the numbers are written.
+      figures: drawings by name, see ``pictures``, or what returns them. Functions are called after the numbers are
+        written.
       title: heading of the report.
 
     Returns:
@@ -88,15 +87,24 @@ def write_report(
     write_whole(folder / "summary.csv", csv_text(results["summary"]))
     write_whole(folder / "summary.tex", latex_table(results))
     try:
-        drawn = {name: picture_or_warning(name, drawing) for name, drawing in figures.items()}
+        drawings = _drawings(figures) if callable(figures) else figures
+        drawn = {name: picture_or_warning(name, drawing) for name, drawing in drawings.items()}
         pictures = {name: each for name, each in drawn.items() if each is not None}
         write_whole(folder / "report.html", report_html(results, pictures, title))
         for name, each in pictures.items():
-            each.write(folder, name)
+            write_or_warn(folder, name, each)
     except KeyboardInterrupt:
         print(f"stopped: {folder / RESULTS} is written, the report and pictures are not", file=sys.stderr)
         raise
     return folder / "report.html"
+
+
+def _drawings(figures: Callable[[], Mapping[str, Drawing]]) -> Mapping[str, Drawing]:
+    try:
+        return figures()
+    except Exception as error:  # pictures are worth less than the numbers
+        print(f"warning: the pictures are left out: {in_one_line(error)}", file=sys.stderr)
+        return {}
 
 
 def _labels(run: RouterRun) -> dict[str, Any]:

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 
 from qos_jax.report.style import display_name
-from qos_jax.report.summary_table import markdown_table
+from qos_jax.report.summary_table import markdown_origin, markdown_table
 
 _OUTCOMES = ("kept", "undecided", "reversed")
 
 
-def robustness_markdown(found: Mapping[str, Any]) -> str:
+def robustness_markdown(found: Mapping[str, Any], name: str) -> str:
     """Returns the page: orders and claims by change, what was reversed, and the QoS of each router.
 
     Args:
       found: what robustness.json holds, see ``qos_jax.programs.robustness``.
+      name: of the world.
     """
     worlds = found["worlds"]
-    made = {name: found[name] for name in ("command", "date")} | found["versions"]
     parts = [
-        f"# What survives an error of the model: {found['config']['preset']}",
-        "\n".join(f"- {name}: `{value}`" for name, value in made.items()),
+        f"# What survives an error of the model: {name}",
+        markdown_origin(found),
         "## Orders and claims",
         f"{_decided(found)} A changed world keeps an order, leaves it undecided, or reverses it.",
         markdown_table(*_summary(worlds[1:])),

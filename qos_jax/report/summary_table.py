@@ -99,3 +99,9 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown_origin(found: Mapping[str, Any]) -> str:
+    """Returns where a result comes from, see ``io.provenance.made_by``, as a list in Markdown."""
+    made = {name: found[name] for name in ("command", "date")} | found["versions"]
+    return "\n".join(f"- {name}: `{value}`" for name, value in made.items())

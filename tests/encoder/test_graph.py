@@ -140,6 +140,7 @@ def test_the_first_requests_are_kept_with_empty_slots_in_between(slots: int) -> 
         assert not few[:, both:].any()
 
 
+@pytest.mark.slow
 def test_in_a_real_world_all_requests_are_kept_if_there_are_enough_slots() -> None:
     """Finished requests leave empty slots, so taking the first slots would fail this test."""
     obs = one_of(observations_of("paper-3", 3.0))  # a light load, of which many requests have finished

@@ -46,7 +46,8 @@ def ragged_of_worlds() -> dict[str, Embedding]:
     return {world: Embedding(*part) for world, part in zip(WORLDS, zip(*parts, strict=True), strict=True)}
 
 
-@pytest.mark.parametrize("world", [*WORLDS, pytest.param("eight unequal experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [*WORLDS, "eight unequal experts"])
+@pytest.mark.slow
 def test_the_ragged_form_equals_the_dense_form(world: str) -> None:
     batch = some_nodes(*WORLDS.get(world, ("edge-8", 60.0)))
     present = np.asarray(batch.running | batch.waiting)
@@ -59,6 +60,7 @@ def test_the_ragged_form_equals_the_dense_form(world: str) -> None:
     np.testing.assert_allclose(found.experts, np.concatenate(expected.experts), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fleets_of_different_sizes_make_one_batch() -> None:
     busy, idle = (some_nodes(*WORLDS[world]) for world in ("busy", "idle experts"))
     large = one_of(busy).replace(

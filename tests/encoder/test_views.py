@@ -48,7 +48,7 @@ def some_observation(
     garbage = {
         field.name: np.where(present, getattr(requests, field.name), rng.choice([-1, 0, 1_000_000], shape))
         for field in dataclasses.fields(RequestView)
-        if field.name not in ("running", "waiting")
+        if field.name not in ("running", "waiting", "limits", "first_token_s")
     }
     requests = requests.replace(**{name: x.astype(getattr(requests, name).dtype) for name, x in garbage.items()})
     waiting = np.sum(requests.waiting, -1, dtype=np.int32)

@@ -32,8 +32,8 @@ from qos_jax.sim.env import Environment
 from tests.helpers.small_env import small_env
 
 NUM_EXPERTS = 3
-REQUESTS = 150
-RATE_PER_S = 12.0  # an overload, so that queues fill and requests are dropped
+REQUESTS = 64  # one chunk of a replay, even on one expert, so that all replays are one program
+RATE_PER_S = 16.0  # an overload, so that queues fill and requests are dropped
 SEEDS = (1000, 1001)
 KIND_BY_INFORMATION = {"predictions": "heuristic", "true_scores": "oracle", "true_scores_and_tokens": "oracle"}
 
@@ -124,6 +124,7 @@ def test_every_router_gets_the_same_requests_with_any_other_routers() -> None:
         assert run.metrics == many[which].metrics
 
 
+@pytest.mark.slow
 def test_random_decisions_differ_between_seeds_and_deterministic_ones_do_not() -> None:
     runs = plain_runs()
     one, other = SEEDS
@@ -211,10 +212,10 @@ def test_only_oracles_know_the_scores() -> None:
 
 
 def test_only_oracles_know_the_lengths() -> None:
-    """Lengths affect later observations. So one request is changed, and all decisions up to it must stay the same."""
+    """Lengths affect later observations. So requests from one on are changed: decisions up to it must stay the same."""
     changed = REQUESTS // 2
     requests = world()[1].workload.requests
-    output_tokens = requests.output_tokens.at[changed].set(jnp.array([1, 2, 500])).at[changed + 1].set(500)
+    output_tokens = requests.output_tokens.at[changed].set(jnp.array([1, 2, 500])).at[changed + 1 :].set(1)
     others = run_all(requests=requests.replace(output_tokens=output_tokens))
     for which, run in others.items():
         if run.router.information != "true_scores_and_tokens":
@@ -260,6 +261,22 @@ class TestScenarios:
     def test_a_bad_seed_is_refused(self, seed: Any) -> None:
         with pytest.raises(InputError, match=r"seed is .*, must be a whole number from 0 to 4294967295"):
             scenarios(make("paper-3")[1], [0.5], [1000, seed])
+
+    @pytest.mark.parametrize(
+        ("numbers", "message"),
+        [
+            ((0.5, 6.0, 2**32), "seed is 4294967296"),
+            ((0.5, 6.0, -1), "seed is -1"),
+            ((0.5, 6.0, True), "seed is True"),
+            ((0.5, 1e-50, 0), "rate_per_s is 1e-50, must be a number from 1e-06 to 1e"),
+            ((0.5, float("inf"), 0), "rate_per_s is inf"),
+            ((float("nan"), 6.0, 0), "load is nan"),
+            (("0.5", 6.0, 0), "load is '0.5'"),
+        ],
+    )
+    def test_a_scenario_of_ones_own_is_checked_too(self, numbers: tuple[Any, ...], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            Scenario(*numbers)
 
     def test_a_world_without_saturation_rate_is_refused(self) -> None:
         with pytest.raises(InputError, match="saturation_per_s is nan: measure it with"):

@@ -96,6 +96,7 @@ def test_the_optimum_lies_between_plan_and_bound() -> None:
     assert bites >= 2
 
 
+@pytest.mark.slow
 def test_no_plan_is_worse_than_where_it_started() -> None:
     rng = np.random.default_rng(0)
     for seed in SEEDS[:3]:
@@ -107,6 +108,7 @@ def test_no_plan_is_worse_than_where_it_started() -> None:
         assert plan(tiny_experts(), tiny_trace(seed), starts).qos >= untouched.qos
 
 
+@pytest.mark.slow
 def test_restarts_go_on_from_the_plan_and_repeat_with_their_seed() -> None:
     once, twice, again = (plan(tiny_experts(), tiny_trace(2), restarts=n, seed=3) for n in (0, 8, 8))
     assert once.qos <= twice.qos == again.qos

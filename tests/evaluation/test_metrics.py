@@ -57,8 +57,18 @@ EXPECTED = {
     "latency_per_token_p50_s": 0.28125,
     "latency_per_token_p95_s": 0.471875,
     "latency_per_token_p99_s": 0.494375,
-    "ttft_s": (0.5 + 1.0 + 0.25 + 0.5) / 4,  # without network delay
+    "ttft_s": (1.0 + 1.5 + 0.25 + 0.5) / 4,  # with network delay
+    "ttft_p50_s": 0.75,
+    "ttft_p95_s": 1.425,
+    "ttft_p99_s": 1.485,
     "tpot_s": (1 / 15 + 1 / 7 + 1.75 / 7) / 3,  # an answer of one token has no TPOT
+    "tpot_p50_s": 1 / 7,
+    "tpot_p95_s": 1 / 7 + 0.9 * (0.25 - 1 / 7),
+    "tpot_p99_s": 1 / 7 + 0.98 * (0.25 - 1 / 7),
+    "e2e_s": (2.0 + 2.5 + 2.0 + 0.5) / 4,
+    "e2e_p50_s": 2.0,
+    "e2e_p95_s": 2.425,
+    "e2e_p99_s": 2.485,
     "violation_rate": 3 / 6,
     "drop_rate": 2 / 6,
     "preemptions": 3,
@@ -112,8 +122,9 @@ def test_where_all_requests_are_dropped_times_are_unknown(num_requests: int) -> 
     result = ReplayResult(log, *[np.zeros(2)] * 3)
     metrics = metrics_of(EXPERTS, trace, np.full(num_requests, -1), result)
     unknown = {name for name, value in metrics.items() if math.isnan(value)}
-    answers = {"score", "latency_per_token_s", "ttft_s", "tpot_s", "energy_j_per_token", "qos_per_gb_s"}
-    percentiles = {f"latency_per_token_p{p}_s" for p in (50, 95, 99)}
+    times = ("latency_per_token", "ttft", "tpot", "e2e")
+    answers = {"score", "energy_j_per_token", "qos_per_gb_s"} | {f"{name}_s" for name in times}
+    percentiles = {f"{name}_p{p}_s" for name in times for p in (50, 95, 99)}
     assert unknown == answers | percentiles
     assert (metrics["qos"], metrics["violation_rate"], metrics["drop_rate"]) == (0.0, 1.0, 1.0)
     assert (metrics["kv_utilisation"], metrics["busy_fraction"]) == (0.0, 0.0)

@@ -10,6 +10,7 @@ import pytest
 from qos_jax.evaluation import robustness
 from qos_jax.evaluation.evaluate import Scenario
 from qos_jax.evaluation.robustness import TABLES, Amounts, Change, changes, scaled, with_engine
+from qos_jax.fleet.experts import experts_of
 from qos_jax.fleet.profiles import expert_profile
 from qos_jax.programs import choices
 from qos_jax.report.robustness_page import robustness_markdown
@@ -70,10 +71,11 @@ def test_memory_keeps_a_block() -> None:
 
 def test_an_engine_brings_its_switches_and_its_budget() -> None:
     pairs = (("alpaca-native", "A40"), ("alpaca-native", "H100"))
-    changed = with_engine(small_experts(2), pairs, "vllm")
+    fleet = experts_of(pairs)
+    changed = with_engine(small_experts(2), fleet, "vllm")
     assert (changed.async_scheduling.tolist(), changed.prefix_cache.tolist()) == ([True, True], [True, True])
     assert changed.token_budget.tolist() == [2048, 8192]
-    back = with_engine(changed, pairs, "vllm-sync")
+    back = with_engine(changed, fleet, "vllm-sync")
     assert (back.async_scheduling.tolist(), back.token_budget.tolist()) == ([False, False], [2048, 2048])
     np.testing.assert_array_equal(back.step_base_s, small_experts(2).step_base_s)
 
@@ -177,8 +179,9 @@ def test_the_page_tells_what_was_reversed() -> None:
         for label, qos in tables.items()
     ]  # fmt: skip
     page = robustness_markdown(
-        {"config": {"preset": "paper-3"}, "command": "qos-jax robustness", "date": "today", "versions": {}}
-        | {"kinds": kinds, "pairs": 1, "worlds": worlds}
+        {"config": {}, "command": "qos-jax robustness", "date": "today", "versions": {}}
+        | {"kinds": kinds, "pairs": 1, "worlds": worlds},
+        "paper-3",
     )
     assert "excludes 0 for 1 of 1 pairs" in page
     assert "| arrival rate +5 % | -1.00 | 0 | 0 | 1 | 0 of 1 |" in page

@@ -53,6 +53,7 @@ CERTAIN = {"width_s": 1e-5, "length_cv": 0.01}  # nearly hard limits, nearly exa
 PRESET, LOAD, WARMUP = "paper-3", 0.9, 60
 
 estimate_of = jax.jit(impact, static_argnames=("width_s", "length_cv", "form"))
+believed_world = jax.jit(sample_belief)
 
 
 @jax.jit
@@ -66,16 +67,16 @@ def test_memory_that_limits_nothing_may_have_any_size() -> None:
     some, all_but_endless = (
         observation(*fleet, profile=equal_experts(2, kv_blocks=blocks)) for blocks in (10**6, 10**9)
     )
-    some_impact, endless_impact = impact(some), impact(all_but_endless)
+    some_impact, endless_impact = estimate_of(some), estimate_of(all_but_endless)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), some_impact, endless_impact)
-    believed, believed_endless = (sample_belief(obs).experts.slots for obs in (some, all_but_endless))
+    believed, believed_endless = (believed_world(obs).experts.slots for obs in (some, all_but_endless))
     assert np.sum(believed.live) == 4
     np.testing.assert_array_equal(believed_endless.output_tokens, believed.output_tokens)
 
 
 def test_more_tokens_on_an_expert_never_look_like_fewer() -> None:
     latency_s = [
-        impact(observation([waiting(prompt_tokens=2**bits)] * SLOTS, prompt_tokens=2**bits)).latency_per_token_s[0]
+        estimate_of(observation([waiting(prompt_tokens=2**bits)] * SLOTS, prompt_tokens=2**bits)).latency_per_token_s[0]
         for bits in range(10, 31)
     ]
     assert np.all(np.isfinite(latency_s))
@@ -345,7 +346,7 @@ def check_range(estimate: Impact) -> None:
 @given(observations(NUM_EXPERTS), st.permutations(range(NUM_EXPERTS)))
 def test_properties_on_any_observation(obs: Observation, order: list[int]) -> None:
     """The loss is bounded by the requests on the expert, and the order of the experts does not matter."""
-    estimate, requests = estimate_of(obs), obs.requests
+    estimate, requests = jax.tree.map(np.asarray, (estimate_of(obs), obs.requests))
     check_range(estimate)
     assert np.all(estimate.qos <= obs.arrived.predicted_score)
     present = np.asarray(requests.running | requests.waiting)
@@ -367,8 +368,8 @@ def test_a_batch_of_observations_is_refused() -> None:
     wrong = obs.replace(arrived=obs.arrived.replace(predicted_score=jnp.zeros(1)))
     with pytest.raises(InputError, match=r"obs.arrived.predicted_score has shape \(1,\), must be \[N\] = \[2\]"):
         impact(wrong)
-    one_by_one = jax.vmap(impact)(batch)
-    np.testing.assert_array_equal(one_by_one.net[1], impact(obs).net)
+    one_by_one = jax.jit(jax.vmap(impact))(batch)
+    np.testing.assert_array_equal(one_by_one.net[1], estimate_of(obs).net)
 
 
 @pytest.mark.parametrize("limit_s", [0.0, 1e-9, 1e6])
@@ -476,7 +477,7 @@ def test_the_estimate_predicts_which_requests_are_in_time(runs: dict[str, list[R
     run = runs["round_robin"][0]
     trace = run.trace
     assert not run.replayed.log.dropped.any()
-    requests = Request(**{name: jnp.asarray(getattr(trace, name)) for name in Request.__dataclass_fields__})
+    requests = jax.tree.map(jnp.asarray, trace.requests)
     gaps_s = jnp.asarray(np.diff(trace.arrival_s, prepend=0.0), jnp.float32)
     start = empty_world(env.spec, params.experts)
     predicted = jax.lax.scan(estimate, start, (gaps_s, requests, jnp.asarray(run.assignment)))[1]

@@ -15,7 +15,7 @@ import pytest
 
 from qos_jax.evaluation.metrics import METRICS
 from qos_jax.programs.evaluate import _learning_curves as learning_curves
-from qos_jax.programs.world_flags import note_failed_requests
+from qos_jax.programs.world_flags import notes_on
 from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.run_folder import RunFolder, make_config
 from qos_jax.worlds.config import WorldConfig
@@ -98,6 +98,16 @@ class TestAFolderWithResults:
             message = f"{folder}/results.json is of another evaluation: give another --out, or --overwrite"
             assert_refused(program, capsys, message, *PLAIN, other, f"--out={folder}")
         assert (folder / "results.json").read_bytes() == before
+
+    def test_knows_other_files_of_the_same_name(self, results: dict[str, Any], tmp_path: pathlib.Path) -> None:
+        """Their contents count: two traces may have one name in two folders."""
+        assert json.loads((results["folder"] / "results.json").read_text())["config"]["inputs"] == {}
+        azure_trace(tmp_path / "t.csv")
+        world = WorldConfig(trace=str(tmp_path / "t.csv"))
+        before = world.inputs()
+        burstgpt_trace(tmp_path / "t.csv", failed=0)
+        assert set(before) == set(world.inputs()) == {"trace"}
+        assert before != world.inputs()
 
     @pytest.mark.slow
     def test_is_written_anew_by_the_same_evaluation_or_if_asked(
@@ -200,11 +210,25 @@ def test_a_recorded_trace_and_a_table_take_the_place_of_the_laws(program: Progra
 
 
 def test_failed_requests_of_a_trace_are_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def noted(trace: pathlib.Path) -> dict[str, int]:
+        world = WorldConfig(trace=str(trace))
+        return notes_on(world, *world.build())
+
     trace = burstgpt_trace(tmp_path / "t.csv", failed=10)
-    assert note_failed_requests(WorldConfig(trace=str(trace))) == {"trace_failed_requests": 10}
+    assert noted(trace) == {"trace_failed_requests": 10}
     assert capsys.readouterr().err == f"note: {trace}: 10 of 310 rows are failed requests and left out\n"
-    assert note_failed_requests(WorldConfig(trace=str(azure_trace(trace)))) == {}
+    assert noted(azure_trace(trace)) == {}
     assert not capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_results_are_written_before_they_are_printed(tmp_path: pathlib.Path) -> None:
+    """A reader of what is printed may have gone."""
+    command = [sys.executable, "-m", "qos_jax.programs", "evaluate", *PLAIN, f"--out={tmp_path / 'out'}"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
 BAD_ARGUMENTS = {
@@ -214,6 +238,9 @@ BAD_ARGUMENTS = {
     "preset": ("--preset=paper-9", "'paper-9'"),
     "load": ("--load=0.5,-1", "--load=0.5,-1"),
     "load in words": ("--load=high", "--load=high"),
+    "load without end": ("--load=1e308", "rate_per_s is inf"),
+    "rate that never ends": ("--rate=1e-50", "rate_per_s is 1e-50"),
+    "seeds of others": ("--first_seed=4294967296", "seed is 4294967296"),
     "load and rate": ("--load=0.5 --rate=3", "--load and --rate"),
     "arrivals": ("--arrivals=weekly", "'weekly'"),
     "arrivals and trace": ("--arrivals=poisson --trace={here}/azure.csv", "/azure.csv are both given"),

@@ -12,15 +12,16 @@ from absl.flags import FlagValues
 
 from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.overrides import leaves
-from qos_jax.fleet.profiles import ENGINES
+from qos_jax.fleet.engines import ENGINES
 from qos_jax.predictor.fitting import FineTuning
 from qos_jax.programs import choices
 from qos_jax.programs.app import run_program
 from qos_jax.programs.main import PROGRAMS, flags_reference
 from qos_jax.programs.studies import BUDGETS, STUDIES
 from qos_jax.routers import PLANNERS, router_names
+from qos_jax.sim.constants import OBSERVE
 from qos_jax.training.config import RANDOMISED
-from qos_jax.workload.traces import COLUMNS
+from qos_jax.workload.trace_files import COLUMNS
 from qos_jax.worlds.presets import PRESETS, make
 
 HEAVY = ("jax", "flax", "optax", "orbax", "matplotlib", "tokenizers", "tensorboardX", "jraph", "scipy", "numpy")
@@ -35,6 +36,7 @@ def test_names_in_the_help_are_those_that_are_known() -> None:
     singles = {f"expert_{i}" for i in range(3)}
     assert set(choices.PRESETS) == set(PRESETS)
     assert set(choices.ENGINES) == set(ENGINES)
+    assert choices.OBSERVE == OBSERVE
     assert set(choices.AGENTS) == set(AGENTS)
     assert set(choices.ROUTERS) == {*router_names(env), *PLANNERS} - singles
     assert set(choices.RANDOMISED) == set(RANDOMISED)

@@ -6,17 +6,18 @@ import html.parser
 import json
 import pathlib
 import re
-import shutil
 import subprocess
 
 import pytest
 
+from qos_jax import InputError
 from qos_jax.programs import reproduce, studies
 from qos_jax.programs.studies import Budget, Study, World
+from tests.helpers.browser import BROWSER_FLAGS, CHROMIUM
 from tests.helpers.programs import program_of
 
 _ROUNDING = 1e-6  # of float32 metrics
-BUDGET = Budget(requests=40, seeds=2, steps=1, training_seeds=1, ends_only=False)
+BUDGET = Budget(requests=40, seeds=2, most_steps=1, most_training_seeds=1, ends_only=False)
 SMALL = Study(
     "Small",
     "Which of two is better?",
@@ -25,11 +26,6 @@ SMALL = Study(
     routers=("shortest_queue", "round_robin"),
     hindsight=True,
 )
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-BROWSER_FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--dump-dom",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +50,7 @@ def small(monkeypatch):
     monkeypatch.setitem(studies.BUDGETS, "quick", BUDGET)
 
 
+@pytest.mark.slow
 def test_a_study_is_written_in_every_form(made):
     study = json.loads((made / "small.json").read_text())
     assert {row["world"] for row in study["rows"]} == {"Poisson", "bursts"}
@@ -62,6 +59,7 @@ def test_a_study_is_written_in_every_form(made):
     assert (made / "small.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_nobody_beats_the_plan_and_the_plan_not_the_bound(made):
     rows = json.loads((made / "small.json").read_text())["rows"]
     for world, seed in {(row["world"], row["seed"]) for row in rows}:
@@ -70,6 +68,7 @@ def test_nobody_beats_the_plan_and_the_plan_not_the_bound(made):
         assert qos["hindsight_plan"] <= qos["upper_bound"] + _ROUNDING
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again_but_what_is_missing_is(made, small, program):
     kept, lost = sorted((made / "cells").iterdir())
     before, content = kept.stat().st_mtime_ns, lost.read_bytes()
@@ -79,6 +78,7 @@ def test_what_is_there_is_not_made_again_but_what_is_missing_is(made, small, pro
     assert json.loads(lost.read_text())["rows"] == json.loads(content)["rows"]
 
 
+@pytest.mark.slow
 def test_a_damaged_cell_is_named(made, small, program, capsys):
     cell = min((made / "cells").iterdir())
     content = cell.read_bytes()
@@ -86,6 +86,25 @@ def test_a_damaged_cell_is_named(made, small, program, capsys):
     assert program("--figure=small", "--budget=quick", f"--out={made}") == 2
     assert str(cell) in capsys.readouterr().err
     cell.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1]",
+        b"5",
+        b"{}",
+        b"\xff",
+        b"[" * 5000,
+        b'{"asked": {}, "rows": 5}',
+        b'{"asked": {}, "rows": [5]}',
+        b'{"rows": []}',
+    ],
+)
+def test_a_cell_that_is_none_is_refused_with_its_path(content, tmp_path):
+    (tmp_path / "cell.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"cell\.json.*; delete the file, which is damaged"):
+        reproduce._read(tmp_path / "cell.json")
 
 
 def test_an_unknown_study_is_refused(program, capsys, tmp_path):
@@ -110,6 +129,7 @@ class _Title(html.parser.HTMLParser):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.slow
 def test_the_page_fits_a_browser_and_raises_no_error_there(made, tmp_path, width):
     script = "<script>document.body.dataset.width = document.documentElement.scrollWidth</script></body>"
     page = tmp_path / "page.html"

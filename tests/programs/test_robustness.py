@@ -11,7 +11,12 @@ import pytest
 
 from tests.helpers.programs import assert_refused, program_of
 
-PLAIN = ("--preset=paper-3", "--routers=round_robin,shortest_queue,oracle_score", "--load=0.9", "--requests=100")
+PLAIN = (
+    "--fleet=qos_jax/worlds/fleets/paper-3.toml",
+    "--routers=round_robin,shortest_queue,oracle_score",
+    "--load=0.9",
+    "--requests=100",
+)
 
 
 def mean_of(rows: list[dict[str, Any]], world: str, name: str) -> float:

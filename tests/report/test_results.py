@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from qos_jax.evaluation import metrics
 from qos_jax.io import provenance
 from qos_jax.report import plots, results, summary_table
 from qos_jax.report.style import COLUMN, FULL, Width
+from tests.helpers.browser import BROWSER_FLAGS, CHROMIUM
 from tests.helpers.small_runs import KINDS, LOADS, SEEDS, runs, runs_at
 
 COMMAND = "qos-jax evaluate --name='<b>&'"
@@ -55,11 +55,6 @@ STRANGE_NAMES = {
     "long in bytes": 120 * "ä",
     "two lines": "new\nline",
 }
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-BROWSER_FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--dump-dom",
-)  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
@@ -232,6 +227,19 @@ class TestFiles:
 
         results.write_report(tmp_path, small_results(), {"one": draw})
         assert found == ["results.json", "summary.csv", "summary.tex"]
+
+    def test_pictures_that_cannot_be_listed_or_written_are_a_warning(self, tmp_path: pathlib.Path, capsys) -> None:
+        (tmp_path / "one.png").mkdir()
+        results.write_report(tmp_path, small_results(), {"one": figure(), "two": figure()})
+        assert (tmp_path / "two.png").exists()
+
+        def no_figures() -> dict[str, Figure]:
+            raise ZeroDivisionError("no data")
+
+        results.write_report(tmp_path, small_results(), no_figures)
+        one, none = capsys.readouterr().err.splitlines()
+        assert one.startswith(f"warning: the picture one is left out: {tmp_path}/one.png")
+        assert none == "warning: the pictures are left out: ZeroDivisionError: no data"
 
     def test_ctrl_c_while_pictures_are_drawn_says_what_is_written(self, tmp_path: pathlib.Path, capsys) -> None:
         def draw() -> Figure:

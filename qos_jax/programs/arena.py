@@ -1,0 +1,121 @@
+"""Judges routers by one rule in several worlds.
+
+qos-jax arena --trained=runs/trained --out=runs/arena
+
+All routers get the same requests and observe what a proxy in front of the engines can know, whose counts are up to
+``--scrape`` seconds old; oracles are told the truth about requests on top. A router of your own takes part under
+--routers=arena,package.module:factory, a trained one under --trained.
+
+Written are the page arena.md, arena.csv with a line for each world, view, router, load and seed, and arena.json, which
+holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and view its ``world``, ``flags``
+and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl.flags import FlagValues
+
+from qos_jax.errors import InputError
+from qos_jax.evaluation.evaluate import evaluate, scenarios
+from qos_jax.io.files import csv_text, writable_folder, write_whole
+from qos_jax.io.provenance import command_of, made_by, plain, write_result
+from qos_jax.programs import choices
+from qos_jax.programs.progress_bar import ProgressBar
+from qos_jax.programs.router_flags import check_held_out, routers_named
+from qos_jax.programs.world_flags import import_plugins, notes_on, numbers, world_of_text
+from qos_jax.report.arena_page import REFERENCE, arena_markdown
+from qos_jax.report.gains import paired_gains
+from qos_jax.routers import VARIANTS, Router
+from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.training.run_folder import CONFIG
+
+_METRICS = ("qos", "score", "violation_rate", "drop_rate", "latency_per_token_s", "ttft_s", "energy_j_per_request")
+
+
+def main(values: FlagValues) -> None:
+    """Judges the routers in every world, and writes the tables."""
+    import_plugins(values, values.routers)
+    worlds, scrapes_s, loads = _worlds(values), numbers("scrape", values.scrape), numbers("load", values.load)
+    seeds = list(range(values.first_seed, values.first_seed + values.seeds))
+    runs = {name: _trained(values.trained, name) for name in worlds}
+    for asked in ([*values.routers, *trained] for trained in runs.values()):
+        check_held_out(asked, values.first_seed, seeds)
+    chosen = {
+        name: world_of_text(f"--world={name}", f"{text} --observe=proxy --scrape={scrapes_s[0]}")
+        for name, text in worlds.items()
+    }
+    built = {name: world.build() for name, world in chosen.items()}
+    for name, world in chosen.items():
+        notes_on(world, *built[name])
+    routers = {
+        name: _routers([*values.routers, *runs[name]], *each, refusing=values.refusing) for name, each in built.items()
+    }
+    folder, tables = writable_folder(values.out), list[dict[str, Any]]()
+    warmup = int(values.warmup * values.requests)
+    with ProgressBar(len(worlds) * len(scrapes_s), "table", f"{len(worlds)} worlds; compiles") as bar:
+        for name, text in worlds.items():
+            env, params = built[name]
+            for scrape_s in scrapes_s:
+                seen = params.replace(scrape_s=params.scrape_s * 0 + scrape_s)
+                judged = evaluate(
+                    env, seen, routers[name], scenarios(seen, loads, seeds), values.requests, warmup=warmup
+                )
+                rows = [
+                    {"router": run.router.name, "kind": run.router.kind, "load": run.scenario.load}
+                    | {"rate_per_s": run.scenario.rate_per_s, "seed": run.scenario.seed}
+                    | {metric: run.metrics[metric] for metric in _METRICS}
+                    for run in judged
+                ]
+                gains = [gain for gain in paired_gains(rows) if gain["reference"] == REFERENCE]
+                tables.append({"world": name, "flags": text, "scrape_s": scrape_s, "gains": gains, "rows": rows})
+                bar.update(len(tables), doing=name)
+    config = {"loads": loads, "seeds": seeds, "requests": values.requests, "warmup": warmup}
+    found = plain({"config": config, "tables": tables} | made_by(command_of("arena")))
+    write_result(folder / "arena.json", found)
+    lines = [{"world": each["world"], "scrape_s": each["scrape_s"]} | row for each in tables for row in each["rows"]]
+    write_whole(folder / "arena.csv", csv_text(lines))
+    write_whole(folder / "arena.md", page := arena_markdown(found))
+    print(page)
+    print(f"written: {folder / 'arena.md'}")
+
+
+def _worlds(values: FlagValues) -> dict[str, str]:
+    """Returns the flags of each world by its name.
+
+    Raises:
+      InputError: a name is unknown or there twice, or a world of the user's has no name.
+    """
+    if unknown := [name for name in values.worlds if name not in choices.ARENA_WORLDS]:
+        raise InputError(f"--worlds={unknown[0]}: choose some of {', '.join(choices.ARENA_WORLDS)}")
+    worlds = {name: choices.ARENA_WORLDS[name] for name in values.worlds}
+    for text in values.world:
+        name, colon, rest = text.partition(":")
+        if not colon or not name.strip() or name.strip() in worlds:
+            raise InputError(f"--world={text}: give NAME: FLAGS with a name of its own")
+        worlds[name.strip()] = rest.strip()
+        world_of_text(f"--world={name.strip()}", rest)
+    if not worlds:
+        raise InputError("--worlds= names none; give one of them, or a --world")
+    return worlds
+
+
+def _trained(folder: str | None, world: str) -> list[str]:
+    """Returns the folder of the run that was trained for a world, if there is one."""
+    if folder is None:
+        return []
+    path = pathlib.Path(folder) / world
+    return [str(path)] if (path / CONFIG).exists() else []
+
+
+def _routers(texts: Sequence[str], env: Environment, params: EnvParams, *, refusing: bool) -> list[Router]:
+    routers = routers_named(texts, env, params)
+    if REFERENCE not in [router.name for router in routers]:
+        routers += routers_named([REFERENCE], env, params)
+    if not refusing:
+        return routers
+    varied = [router for router in routers if router.kind != "oracle" and "+" not in router.name]
+    return [*routers, *(change(router) for change in VARIANTS.values() for router in varied)]

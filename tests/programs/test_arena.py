@@ -1,0 +1,51 @@
+"""The arena: every router in every world under one rule, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from tests.helpers.programs import assert_refused, program_of
+
+WORLD = "two: --experts=alpaca-native@A40,koala-7B-HF@A40"
+
+
+@pytest.mark.slow
+def test_all_meet_the_same_requests(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routers = "--routers=round_robin,shortest_queue,oracle_impact"
+    small = ("--requests=120", "--seeds=3", "--load=0.9", "--scrape=0.1,5")
+    assert program_of("arena")("--worlds=", f"--world={WORLD}", routers, *small, f"--out={tmp_path}") == 0
+    found = json.loads((tmp_path / "arena.json").read_text())
+    assert [(each["world"], each["scrape_s"]) for each in found["tables"]] == [("two", 0.1), ("two", 5.0)]
+    names = {"round_robin", "shortest_queue", "impact_greedy"}
+    varied = {f"{name}{rule}" for name in names for rule in ("+admission", "+no_drop")}
+    for table in found["tables"]:
+        assert {row["router"] for row in table["rows"]} == names | varied | {"oracle_impact"}
+        dropped = {row["router"]: row["drop_rate"] for row in table["rows"]}
+        assert dropped["impact_greedy+no_drop"] <= dropped["impact_greedy"]
+        rates = {row["rate_per_s"] for row in table["rows"]}
+        assert len(rates) == 1
+        assert {gain["against"] for gain in table["gains"]} == {"impact_greedy"}
+    page = (tmp_path / "arena.md").read_text()
+    assert "## two, metrics read every 5 s" in page
+    assert page in capsys.readouterr().out
+    assert (tmp_path / "arena.csv").read_text().count("\n") == 1 + 2 * 3 * 10
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--worlds=mars", "--worlds=mars: choose some of paper-3"),
+        ("--world=--preset=paper-3", "--world=--preset=paper-3: give NAME: FLAGS"),
+        ("--world=mine: --engine=tgi", "--world=mine: "),
+        ("--world=paper-3: --preset=paper-6", "give NAME: FLAGS with a name of its own"),
+        ("--scrape=0", "--scrape=0: give numbers above 0"),
+        ("--routers=fastest", "router 'fastest' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line(
+    flag: str, message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(program_of("arena"), capsys, message, "--worlds=paper-3", flag, f"--out={tmp_path}")
