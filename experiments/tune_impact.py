@@ -9,6 +9,7 @@ Evaluations use the seeds from 1000 on, so they are independent of the tuning.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,9 @@ def main(values: flags.FlagValues) -> None:
     """Prints the mean QoS of each setting by preset, and the best setting over all presets."""
     settings = list(itertools.product(values.widths_ms, values.prices, values.temperatures))
     routers = [_router(setting, _ORACLE if values.oracle else {}) for setting in settings]
-    totals = np.zeros(len(settings))
+    totals, loads = np.zeros(len(settings)), numbers("load", values.load)
     for preset in values.presets:
-        qos = _mean_qos(preset, routers, values)
+        qos = mean_qos(preset, routers, loads, values.seeds, values.requests, values.staleness)
         totals += qos.mean(-1) / len(values.presets)
         print(f"{preset}: mean QoS at loads {', '.join(values.load)}, and their mean")
         for setting, row in zip(settings, qos, strict=True):
@@ -62,13 +63,14 @@ def _router(setting: Setting, fields: dict[str, Any]) -> Router:
     return impact_greedy("/".join(setting), width_s=width_ms / 1e3, price=price, temperature=temperature, **fields)
 
 
-def _mean_qos(preset: str, routers: list[Router], values: flags.FlagValues) -> np.ndarray:
-    """Returns the QoS [routers, loads], the mean over seeds."""
-    env, params = make(preset, load=1.0, staleness_s=values.staleness)
-    loads = numbers("load", values.load)
-    training = scenarios(params, loads, range(values.seeds))
-    runs = evaluate(env, params, routers, training, values.requests, warmup=values.requests // 10)
-    return np.array([run.metrics["qos"] for run in runs]).reshape(len(routers), len(loads), values.seeds).mean(-1)
+def mean_qos(
+    preset: str, routers: Sequence[Router], loads: Sequence[float], seeds: int, requests: int, staleness_s: float = 0.0
+) -> np.ndarray:
+    """Returns the QoS [routers, loads], the mean over the first training seeds."""
+    env, params = make(preset, load=1.0, staleness_s=staleness_s)
+    training = scenarios(params, loads, range(seeds))
+    runs = evaluate(env, params, routers, training, requests, warmup=requests // 10)
+    return np.array([run.metrics["qos"] for run in runs]).reshape(len(routers), len(loads), seeds).mean(-1)
 
 
 def _text(setting: Setting) -> str:

@@ -1,4 +1,4 @@
-"""The suite ``pytorch``: the agent ``sac`` of this package against the same agent in PyTorch.
+"""The suite ``pytorch``: the agent ``sac_td0`` of this package against the same agent in PyTorch.
 
 Both learn in the same simulator from the same graph, with networks of one shape and the same number of gradient steps.
 The PyTorch agent gets its observations from the gymnasium adapter, as any other library would. Its graph attention is
@@ -27,7 +27,7 @@ except ImportError as error:
 
 _PRESETS = ("paper-3", "edge-8")
 _LOAD = 0.9
-_CHUNKS = 4  # that are timed; each has the requests and gradient steps of a chunk of ``sac``
+_CHUNKS = 4  # that are timed; each has the requests and gradient steps of a chunk of ``sac_td0``
 _MASKED = -1e9
 
 Batch = dict[str, Tensor]
@@ -35,9 +35,9 @@ Batch = dict[str, Tensor]
 
 def rows() -> Iterator[dict[str, Any]]:
     """Measures both on each preset; ``times_torch`` is the ratio of their steps per second."""
-    config = AGENTS["sac"]
+    config = AGENTS["sac_td0"]
     for preset in _PRESETS:
-        jax_row = training.learner_row(preset, "sac")
+        jax_row = training.learner_row(preset, "sac_td0")
         torch_row = _torch_row(preset, config)
         jax_row["updates_per_s"] = jax_row["steps_per_s"] * config.updates / (config.num_envs * config.chunk)
         jax_row["times_torch"] = jax_row["steps_per_s"] / torch_row["steps_per_s"]
@@ -53,7 +53,7 @@ def _torch_row(preset: str, config: AgentConfig) -> dict[str, Any]:
     acting_s = sum(trainer.chunk() for _ in range(_CHUNKS))
     spent_s = time.perf_counter() - start
     return {
-        "case": f"train sac in torch {torch.__version__} on {preset}",
+        "case": f"train sac_td0 in torch {torch.__version__} on {preset}",
         "steps_per_s": _CHUNKS * config.chunk * config.num_envs / spent_s,
         "updates_per_s": _CHUNKS * config.updates / spent_s,
         "share_of_acting": acting_s / spent_s,

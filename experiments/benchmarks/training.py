@@ -30,6 +30,8 @@ _LEARNERS = (
     ("paper-3", "mvr"),
     ("paper-3", "mvr_no_graph"),
     ("paper-3", "sac"),
+    ("edge-8", "sac"),
+    ("paper-3", "sac_td0"),
     ("paper-3", "paper"),
     ("edge-8", "mvr"),
 )

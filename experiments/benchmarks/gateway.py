@@ -1,0 +1,208 @@
+"""The suites ``gateway`` and ``decision``: what the gateway adds to the way to an engine, and how long it decides.
+
+Three processes run on this machine: fake engines that answer at a steady pace, the gateway, and clients that send
+requests at random times. A request tells when it was sent, and so does each piece of an answer, by the one clock of the
+machine. What the gateway adds is the time on both ways to the first token, less that of requests that went straight to
+the engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from qos_jax.gateway.app import make_app
+from qos_jax.gateway.core import Gateway
+from qos_jax.gateway.decision import AVAILABLE, NUM_EXPERT_ROWS, TOKENS, Decider, program_of
+from qos_jax.gateway.fake_engine import FakeEngine, many
+from qos_jax.gateway.fleet import Backend
+from qos_jax.gateway.ledger import ARRIVAL, LIMIT, LIVE, NUM_COLUMNS, PROMPT
+from qos_jax.gateway.ledger import TOKENS as PREDICTED
+from qos_jax.gateway.level import Level
+from qos_jax.gateway.serve import fast_loop, listener
+from qos_jax.gateway.settings import Settings
+from qos_jax.routers import Router, make_router
+from qos_jax.sim.types import ExpertProfile
+from qos_jax.worlds.presets import make
+
+_NUM_ENGINES, _TOKENS, _STEP_S = 4, 12, 0.05
+_RATE_PER_S = float(os.environ.get("GATEWAY_RATE", 300))  # at 12 tokens of 50 ms, 180 to 200 streams are open
+_MEMORY_ROWS = 5  # readings of the memory over a run
+_DECISIONS = 2000
+
+
+def rows(num_requests: int) -> Iterator[dict[str, Any]]:
+    """Measures requests through the gateway, and as many straight to the engines.
+
+    Args:
+      num_requests: of each.
+    """
+    with _Process("engines") as engines, _Process("gateway", engines.port) as gateway:
+        straight = asyncio.run(_clients([f"/{i}" for i in range(_NUM_ENGINES)], engines.port, num_requests, []))
+        readings: list[int] = []
+        before_s = gateway.cpu_s
+        through = asyncio.run(_clients([""], gateway.port, num_requests, readings, gateway.pid))
+        cpu_s = gateway.cpu_s - before_s
+    for case, found in (("straight", straight), ("through the gateway", through)):
+        yield {"case": case, "requests": found["ok"], "failed": found["failed"], "streams": found["streams"],
+               **_quantiles(found["way_s"])}  # fmt: skip
+    added = {name: _quantiles(through["way_s"])[name] - value for name, value in _quantiles(straight["way_s"]).items()}
+    first, last = readings[1], readings[-1]  # the first reading is before the first request
+    memory = {"memory_mb": last / 2**20, "growth_kb_per_1000": (last - first) / 1024 / (num_requests / 1000)}
+    yield {"case": "added by the gateway", **added, "cpu_ms_per_request": 1e3 * cpu_s / num_requests, **memory}
+
+
+def decisions() -> Iterator[dict[str, Any]]:
+    """Measures decisions with 8 experts and 32 requests on each."""
+    env, params = make("edge-8", rate_per_s=50.0)
+    for name in ("round_robin", "impact_greedy"):
+        yield {"case": name, **decision_ms(make_router(name, env, params), params.experts, env.spec.engine.slots)}
+
+
+def decision_ms(router: Router, profile: ExpertProfile, slots: int, requests: int = 32) -> dict[str, float]:
+    """Returns quantiles of the time of a decision, in ms, with so many requests on each expert."""
+    decider = Decider(program_of(router, profile, slots))
+    num_experts = decider.num_experts
+    ledger = np.zeros((NUM_COLUMNS, num_experts, slots))
+    ledger[:, :, :requests] = 1.0
+    ledger[[LIVE, PROMPT, ARRIVAL, LIMIT, PREDICTED], :, :requests] = np.array([1, 100, 2, 0.05, 200])[:, None, None]
+    experts = np.zeros((NUM_EXPERT_ROWS, num_experts))
+    experts[AVAILABLE], experts[TOKENS] = 1, 200
+    times_s = []
+    for _ in range(_DECISIONS):
+        started_s = time.perf_counter()
+        decider.decide(ledger, experts, prompt_tokens=100, limit_s=0.05, may_drop=True, rates_per_s=np.ones(3))
+        times_s.append(time.perf_counter() - started_s)
+    return _quantiles(times_s)
+
+
+def _quantiles(times_s: list[float]) -> dict[str, float]:
+    return {f"p{q}_ms": float(1e3 * np.quantile(times_s, q / 100)) for q in (50, 90, 99)}
+
+
+class _Process:
+    """One of the processes, from its first to its last moment."""
+
+    def __init__(self, role: str, *arguments: Any) -> None:
+        self._command = [sys.executable, "-m", "experiments.benchmarks.gateway", role, *map(str, arguments)]
+
+    def __enter__(self) -> _Process:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._process.stdout is not None
+        self.pid, self.port = self._process.pid, int(self._process.stdout.readline())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time that it has used."""
+        fields = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / 100
+
+
+def _resident_bytes(pid: int) -> int:
+    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+async def _clients(
+    prefixes: list[str], port: int, num_requests: int, readings: list[int], pid: int | None = None
+) -> dict[str, Any]:
+    """Sends requests at random times, each on a connection of its own, and returns what came of them."""
+    lot, loop = random.Random(0), asyncio.get_running_loop()
+    found: dict[str, Any] = {"way_s": [], "failed": 0, "open": 0, "streams": 0, "ok": 0}
+    due_s, tasks = loop.time(), set()
+    for number in range(num_requests):
+        if pid is not None and number % (num_requests // _MEMORY_ROWS) == 0:
+            readings.append(_resident_bytes(pid))
+        due_s += lot.expovariate(_RATE_PER_S)
+        await asyncio.sleep(max(due_s - loop.time(), 0))
+        tasks.add(task := asyncio.create_task(_client(prefixes[number % len(prefixes)], port, found)))
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+    if pid is not None:
+        readings.append(_resident_bytes(pid))
+    return found
+
+
+async def _client(prefix: str, port: int, found: dict[str, Any]) -> None:
+    """Sends one request; a client that did all of HTTP would take more of the machine than the gateway."""
+    found["open"] += 1
+    found["streams"] = max(found["streams"], found["open"])
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        value = {"model": "auto", "prompt": "tell me a story " * 8, "max_tokens": _TOKENS, "stream": True}
+        body = json.dumps(value | {"user": str(time.monotonic())})
+        head = f"POST {prefix}/v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}"
+        writer.write(f"{head}\r\n\r\n{body}".encode())
+        content, way_s = b"", None
+        while piece := await reader.read(65536):
+            content += piece
+            if way_s is None and b'"sent_s": ' in content and content.endswith(b"\n\r\n"):
+                event = json.loads(content[content.index(b"data: ") + 6 :].split(b"\n")[0])
+                way_s = event["there_s"] + time.monotonic() - event["sent_s"]
+        writer.close()
+    except OSError:
+        content, way_s = b"", None
+    found["open"] -= 1
+    if way_s is None or b"[DONE]" not in content:
+        found["failed"] += 1
+    else:
+        found["ok"] += 1
+        found["way_s"].append(way_s)
+
+
+def _profile() -> ExpertProfile:
+    fields = {"step_base_s": _STEP_S, "prefill_base_s": 0.0, "prefill_per_token_s": 0.0, "per_sequence_s": 0.0,
+              "per_kv_token_s": 0.0, "kv_blocks": 100_000, "max_running": 96, "max_waiting": 64}  # fmt: skip
+    kinds = {"kv_blocks": np.int32, "max_running": np.int32, "max_waiting": np.int32}
+    arrays: dict[str, Any] = {
+        name: np.full(_NUM_ENGINES, value, kinds.get(name, np.float32)) for name, value in fields.items()
+    }
+    return ExpertProfile(**arrays)
+
+
+async def _serve(app: Any) -> None:
+    """Serves for ever on a free port, which is printed."""
+    server = listener(app, "127.0.0.1", 0, Settings())
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    print(server.port, flush=True)
+    await task
+
+
+def _run(work: Any) -> None:
+    with asyncio.Runner(loop_factory=fast_loop()) as runner:
+        runner.run(work)
+
+
+def _engines() -> None:
+    engines = [FakeEngine(f"m{i}", _profile(), i, stamps=True) for i in range(_NUM_ENGINES)]
+    _run(_serve(many(engines)))
+
+
+def _gateway(port: str) -> None:
+    backends = [Backend(f"e{i}", f"http://127.0.0.1:{port}/{i}", "vllm", f"m{i}") for i in range(_NUM_ENGINES)]
+    env, params = make("paper-3", rate_per_s=1.0)
+    decider = Decider(
+        program_of(make_router("impact_greedy", env, params), jax.tree.map(np.asarray, _profile()), slots=160)
+    )
+    _run(_serve(make_app(Gateway(backends, [decider], Settings(level=Level(latency_per_token_s=0.2))))))
+
+
+if __name__ == "__main__":
+    _engines() if sys.argv[1] == "engines" else _gateway(sys.argv[2])
