@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: run test slow docs reproduce newest vllm coverage lint format types lock licences clean
+.PHONY: run test slow gateway docs reproduce newest vllm coverage lint format types lock licences clean
 
 # Trains a router by the recipe of paper-3, or goes on with it, and compares it with the heuristics. More optimisation
 # takes longer to compile than it saves.
@@ -23,6 +23,10 @@ test: .venv/installed
 
 slow: .venv/installed-sb3 .venv/installed-minilm .venv/installed-gymnax
 	$(PYTEST) -m slow
+
+# The gateway before three real engines of llama.cpp, with models of random weights.
+gateway: .venv/installed-gateway
+	.venv/bin/python -m pytest -m slow tests/gateway tests/programs/test_gateway.py
 
 # The documentation as a site in build/site; warnings are errors. After `make slow` it shows the executed notebooks.
 docs: .venv/installed-docs
@@ -74,6 +78,10 @@ types: .venv/installed
 
 .venv/installed-sb3: .venv/installed requirements-sb3.lock
 	$(PIP) install --requirement requirements-sb3.lock
+	touch $@
+
+.venv/installed-gateway: .venv/installed requirements-gateway.lock
+	$(PIP) install --no-deps --requirement requirements-gateway.lock
 	touch $@
 
 .venv/installed-docs: .venv/installed requirements-docs.lock

@@ -5,6 +5,14 @@ import pathlib
 from setuptools import find_packages, setup
 
 GYM = ["gymnasium>=1.1"]
+GATEWAY = [
+    "flatbuffers>=24.3",
+    "httpx>=0.28",
+    "prometheus-client>=0.22",
+    "starlette>=0.50",
+    "tomlkit>=0.13",
+    "uvicorn>=0.38",
+]
 DOCS = ["latex2mathml>=3.77", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbconvert>=7.16", "nbformat>=5.10"]
 
@@ -18,7 +26,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["qos_jax", "qos_jax.*"]),
-    package_data={"qos_jax": ["py.typed"], "qos_jax.fleet": ["measured/*.json"]},
+    package_data={
+        "qos_jax": ["py.typed"],
+        "qos_jax.fleet": ["data/*.csv", "measured/*.json"],
+        "qos_jax.gateway": ["page.html"],
+        "qos_jax.report": ["*.html"],
+        "qos_jax.training": ["pretrained/**/*"],
+        "qos_jax.worlds": ["fleets/*.toml"],
+    },
     entry_points={"console_scripts": ["qos-jax = qos_jax.programs.main:main"]},
     install_requires=[
         "absl-py>=2.3.1",
@@ -38,10 +53,12 @@ setup(
     ],
     extras_require={
         "gym": GYM,
+        "gateway": GATEWAY,
         "notebooks": NOTEBOOKS,
         "docs": DOCS,
         "dev": [
             *GYM,
+            *GATEWAY,
             *NOTEBOOKS,
             "hypothesis>=6.100",
             "mypy>=1.18.1",
