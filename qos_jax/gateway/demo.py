@@ -66,8 +66,9 @@ async def demo(
         yield gateway, server
     finally:
         clients.cancel()
+        await asyncio.wait([clients])  # their connections are closed before the engines drop theirs
         behind.should_exit = behind.force_exit = True
-        await asyncio.gather(clients, serving, return_exceptions=True)
+        await asyncio.wait([serving])
 
 
 async def _clients(server: Listener, settings: Settings, rate_per_s: float) -> None:

@@ -302,5 +302,6 @@ def define_reproduce(values: FlagValues) -> None:
     group = FlagGroup(values, "Studies")
     group.texts("figure", ["all"], f"Studies to make: all, or some of {_listed(choices.STUDIES)}.")
     group.choice("budget", "quick", choices.BUDGETS, "How much is spent on each.")
+    group.texts("presets", ["all"], "Only the worlds of these presets, so that several machines can share a study.")
     group.integer("jobs", 1, "Training runs at a time; each needs its own memory.", 1, 64)
     group.string("out", "runs/reproduce", "Folder for runs, cells, tables, pictures and page.")

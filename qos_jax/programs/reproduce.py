@@ -2,6 +2,7 @@
 
 qos-jax reproduce --figure=all --budget=full --out=runs/reproduce
 qos-jax reproduce --figure=load,staleness --budget=quick --out=runs/quick
+qos-jax reproduce --figure=load --presets=edge-8 --budget=full --out=runs/edge-8
 
 ``qos_jax.programs.studies`` lists the studies. Below --out, ``runs`` holds trained routers and ``cells`` the results
 of each world. Every study is written as json, csv, md and png as soon as it is done; ``index.html`` holds them all.
@@ -61,8 +62,9 @@ def main(values: FlagValues) -> None:
     names = list(STUDIES) if values.figure == ["all"] else list(dict.fromkeys(values.figure))
     if unknown := [name for name in names if name not in STUDIES]:
         raise InputError(f"--figure={unknown[0]}: choose all, or some of {', '.join(STUDIES)}")
-    maker = _Maker(writable_folder(values.out), values.budget)
-    work = {name: maker.worlds(name) for name in names}
+    only = _presets(values.presets, names)
+    maker = _Maker(writable_folder(values.out), values.budget, only)
+    work = {name: worlds for name in names if (worlds := maker.worlds(name))}
     runs = list(dict.fromkeys(run for worlds in work.values() for world in worlds for run in maker.runs(world)))
     results = []
     with ProgressBar(len(runs) + sum(map(len, work.values())), "task", "trains") as bar:
@@ -82,15 +84,17 @@ def main(values: FlagValues) -> None:
 class _Maker:
     """Makes runs, cells and studies in a folder, each once."""
 
-    def __init__(self, folder: pathlib.Path, budget: str) -> None:
+    def __init__(self, folder: pathlib.Path, budget: str, only: Sequence[str] = ()) -> None:
         self.folder, self.budget, self.budget_name = folder, BUDGETS[budget], budget
+        self.only = only  # presets whose worlds are made; all if empty
         self.pictures: dict[str, Picture | None] = {}
         self.known: dict[tuple[Any, ...], Router] = {}  # routers by name and world, so that they compile once
 
     def worlds(self, study: str) -> list[World]:
         """Returns the worlds of a study that the budget and the data at hand allow."""
-        there = [world for world in STUDIES[study].worlds if world.trace is None or _DATA in os.environ]
-        if len(there) < len(STUDIES[study].worlds):
+        asked = [world for world in STUDIES[study].worlds if not self.only or world.preset in self.only]
+        there = [world for world in asked if world.trace is None or _DATA in os.environ]
+        if len(there) < len(asked):
             print(f"{study}: worlds with measured arrivals are left out, as {_DATA} is not set", file=sys.stderr)
         return _ends(there) if self.budget.ends_only else there
 
@@ -193,7 +197,8 @@ class _Maker:
         return steps if most is None else min(steps, most)
 
     def _command(self, figure: str) -> str:
-        return f"qos-jax reproduce --figure={figure} --budget={self.budget_name}"
+        only = f" --presets={','.join(self.only)}" if self.only else ""
+        return f"qos-jax reproduce --figure={figure} --budget={self.budget_name}{only}"
 
 
 def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[RouterRun]) -> Iterator[dict[str, Any]]:
@@ -218,6 +223,14 @@ def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[RouterRu
                 yield {
                     "router": name, "kind": "oracle", "training_seed": 0, **dataclasses.asdict(scenario), **values
                 }  # fmt: skip
+
+
+def _presets(names: Sequence[str], figures: Sequence[str]) -> list[str]:
+    """Returns the presets that are asked for, of which the studies have worlds; none if all are asked for."""
+    there = dict.fromkeys(world.preset for figure in figures for world in STUDIES[figure].worlds)
+    if unknown := [name for name in names if name != "all" and name not in there]:
+        raise InputError(f"--presets={unknown[0]}: choose all, or some of {', '.join(there)}")
+    return [] if "all" in names else list(names)
 
 
 def _asked(study: Study) -> dict[str, Any]:

@@ -112,6 +112,21 @@ def test_an_unknown_study_is_refused(program, capsys, tmp_path):
     assert "--figure=nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("preset", ["nothing", "edge-64"])
+def test_a_preset_without_a_world_is_refused(program, capsys, tmp_path, preset):
+    assert program("--figure=load", f"--presets={preset}", f"--out={tmp_path}/new") == 2
+    assert f"--presets={preset}: choose all, or some of paper-3, paper-6, edge-8" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_study_may_be_of_some_presets_only(tmp_path):
+    """So that each of several machines makes a part; whoever has all parts in one folder makes the whole of them."""
+    presets = ("paper-3", "paper-6", "edge-8")
+    parts = [reproduce._Maker(tmp_path, "full", [preset]).worlds("load") for preset in presets]
+    assert [[world.preset for world in part] for part in parts] == [[preset] for preset in presets]
+    assert [world for part in parts for world in part] == reproduce._Maker(tmp_path, "full").worlds("load")
+
+
 def test_every_study_names_what_there_is():
     for study in studies.STUDIES.values():
         for world in study.worlds:
