@@ -64,10 +64,14 @@ def train(
     """
     if isinstance(world, str):
         world = WorldConfig(world)
+    if not isinstance(world, WorldConfig) and not _is_environment(world):
+        raise InputError(f"world is {world!r:.80}, must be the name of a preset, a WorldConfig, or (env, params)")
     if recipe is None:
         if not isinstance(world, WorldConfig):
             raise InputError("recipe is None, must be given for an environment of one's own")
         recipe = recipes.recipe(world)
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"recipe is {recipe!r:.80}, must be a Recipe, as qos_jax.recipe returns one")
     fields: dict[str, Any] = {"randomise": recipe.randomise} | settings
     training = TrainingConfig(
         agent=recipe.agent, steps=recipe.steps if steps is None else steps, runs=runs_of(recipe.agent, seeds), **fields
@@ -85,3 +89,9 @@ def train(
     metrics = last | {"steps": result.steps, "compile_s": result.compile_s, "train_s": result.train_s}
     name = "learned" if folder is None else folder.path.name
     return Trained(run.routers(result.weights, name), metrics, result.records, result.finished)
+
+
+def _is_environment(world: Any) -> bool:
+    if not isinstance(world, tuple) or len(world) != 2:
+        return False
+    return isinstance(world[0], Environment) and isinstance(world[1], EnvParams)

@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from qos_jax.errors import InputError
 from qos_jax.evaluation.metrics import metrics_of
+from qos_jax.io.text_files import shown
 from qos_jax.routers.base import Router
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.capacity import sample_requests
@@ -192,9 +193,12 @@ def evaluate(
       The runs, router by router, each in the order of the scenarios.
 
     Raises:
-      InputError: a number is out of range.
+      InputError: a number is out of range, or a router or scenario is none.
     """
     together = tuple(routers)
+    for name, kind, values in (("router", Router, together), ("scenario", Scenario, scenarios)):
+        if wrong := [value for value in values if not isinstance(value, kind)]:
+            raise InputError(f"{name} is {shown(wrong[0])}, must be a {kind.__name__}")
     sampled = sample_scenarios(params, scenarios, num_requests)
 
     def run(which: int) -> list[RouterRun]:

@@ -23,13 +23,25 @@ from qos_jax.errors import InputError
 _LONGEST_NAME = 255  # bytes, on the file systems in use
 
 
+def path_of(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the path of a file or folder.
+
+    Raises:
+      InputError: it is of a type that names none.
+    """
+    if isinstance(name, str | os.PathLike):
+        with contextlib.suppress(TypeError):  # of a path in bytes
+            return pathlib.Path(name)
+    raise InputError(f"path is {name!r:.80}, must be the name of a file or folder")
+
+
 def writable_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     """Creates a folder and checks that it is writable, so that a long computation does not fail at its end.
 
     Raises:
       InputError: the folder cannot be created or written to.
     """
-    folder = pathlib.Path(path)
+    folder = path_of(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -51,7 +63,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    path = pathlib.Path(path)
+    path = path_of(path)
     temporary = path.with_name(f".{shortened(path.name, _LONGEST_NAME - 20)}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,13 @@ import gzip
 import io
 import math
 import os
-import pathlib
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qos_jax.errors import InputError
-from qos_jax.io.files import most_unpacked, parse_json
+from qos_jax.io.files import most_unpacked, parse_json, path_of
 
 MAX_TOKENS = 2**31 - 1
 
@@ -33,7 +32,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
       InputError: the file cannot be read, is packed and unpacks to too much, or is not UTF-8.
     """
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = path_of(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that holds a null character
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if content.startswith(b"\x1f\x8b"):

@@ -31,7 +31,7 @@ from flax import serialization, traverse_util
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.io.files import parse_json, remove, remove_temporaries, writable_folder, write_whole
+from qos_jax.io.files import parse_json, path_of, remove, remove_temporaries, writable_folder, write_whole
 from qos_jax.io.text_files import shown
 from qos_jax.predictor.heads import MAX_SIZE, Buckets, Forecast, Head, HeadConfig, HeadNetwork, Standard
 from qos_jax.predictor.pretrained import Pretrained, load_pretrained, read_tensor, save_pretrained
@@ -183,7 +183,7 @@ def load_predictor(folder: str | os.PathLike[str]) -> Predictor:
     Raises:
       InputError: the folder holds no predictor that this version can read.
     """
-    folder = pathlib.Path(folder)
+    folder = path_of(folder)
     if not (folder / _CONFIG).exists() and (folder / RUN_SUBFOLDER / _CONFIG).exists():
         folder /= RUN_SUBFOLDER
     config = _read_config(folder / _CONFIG)

@@ -38,7 +38,7 @@ import orbax.checkpoint as ocp
 
 from qos_jax.agent.learner import Learner, TrainState
 from qos_jax.errors import InputError
-from qos_jax.io.files import parse_json, remove, remove_temporaries, writable_folder, write_whole
+from qos_jax.io.files import parse_json, path_of, remove, remove_temporaries, writable_folder, write_whole
 from qos_jax.io.provenance import git_hash, versions
 from qos_jax.training.config import TrainingConfig
 from qos_jax.training.parallel import leads, wait_for_all
@@ -108,7 +108,7 @@ class RunFolder:
         Raises:
           InputError: there is none, or its config.json is not usable.
         """
-        folder = pathlib.Path(path).absolute()
+        folder = path_of(path).absolute()
         config = read_config(folder)
         _check_path(folder)
         return cls(folder, config)
@@ -402,7 +402,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       InputError: it is not there, or not usable.
     """
-    file = pathlib.Path(path) / CONFIG
+    file = path_of(path) / CONFIG
     try:
         config = parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
     except OSError as error:
