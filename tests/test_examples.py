@@ -58,8 +58,8 @@ def test_ppo_takes_legal_actions_only(ppo: types.ModuleType) -> None:
 def test_ppo_is_better_than_random_on_requests_it_has_not_trained_on(ppo: types.ModuleType) -> None:
     """The interval is over training seeds and evaluation seeds, each pair of routers on the same requests."""
     env, params = qos_jax.make("paper-3", load=0.8, requests=1000)
-    train = jax.jit(ppo.make_train(env, params, ppo.Config(steps=400_000)))
-    trained: list[Router] = [ppo.ppo_router(env, train(jax.random.key(seed))[0]) for seed in range(3)]
+    train = jax.jit(ppo.make_train(env, params, ppo.Config(steps=200_000)))
+    trained: list[Router] = [ppo.ppo_router(env, train(jax.random.key(seed))[0]) for seed in range(4)]
     held_out = qos_jax.scenarios(params, [0.8], range(1000, 1016))
     runs = qos_jax.evaluate(env, params, [*trained, qos_jax.make_router("random", env)], held_out, 1000, warmup=200)
     qos = np.array([run.metrics["qos"] for run in runs]).reshape(len(trained) + 1, -1)

@@ -34,9 +34,10 @@ def strict() -> Iterator[None]:
 QUICK = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
-    [pytest.param(partial(jax.enable_x64, True), marks=pytest.mark.slow, id="x64"), pytest.param(strict, id="strict")],
+    [pytest.param(partial(jax.enable_x64, True), id="x64"), pytest.param(strict, id="strict")],
 )
 def test_every_router_and_kind_of_agent_is_traced_in_it(mode: Callable[[], AbstractContextManager]) -> None:
     with mode():

@@ -328,6 +328,7 @@ class TestLoadRouter:
         shutil.rmtree(copy / "checkpoints" / "64" / "state")
         load_router(copy)
 
+    @pytest.mark.slow
     def test_it_may_have_been_made_on_a_device_that_is_not_here(self, tmp_path: pathlib.Path) -> None:
         program = (
             "import jax, pathlib, sys\n"
