@@ -136,6 +136,7 @@ STUDIES = (
     "planner",
     "hindsight",
     "ablations",
+    "refusing",
     "learners",
     "energy",
 )

@@ -156,7 +156,8 @@ class _Maker:
     def _compare(self, study: Study, world: World) -> Iterator[dict[str, Any]]:
         env, params = presets.make(world.preset, **dict(world.fields), **_recorded(world))
         loads = _ends(study.loads) if self.budget.ends_only else study.loads
-        names = router_names(env) if study.routers == ("all",) else study.routers
+        asked = study.routers if world.routers is None else world.routers
+        names = router_names(env) if asked == ("all",) else asked
         routers = [self._known(name, world, env, params) for name in names]
         seeds_of = {}
         for name in self.runs(world):

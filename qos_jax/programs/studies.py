@@ -53,6 +53,7 @@ class World:
     trained: tuple[str, ...] = ()  # of TRAINED
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of qos_jax.make
     trace: str | None = None  # file of measured arrivals, of which the second half is taken
+    routers: tuple[str, ...] | None = None  # in place of the study's
     share_of_requests: float = 1.0  # of the study's, and
     share_of_seeds: float = 1.0  # of the budget's
 
@@ -76,6 +77,7 @@ class Study:
 _MVR = {"paper-3": ("mvr",), "paper-6": ("mvr_paper_6",), "edge-8": ("mvr_edge_8",)}
 _EDGE = {name: (f"mvr_{name.replace('-', '_')}",) for name in ("jetson-4", "edge-2026", "campus-16")}
 _STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _MVR.items()}
+_NEVER_REFUSING = ("round_robin", "shortest_queue", "bert_router", "vllm_dp", "power_of_two")
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
 _SHARES_OF_SEEDS = {"paper-3": 4.0, "paper-6": 2.0}  # where GPUs are equal gains are small
@@ -272,6 +274,29 @@ STUDIES = {
             World("paper-3, nobody may drop", trained=("never_drops",), fields={"allow_drop": False}),
         ),
         routers=(*_FEW, "impact_greedy_no_drop"),
+    ),
+    "refusing": Study(
+        "Routing or refusing",
+        "How much of a gain is the choice of the expert, and how much is refusing requests? With +admission a router "
+        "refuses what impact_greedy would refuse, and otherwise decides as before.",
+        (
+            World("paper-3", trained=("mvr",), share_of_seeds=2.0),
+            World(
+                "paper-3, nobody may drop",
+                trained=("never_drops",),
+                fields={"allow_drop": False},
+                routers=(*_NEVER_REFUSING, "impact_greedy"),
+                share_of_seeds=2.0,
+            ),
+            World("edge-8", "edge-8", ("mvr_edge_8",)),
+        ),
+        routers=(
+            *_NEVER_REFUSING,
+            *(f"{name}+admission" for name in _NEVER_REFUSING),
+            "impact_greedy",
+            "impact_greedy_no_drop",
+        ),
+        metrics=("drop_rate",),
     ),
     "learners": Study(
         "Methods of learning",
