@@ -39,7 +39,7 @@ from qos_jax.io.provenance import plain, versions
 from qos_jax.io.text_files import read_text, shown
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.studies import BUDGETS, STUDIES, TRAINED, Study, World
-from qos_jax.programs.train_once import train_once
+from qos_jax.programs.train_once import ended_together, train_once
 from qos_jax.report import pages
 from qos_jax.report.pictures import Picture, write_figure
 from qos_jax.report.study_report import study_figure, study_html, study_markdown
@@ -68,7 +68,7 @@ def main(values: FlagValues) -> None:
     runs = list(dict.fromkeys(run for worlds in work.values() for world in worlds for run in maker.runs(world)))
     results = []
     with ProgressBar(len(runs) + sum(map(len, work.values())), "task", "trains") as bar:
-        with concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
+        with ended_together(), concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
             for _ in pool.map(maker.train, runs):
                 bar.update(bar.done + 1, doing="trains")
         for name, worlds in work.items():

@@ -27,7 +27,7 @@ from qos_jax.errors import InputError
 from qos_jax.io.files import csv_text, writable_folder, write_whole
 from qos_jax.io.provenance import versions
 from qos_jax.programs.train import command_of
-from qos_jax.programs.train_once import train_once
+from qos_jax.programs.train_once import ended_together, train_once
 from qos_jax.training.run_folder import CONFIG, RunFolder
 
 
@@ -45,7 +45,8 @@ def main(values: FlagValues) -> None:
     for number, (name, asked) in enumerate(cells.items()):
         if values.only in (None, number):
             print(f"{number + 1} of {len(cells)}: {name}", flush=True)
-            train_once(paths[name], asked, quiet=False)
+            with ended_together():
+                train_once(paths[name], asked, quiet=False)
     rows = [row | {"cell": name} for name, path in paths.items() for row in _results(path)]
     found = {"grid": values.grid, "each": values.each, "versions": versions(), "rows": rows}
     write_whole(folder / "sweep.json", json.dumps(found, indent=1, allow_nan=False))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import BinaryIO
 
 from qos_jax.errors import InputError
 from qos_jax.programs.train import configs_of, parsed
@@ -33,11 +38,50 @@ def train_once(path: pathlib.Path, asked: Sequence[str], *, quiet: bool) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     if quiet:
         with open(log, "ab") as file:
-            status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+            status = _status(command, file)
     else:
-        status = subprocess.run(command, check=False).returncode
+        status = _status(command, None)
     if status:
         raise InputError(f"{shlex.join(command)} ended with status {status}; see {log if quiet else 'above'}")
+
+
+@contextlib.contextmanager
+def ended_together() -> Iterator[None]:
+    """Has SIGTERM end the training runs under way, each with a checkpoint, and then the program that waits for them.
+
+    Else they would train on alone, and keep the program out of their folders when it is started again.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _ended.set()
+        for process in list(_under_way):
+            process.terminate()
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be taken
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_under_way: set[subprocess.Popen[bytes]] = set()
+_ended = threading.Event()
+
+
+def _status(command: Sequence[str], output: BinaryIO | None) -> int:
+    """Runs a command and returns its exit status; both outputs go to a file, if one is given."""
+    with subprocess.Popen(command, stdout=output, stderr=output) as process:
+        _under_way.add(process)
+        if _ended.is_set():  # the signal came while it was started
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            _under_way.discard(process)
 
 
 def _is_done(path: pathlib.Path, asked: Sequence[str]) -> bool:

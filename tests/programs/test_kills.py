@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from qos_jax.io.files import remove
 from qos_jax.predictor import load_predictor
+from qos_jax.training.run_folder import locked
 from tests.helpers.prediction_tables import made_up_table, write_npz
 from tests.helpers.quick_compilation import quick_compilation
 
@@ -64,6 +66,23 @@ def results(folder: pathlib.Path) -> Any:
     for row in found.get("rows", []):
         row.pop("seconds", None)
     return {name: value for name, value in found.items() if name not in ("command", "versions")}
+
+
+@pytest.mark.parametrize(("command", "run"), [(SWEEP, "seed=0"), (STUDY, "runs/tiny")], ids=["sweep", "reproduce"])
+def test_a_signal_ends_what_was_started_too(
+    command: Sequence[str], run: str, variables: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    """A run that trained on would refuse the program that goes on with it."""
+    process = start(command, tmp_path, variables)
+    while not (tmp_path / run / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM
+    with locked(tmp_path / run):  # nobody else is in it
+        pass
+    finish(start(command, tmp_path, variables))
 
 
 @pytest.mark.parametrize(
