@@ -18,7 +18,8 @@ from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json, write_whole
 from qos_jax.programs.app import FlagGroup, run_program
 from qos_jax.report.results import RESULTS
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.load import learner_of, weights_of
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.training.shipped import CARD
 
 _FOLDER = pathlib.Path(qos_jax.__file__).parent / "training" / "pretrained"
@@ -27,24 +28,29 @@ _FOLDER = pathlib.Path(qos_jax.__file__).parent / "training" / "pretrained"
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of this program."""
     group = FlagGroup(values, "ship_router")
-    group.string("run", None, "Folder of the training run, of one seed on a preset.", required=True)
-    group.string("results", None, "Folder of an evaluation of that run on its preset.", required=True)
+    group.string("run", None, "Folder of the training run, on a preset.", required=True)
+    group.integer("seed", None, "Which seed of a run of several, of which the evaluation is.")
+    group.string("results", None, "Folder of an evaluation of that router on its preset.", required=True)
 
 
 def main(values: flags.FlagValues) -> None:
     """Copies configuration and weights, and writes the card."""
     run = RunFolder.reopen(values.run)
-    if run.latest is None or len(run.training.seeds) > 1 or run.config["world"] is None:
-        raise InputError(f"{values.run}: must be a run of one seed on a preset, with a checkpoint")
+    seeds = run.training.seeds
+    seed = seeds[0] if values.seed is None else values.seed
+    if run.latest is None or run.config["world"] is None or seed not in seeds:
+        raise InputError(f"{values.run}: must be a run on a preset, with a checkpoint and seed {seed}")
     found = parse_json((pathlib.Path(values.results) / RESULTS).read_text(encoding="utf-8"), values.results)
-    rows = [row for row in found["rows"] if row["router"] == run.path.name]
+    name = run.path.name if len(seeds) == 1 else f"{run.path.name}@{seed}"
+    rows = [row for row in found["rows"] if row["router"] == name]
     if not rows:
-        raise InputError(f"{values.results}: has no router {run.path.name!r}")
+        raise InputError(f"{values.results}: has no router {name!r}")
     by_load: dict[float, list[float]] = {}
     for row in rows:
         by_load.setdefault(row["load"], []).append(row["qos"])
     card = {
         "trained": run.config["command"],
+        "seed": seed,
         "steps": run.latest,
         "evaluated": found["command"],
         "versions": found["versions"],
@@ -53,13 +59,12 @@ def main(values: flags.FlagValues) -> None:
         "warmup": found["config"]["warmup"],
         "qos": by_load,
     }
-    folder, checkpoint = _FOLDER / run.config["world"]["preset"], run.checkpoint(run.latest)
+    weights = weights_of(run, learner_of(run), seeds.index(seed))
+    training = {**run.config["training"], "runs": [run.training.runs[seeds.index(seed)]]}
+    config = {**run.config, "training": training}
+    folder = _FOLDER / config["world"]["preset"]
     shutil.rmtree(folder, ignore_errors=True)
-    kept = folder / "checkpoints" / checkpoint.name
-    shutil.copytree(checkpoint / "weights", kept / "weights")
-    checksums = parse_json((checkpoint / "checksums.json").read_text(encoding="utf-8"), values.run)
-    write_whole(kept / "checksums.json", json.dumps({"weights": checksums["weights"]}))
-    shutil.copy(run.path / CONFIG, folder / CONFIG)
+    RunFolder.start(folder, config).save(run.latest, None, weights)
     write_whole(folder / CARD, json.dumps(card, indent=1))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"written: {folder}, {size / 1e3:.0f} kB")

@@ -51,17 +51,24 @@ def load_router(
         raise InputError(f"{folder.path / CONFIG}: run is {run}, must be from 0 to {len(seeds) - 1}")
     if seed is not None and seed not in seeds:
         raise InputError(f"{folder.path / CONFIG}: seed is {seed}, must be one of {', '.join(map(str, seeds))}")
-    if folder.latest is None:
-        raise InputError(f"{folder.path}: holds no checkpoint yet")
     learner = learner_of(folder)
-    like = _weights_like(learner)
-    if len(seeds) > 1:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(seeds), *x.shape), x.dtype), like)
-    weights = folder.restore_weights(folder.latest, like)
-    if len(seeds) > 1:
-        which = run if run is not None else 0 if seed is None else seeds.index(seed)
-        weights = jax.tree.map(lambda x: x[which], weights)
+    weights = weights_of(folder, learner, run if run is not None else 0 if seed is None else seeds.index(seed))
     return _for_its_fleets(learner.router(weights, name or folder.path.name), learner.env.spec.num_experts)
+
+
+def weights_of(folder: RunFolder, learner: Learner, which: int) -> Any:
+    """Returns the newest weights of one of the runs that trained side by side in a folder.
+
+    Raises:
+      InputError: there are none yet, or they cannot be read.
+    """
+    like, runs, latest = _weights_like(learner), len(folder.training.seeds), folder.latest
+    if latest is None:
+        raise InputError(f"{folder.path}: holds no checkpoint yet")
+    if runs == 1:
+        return folder.restore_weights(latest, like)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((runs, *x.shape), x.dtype), like)
+    return jax.tree.map(lambda x: x[which], folder.restore_weights(latest, like))
 
 
 def learner_of(folder: RunFolder) -> Learner:

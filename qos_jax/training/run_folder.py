@@ -48,7 +48,7 @@ from qos_jax.worlds.config import WorldConfig
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 
 _KEPT = 2  # checkpoints
-_ITEMS, _CHECKSUMS = ("state", "weights"), "checksums.json"
+_CHECKSUMS = "checksums.json"
 _OF_A_PART = ("versions", "git")  # fields of config.json that may differ between the parts of a run
 _RANDOM = ("jax_default_prng_impl", "jax_threefry_partitionable")  # settings that numbers drawn depend on
 
@@ -201,12 +201,12 @@ class RunFolder:
         """Returns where the checkpoint after so many steps is."""
         return self.path / "checkpoints" / str(steps)
 
-    def save(self, steps: int, state: TrainState, weights: Any) -> None:
+    def save(self, steps: int, state: TrainState | None, weights: Any) -> None:
         """Writes the checkpoint after so many steps, if it is not there, and drops all but the newest two.
 
         Args:
           steps: environment steps so far, of each seed.
-          state: everything that training goes on from.
+          state: everything that training goes on from; None if nobody shall go on.
           weights: what a router needs of it.
 
         Raises:
@@ -214,18 +214,19 @@ class RunFolder:
         """
         if steps in self._saved():
             return
-        if not self.training.save_replay:
+        if state is not None and not self.training.save_replay:
             state = state.replace(replay=None)
+        items = {"weights": weights} | ({} if state is None else {"state": state})
         hidden = self._hidden(steps)
         if leads():
             remove(hidden)
         wait_for_all(f"before checkpoint {steps}")
         try:
             with _raising_only(), ocp.StandardCheckpointer() as checkpointer:  # waits for both at its end
-                checkpointer.save(hidden / "weights", weights)
-                checkpointer.save(hidden / "state", state)
+                for name, item in items.items():
+                    checkpointer.save(hidden / name, item)
             if leads():
-                write_whole(hidden / _CHECKSUMS, json.dumps({item: _checksums(hidden / item) for item in _ITEMS}))
+                write_whole(hidden / _CHECKSUMS, json.dumps({item: _checksums(hidden / item) for item in items}))
                 os.replace(hidden, self.checkpoint(steps))
         except Exception as error:  # Orbax and TensorStore raise whatever they like on full disks
             kept = f"the last one is {self.checkpoint(self.latest)}" if self.latest is not None else "there is none"
