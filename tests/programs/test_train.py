@@ -129,6 +129,16 @@ def test_another_run_is_not_overwritten(
 
 
 @pytest.mark.slow
+def test_one_line_starts_a_run_and_goes_on_with_it(program: Program, tmp_path: pathlib.Path) -> None:
+    """As a job that is started again after each interruption, the first time without a folder."""
+    line = (*TINY, "--resume=auto", f"--out={tmp_path / 'run'}")
+    for steps, records in ((128, 7), (256, 13), (256, 13)):
+        assert program(*line, f"--steps={steps}") == 0
+        assert RunFolder.reopen(tmp_path / "run").latest == steps
+        assert lines_of(tmp_path / "run") == records
+
+
+@pytest.mark.slow
 def test_a_flag_that_differs_is_refused_when_a_run_goes_on(
     program: Program, whole: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
