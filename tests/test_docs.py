@@ -100,7 +100,7 @@ def table_of_gains(results: str) -> list[str]:
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines() if line[:1] == "|"]
     fleets: dict[str, list[tuple[str, ...]]] = {}
     for _, world, load, best, qos, gain, *_ in lines[2:]:
-        fleets.setdefault(world.partition(",")[0], []).append((load, best.split()[1], qos, gain))
+        fleets.setdefault(world.partition(",")[0], []).append((load, best.split()[-1], qos, gain))
     loads = [row[0] for row in next(iter(fleets.values()))]
     table = ["| fleet | mean QoS | " + " | ".join(f"load {load}" for load in loads) + " |"]
     for fleet, rows in fleets.items():
