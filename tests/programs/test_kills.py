@@ -82,7 +82,6 @@ def test_a_signal_ends_what_was_started_too(
     assert process.returncode == 128 + signal.SIGTERM
     with locked(tmp_path / run):  # nobody else is in it
         pass
-    finish(start(command, tmp_path, variables))
 
 
 @pytest.mark.parametrize(
