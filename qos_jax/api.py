@@ -11,6 +11,7 @@ from typing import Any
 from qos_jax.agent import recipes
 from qos_jax.agent.recipes import Recipe
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import shown
 from qos_jax.routers.base import Router
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.training.config import TrainingConfig, runs_of
@@ -65,13 +66,13 @@ def train(
     if isinstance(world, str):
         world = WorldConfig(world)
     if not isinstance(world, WorldConfig) and not _is_environment(world):
-        raise InputError(f"world is {world!r:.80}, must be the name of a preset, a WorldConfig, or (env, params)")
+        raise InputError(f"world is {shown(world)}, must be the name of a preset, a WorldConfig, or (env, params)")
     if recipe is None:
         if not isinstance(world, WorldConfig):
             raise InputError("recipe is None, must be given for an environment of one's own")
         recipe = recipes.recipe(world)
     if not isinstance(recipe, Recipe):
-        raise InputError(f"recipe is {recipe!r:.80}, must be a Recipe, as qos_jax.recipe returns one")
+        raise InputError(f"recipe is {shown(recipe)}, must be a Recipe, as qos_jax.recipe returns one")
     fields: dict[str, Any] = {"randomise": recipe.randomise} | settings
     training = TrainingConfig(
         agent=recipe.agent, steps=recipe.steps if steps is None else steps, runs=runs_of(recipe.agent, seeds), **fields

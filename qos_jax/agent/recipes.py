@@ -7,6 +7,7 @@ import dataclasses
 from qos_jax.agent import configs
 from qos_jax.agent.configs import AgentConfig
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import shown
 from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.randomization import rate_clip_per_s
 
@@ -45,9 +46,9 @@ def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr
     if isinstance(world, str):
         world = WorldConfig(world)
     if not isinstance(world, WorldConfig):
-        raise InputError(f"world is {world!r:.80}, must be the name of a preset or a WorldConfig")
+        raise InputError(f"world is {shown(world)}, must be the name of a preset or a WorldConfig")
     if not isinstance(agent, AgentConfig | str):
-        raise InputError(f"agent is {agent!r:.80}, must be the name of an agent or an AgentConfig")
+        raise InputError(f"agent is {shown(agent)}, must be the name of an agent or an AgentConfig")
     config = agent if isinstance(agent, AgentConfig) else configs.named(agent)
     if len({gpu for _, gpu in world.pairs}) == 1:
         config = dataclasses.replace(config, hyper=config.hyper.replace(max_externality=EQUAL_GPUS_MAX_EXTERNALITY))

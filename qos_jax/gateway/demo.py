@@ -66,9 +66,10 @@ async def demo(
         yield gateway, server
     finally:
         clients.cancel()
-        await asyncio.wait([clients])  # their connections are closed before the engines drop theirs
+        # First, so that their connections are closed before the engines drop theirs.
+        await asyncio.gather(clients, return_exceptions=True)
         behind.should_exit = behind.force_exit = True
-        await asyncio.wait([serving])
+        await asyncio.gather(serving, return_exceptions=True)
 
 
 async def _clients(server: Listener, settings: Settings, rate_per_s: float) -> None:

@@ -31,8 +31,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
       InputError: the file cannot be read, is packed and unpacks to too much, or is not UTF-8.
     """
+    file = path_of(path)
     try:
-        content = path_of(path).read_bytes()
+        content = file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that holds a null character
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if content.startswith(b"\x1f\x8b"):
