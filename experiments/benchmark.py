@@ -3,6 +3,7 @@
 python -m experiments.benchmark --suite=sim --out=benchmark.json
 
 * ``sim``: the simulator against a plain-Python loop and a compiled scalar loop.
+* ``scale``: simulation and training with 256 to 16,384 environments on one device; made for GPUs.
 * ``train``: steps and memory of training, the time of one decision, and the dense and the ragged encoder.
 * ``pytorch``: the agent ``sac_td0`` against a PyTorch implementation; needs the extra ``sb3``.
 * ``gateway``: what the gateway adds to the way to an engine at 300 requests/s, and its memory.
@@ -26,6 +27,7 @@ from qos_jax.programs.app import FlagGroup, run_program
 
 _MODULES = {
     "sim": "simulator",
+    "scale": "scale",
     "train": "training",
     "pytorch": "pytorch",
     "roofline": "roofline",

@@ -72,7 +72,7 @@ def _with_longer_answers(params: EnvParams, stretch: int) -> EnvParams:
 def _simulator_row(env: Environment, params: EnvParams, num_envs: int, steps: int) -> dict[str, Any]:
     keys, spread = spread_environments(num_envs)
     start = time.perf_counter()
-    program = jax.jit(spread(_episodes(env, params, steps))).lower(keys).compile()
+    program = jax.jit(spread(episodes(env, params, steps))).lower(keys).compile()
     compile_s = time.perf_counter() - start
     (_, passes), wall_s, cpu_s = timed(lambda: program(keys))
     state = jax.eval_shape(lambda key: env.reset(key, params)[1], jax.random.key(0))
@@ -88,7 +88,7 @@ def _simulator_row(env: Environment, params: EnvParams, num_envs: int, steps: in
     }
 
 
-def _episodes(env: Environment, params: EnvParams, steps: int) -> Callable[[Array], tuple[Array, Array]]:
+def episodes(env: Environment, params: EnvParams, steps: int) -> Callable[[Array], tuple[Array, Array]]:
     """Returns a function of keys [E]: the QoS and the engine passes [E] of one episode each, by the shortest queue."""
 
     def play(key: Array) -> tuple[Array, Array]:
