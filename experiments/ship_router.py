@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 
 from absl import flags
@@ -42,14 +43,17 @@ def main(values: flags.FlagValues) -> None:
         raise InputError(f"{values.run}: must be a run on a preset, with a checkpoint and seed {seed}")
     found = parse_json((pathlib.Path(values.results) / RESULTS).read_text(encoding="utf-8"), values.results)
     name = run.path.name if len(seeds) == 1 else f"{run.path.name}@{seed}"
-    rows = [row for row in found["rows"] if row["router"] == name]
+    # Results call a router by the name of its run alone where no other seed of that run takes part.
+    rows = [row for row in found["rows"] if row["router"] in (name, run.path.name)] if name in found["command"] else []
     if not rows:
-        raise InputError(f"{values.results}: has no router {name!r}")
+        raise InputError(f"{values.results}: is no evaluation of {name!r}")
     by_load: dict[float, list[float]] = {}
     for row in rows:
         by_load.setdefault(row["load"], []).append(row["qos"])
+    # Whoever reads it has no use for where the folder was.
+    command = re.sub(r"--out=\S+", f"--out=runs/{run.path.name}", run.config["command"])
     card = {
-        "trained": run.config["command"],
+        "trained": command,
         "seed": seed,
         "steps": run.latest,
         "evaluated": found["command"],
@@ -61,7 +65,7 @@ def main(values: flags.FlagValues) -> None:
     }
     weights = weights_of(run, learner_of(run), seeds.index(seed))
     training = {**run.config["training"], "runs": [run.training.runs[seeds.index(seed)]]}
-    config = {**run.config, "training": training}
+    config = {**run.config, "training": training, "command": command}
     folder = _FOLDER / config["world"]["preset"]
     shutil.rmtree(folder, ignore_errors=True)
     RunFolder.start(folder, config).save(run.latest, None, weights)
