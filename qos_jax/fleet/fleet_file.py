@@ -63,7 +63,7 @@ class Quality:
 
     mean_score: dict[str, float] = dataclasses.field(default_factory=dict)  # in [0, 1)
     mean_output_tokens: dict[str, float] = dataclasses.field(default_factory=dict)
-    table: str | None = None  # file of a quality table, instead
+    tables: tuple[str, ...] = ()  # files of quality tables, instead
     score_column: str | None = None
 
 
@@ -348,12 +348,11 @@ def _quality(section: Section) -> Quality:
             raise tokens.error(name, mean, "a number of at least 1")
         if name not in mean_score:
             raise InputError(f"{section.file}: {tokens.place}.{name} has no {scores.place}.{name}")
-    table = section.text("table")
-    if table is not None and mean_score:
-        raise section.error("table", table, "left out where mean_score is given")
-    quality = Quality(
-        mean_score, mean_tokens, None if table is None else _beside(section.file, table), section.text("score_column")
-    )
+    tables = section.texts("table")
+    if tables and mean_score:
+        raise section.error("table", tables[0], "left out where mean_score is given")
+    beside = tuple(_beside(section.file, table) for table in tables)
+    quality = Quality(mean_score, mean_tokens, beside, section.text("score_column"))
     section.done()
     return quality
 

@@ -246,8 +246,10 @@ def _fleet_text(observed: Observed, fleet: Fleet, folder: pathlib.Path, files: d
 def _write_quality(document: Any, observed: Observed, fleet: Fleet, folder: pathlib.Path) -> None:
     """Sets the mean lengths of answers, and what the gateway expected of their scores where the file says nothing."""
     quality = document.setdefault("quality", tomlkit.table())
-    if fleet.quality.table is not None:
-        quality["table"] = _from(folder, fleet.path, str(quality["table"]))
+    if fleet.quality.tables:
+        given = quality["table"]
+        each = [_from(folder, fleet.path, str(path)) for path in (given if isinstance(given, list) else [given])]
+        quality["table"] = each if len(each) > 1 else each[0]
         return
     means: dict[str, list[tuple[float, float]]] = {}
     for expert, score, tokens in zip(fleet.experts, observed.mean_score, observed.mean_output_tokens, strict=True):

@@ -103,6 +103,16 @@ class Section:
             raise self.error(name, value, "one or more tables")
         return [Section(self.file, each, f"{self._at(name)}[{index}]") for index, each in enumerate(value)]
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Takes a text or a list of different texts; none if it is left out."""
+        value = self._take(name)
+        if value is None:
+            return ()
+        each = value if isinstance(value, list) else [value]
+        if not each or not all(isinstance(one, str) and one.strip() for one in each) or len(set(each)) < len(each):
+            raise self.error(name, value, "a text that is not empty, or a list of different ones")
+        return tuple(each)
+
     def value(self, name: str) -> Any:
         """Takes a field of any type; None if it is left out."""
         return self._take(name)

@@ -67,7 +67,7 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
         observe=values.observe,
         scrape_s=values.scrape,
     )
-    return world if world.table is None else dataclasses.replace(world, table_part=table_part)
+    return world if not world.tables else dataclasses.replace(world, table_part=table_part)
 
 
 def world_of_text(flag: str, text: str, same: Sequence[str] = ()) -> WorldConfig:

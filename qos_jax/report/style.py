@@ -147,9 +147,14 @@ def display_name(router: str) -> str:
     router = router.encode(errors="backslashreplace").decode()  # where a folder's name is not UTF-8
     if len(router) > _LONGEST_NAME:
         router = f"{router[: _LONGEST_NAME - 23]}...{router[-20:]}"
-    text = re.sub(r"(?<![^_])(paper|edge)_(\d+)(?![^_])", r"\1-\2", router)
+    router = router.removeprefix("learner_")  # as the studies call methods that are trained in full
+    text = re.sub(r"(?<![^_])(paper|edge|jetson|campus)_(\d+)(?![^_])", r"\1-\2", router)
     first, *others = [_WORDS.get(word, word) for word in text.split("_")]
-    return f"{first} ({' '.join(others)})" if first == "MVR" and others else " ".join([first, *others])
+    if first == "MVR" and others:
+        return f"{first} ({' '.join(others)})"
+    if others and re.fullmatch(r"[a-z]+-\d+", others[-1]):
+        others[-1] = f"({others[-1]})"
+    return " ".join([first, *others])
 
 
 def chosen(kinds: Mapping[str, str], routers: Sequence[str] | None) -> list[str]:

@@ -124,7 +124,7 @@ def training_run(world: WorldConfig | tuple[Environment, EnvParams], training: T
     """
     if isinstance(world, WorldConfig):
         env, params = world.build()
-        measured = world.trace is not None or world.table is not None
+        measured = world.trace is not None or bool(world.tables)
         held_out_params = world.held_out().build()[1] if measured else params
     else:
         (env, params), held_out_params = world, world[1]

@@ -247,6 +247,40 @@ def read_table(path: str, score_column: str | None = None) -> QualityTable:
     return read_mix_instruct(path, score_column or "bertscore")
 
 
+def read_tables(paths: Sequence[str], score_column: str | None = None) -> QualityTable:
+    """Reads one table, or several as one; see ``read_table`` and ``joined``.
+
+    Raises:
+        InputError: a file is not in its format, or the tables have no LLM in common.
+    """
+    tables = [read_table(path, score_column) for path in paths]
+    return tables[0] if len(tables) == 1 else joined(tables)
+
+
+def joined(tables: Sequence[QualityTable]) -> QualityTable:
+    """Returns the prompts of several tables, such as tasks of several kinds, as one of the LLMs that all tables have.
+
+    Texts are kept if all tables have them.
+
+    Raises:
+        InputError: the tables have no LLM in common.
+    """
+    source = " + ".join(table.source for table in tables)
+    common = [name for name in tables[0].experts if all(name in table.experts for table in tables)]
+    if not common:
+        raise InputError(f"{source}: have no LLM in common, must have one or more")
+    parts = [table.select(common) for table in tables]
+    texts = [part.prompts for part in parts if part.prompts is not None]
+    return QualityTable(
+        source=source,
+        experts=tuple(common),
+        prompt_tokens=np.concatenate([part.prompt_tokens for part in parts]),
+        output_tokens=np.concatenate([part.output_tokens for part in parts]),
+        score=np.concatenate([part.score for part in parts]),
+        prompts=sum(texts, ()) if len(texts) == len(parts) else None,
+    )
+
+
 def approximate_tokens(text: str) -> int:
     """Returns the approximate number of tokens of a text: one for every 4 characters.
 

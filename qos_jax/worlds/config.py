@@ -19,7 +19,7 @@ from qos_jax.predictor.predictor import load_predictor
 from qos_jax.predictor.table import table_predictions
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.workload.prediction import TablePredictions
-from qos_jax.workload.tables import QualityTable, read_table
+from qos_jax.workload.tables import QualityTable, read_tables
 from qos_jax.workload.trace_files import COLUMNS, read_trace
 from qos_jax.workload.traces import ArrivalTrace, recorded_lengths, with_gaps
 from qos_jax.worlds import presets
@@ -128,7 +128,7 @@ class WorldConfig:
     def has_preset_fleet(self) -> bool:
         """Experts and answers are the preset's, and so is the saturation rate, which is written down there."""
         same_engine = self.engine in (None, self.base.engine)
-        unchanged = self.experts is None and self.table is None and same_engine and not self.trace_lengths
+        unchanged = self.experts is None and not self.tables and same_engine and not self.trace_lengths
         return unchanged and self.base.saturation_per_s is not None
 
     def build(self) -> tuple[Environment, EnvParams]:
@@ -149,7 +149,7 @@ class WorldConfig:
             overrides["arrivals"] = with_gaps(trace)
             if self.trace_lengths:
                 overrides["lengths"] = recorded_lengths(trace)
-        if self.table is not None:
+        if self.tables:
             table = self._part_of_table(self.read_table())
             overrides["quality_table"] = table
             if self.predictor is not None:
@@ -177,9 +177,9 @@ class WorldConfig:
         return presets.preset_named(self.preset) if self._fleet is None else presets.preset_of(self._fleet)
 
     @property
-    def table(self) -> str | None:
-        """File of the quality table: its own, or that of the fleet file."""
-        return self.base.quality.table if self.quality_table is None else self.quality_table
+    def tables(self) -> tuple[str, ...]:
+        """Files of the quality table: its own, or those of the fleet file, whose prompts are mixed."""
+        return self.base.quality.tables if self.quality_table is None else (self.quality_table,)
 
     @functools.cached_property
     def whole_trace(self) -> ArrivalTrace:
@@ -197,7 +197,7 @@ class WorldConfig:
         return dataclasses.replace(
             self,
             trace_part="all" if self.trace is None else "second",
-            table_part="all" if self.table is None else "test",
+            table_part="test" if self.tables else "all",
         )
 
     def for_training(self) -> WorldConfig:
@@ -205,18 +205,24 @@ class WorldConfig:
         return dataclasses.replace(
             self,
             trace_part="first" if self.trace is not None and self.trace_part == "all" else self.trace_part,
-            table_part="train" if self.table is not None and self.table_part == "all" else self.table_part,
+            table_part="train" if self.tables and self.table_part == "all" else self.table_part,
         )
 
     def read_table(self) -> QualityTable:
-        """Reads the quality table by the ending of its name, with the texts of its prompts if they are given."""
-        path, column = str(self.table), self.score_column
+        """Reads the quality table, with the texts of its prompts if they are given.
+
+        Raises:
+          InputError: a file cannot be used, or ``prompts`` are given for several tables.
+        """
+        paths, column = self.tables, self.score_column
         if self.quality_table is None and column is None:
             column = self.base.quality.score_column
-        table = read_table(path, column)
-        if self.prompts is None or not path.endswith(".npz"):
+        table = read_tables(paths, column)
+        if self.prompts is None or not paths[0].endswith(".npz"):
             return table
-        return dataclasses.replace(table, prompts=read_prediction_table(path, column, self.prompts).texts)
+        if len(paths) > 1:
+            raise InputError(f"--prompts={self.prompts}: has the texts of one table, but {self.fleet} has {len(paths)}")
+        return dataclasses.replace(table, prompts=read_prediction_table(paths[0], column, self.prompts).texts)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold; ``from_dict`` rebuilds it."""
@@ -232,8 +238,10 @@ class WorldConfig:
 
     def inputs(self) -> dict[str, str]:
         """Returns a fingerprint of every file that the world is made of, by the name of its field."""
-        names = ("fleet", "trace", "table", "prompts", "predictor")
-        return {name: fingerprint(path) for name in names if (path := getattr(self, name)) is not None}
+        names = ("fleet", "trace", "prompts", "predictor")
+        files = {name: path for name in names if (path := getattr(self, name)) is not None}
+        files |= {f"table {number}" if number else "table": path for number, path in enumerate(self.tables)}
+        return {name: fingerprint(path) for name, path in files.items()}
 
     @classmethod
     def from_dict(cls, values: Any) -> WorldConfig:

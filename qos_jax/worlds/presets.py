@@ -42,7 +42,7 @@ from qos_jax.workload.content import (
 )
 from qos_jax.workload.prediction import Predictions, TablePredictions, parse_prediction
 from qos_jax.workload.request_workload import RecordedLengths, RequestWorkload
-from qos_jax.workload.tables import QualityTable, read_table
+from qos_jax.workload.tables import QualityTable, read_tables
 
 Pair = tuple[str, str]  # names of an LLM and of a device
 
@@ -173,8 +173,8 @@ def make(
     preset = varied(base, overrides)
     _check_type("check", check, (bool, np.bool_), "True or False")
     own_table = quality_table is None
-    if own_table and preset.quality.table is not None:
-        quality_table = read_table(preset.quality.table, preset.quality.score_column)
+    if own_table and preset.quality.tables:
+        quality_table = read_tables(preset.quality.tables, preset.quality.score_column)
     if quality_table is not None:
         _check_type("quality_table", quality_table, QualityTable, "a QualityTable, as read_npz returns it")
     if lengths is not None:

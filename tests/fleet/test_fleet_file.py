@@ -152,6 +152,27 @@ def test_replicas_and_a_quality_table_go_together(tmp_path: pathlib.Path) -> Non
     assert world.for_training().table_part == world.held_out().table_part == "test"
 
 
+def test_tasks_of_several_kinds_are_one_stream(tmp_path: pathlib.Path) -> None:
+    for name, experts, lengths in (
+        ("math", ["a", "b"], [[4096, 3]]),
+        ("code", ["c", "b", "a"], [[7, 2, 5], [9, 1, 8]]),
+    ):
+        rows = len(lengths)
+        np.savez(
+            tmp_path / f"{name}.npz", experts=experts, prompt_tokens=np.full(rows, 10), out_tokens=lengths,
+            graded=np.ones((rows, len(experts))),
+        )  # fmt: skip
+    text = HEAD + 'answers = "a"\n[quality]\ntable = ["math.npz", "code.npz"]\nscore_column = "graded"\n'
+    fleet_of(tmp_path, text)
+    world = WorldConfig(fleet=str(tmp_path / "fleet.toml"))
+    assert sorted(world.inputs()) == ["fleet", "table", "table 1"]
+    _, params = world.build()
+    assert np.asarray(params.workload.content.output_tokens[:, 0]).tolist() == [4096, 5, 8]
+    assert params.workload.content.max_output_tokens.tolist() == [4096.0]
+    with pytest.raises(InputError, match=r"--prompts=texts.jsonl: has the texts of one table, but .* has 2"):
+        WorldConfig(fleet=str(tmp_path / "fleet.toml"), prompts="texts.jsonl").read_table()
+
+
 def test_a_fleet_may_have_64_experts_and_no_more(tmp_path: pathlib.Path) -> None:
     assert len(fleet_of(tmp_path, HEAD + "count = 64\n").experts) == 64
     with pytest.raises(InputError, match="experts are 65 with all replicas, must be at most 64"):
@@ -233,6 +254,8 @@ def test_the_shipped_fleets_are_read_by_the_same_reader() -> None:
         ),
         ("quality.mean_output_tokens.x = 9\n" + HEAD, "mean_output_tokens.x has no quality.mean_score.x"),
         ("quality = {table = 't', mean_score = {x = 0.5}}\n" + HEAD, "quality.table is 't', must be left out where"),
+        ("quality = {table = []}\n" + HEAD, r"quality.table is \[\], must be a text that is not empty, or a list of"),
+        ("quality = {table = ['t', 't']}\n" + HEAD, "quality.table is .*, must be a text that is not empty, or a list"),
         ("workload.content = 'quality'\n" + HEAD, "workload.content is 'quality', must be quality where"),
         ("workload.content = 'essays'\n" + HEAD, "workload.content is 'essays', must be one of mix-instruct"),
         ("workload.prompt_tokens_median = 9\n" + HEAD, "workload.prompt_tokens_p90 is missing, must be given with"),

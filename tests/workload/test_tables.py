@@ -8,7 +8,7 @@ import pytest
 
 from qos_jax.errors import InputError
 from qos_jax.workload.content import latency_limits
-from qos_jax.workload.tables import QualityTable, approximate_tokens, read_mix_instruct, read_npz
+from qos_jax.workload.tables import QualityTable, approximate_tokens, joined, read_mix_instruct, read_npz
 
 EXPERTS = ("small", "large")
 
@@ -284,3 +284,23 @@ def test_approximate_tokens_are_near_the_true_ones(data_dir):
     approximate = np.array([approximate_tokens(json.loads(line)["instruction"]) for line in lines])
     assert approximate.sum() == pytest.approx(table.prompt_tokens.sum(), rel=0.03)
     assert np.median(np.abs(approximate / table.prompt_tokens - 1)) < 0.13
+
+
+class TestJoined:
+    def test_prompts_follow_each_other_and_experts_are_those_in_common(self):
+        first, second = make_table(3), dataclasses.replace(make_table(2), experts=("large", "other"), source="second")
+        both = joined([first, second])
+        assert both.experts == ("large",)
+        assert both.prompts == (*first.prompts, *second.prompts)
+        np.testing.assert_array_equal(both.score[:, 0], [*first.score[:, 1], *second.score[:, 0]])
+        np.testing.assert_array_equal(
+            both.output_tokens[:, 0], [*first.output_tokens[:, 1], *second.output_tokens[:, 0]]
+        )
+
+    def test_texts_go_where_one_table_has_none(self):
+        assert joined([make_table(), dataclasses.replace(make_table(), prompts=None)]).prompts is None
+
+    def test_nothing_in_common_is_refused(self):
+        other = dataclasses.replace(make_table(), experts=("a", "b"), source="other.npz")
+        with pytest.raises(InputError, match=r"made up \+ other.npz: have no LLM in common, must have one or more"):
+            joined([make_table(), other])
