@@ -182,7 +182,9 @@ def looks(kinds: Mapping[str, str], width: Width = FULL, panels: Sequence[Collec
       width: of the figure.
       panels: the routers of each panel; learned routers that never meet in one may look the same. By default all meet.
     """
-    others = [name for name, kind in kinds.items() if kind not in ("learned", "oracle") and name not in HIGHLIGHTED]
+    others = [
+        name for name, kind in kinds.items() if kind not in ("learned", "oracle") and _base(name) not in HIGHLIGHTED
+    ]
     spare = dict(zip(others, OTHER_COLOURS, strict=False)) if len(others) <= len(OTHER_COLOURS) else {}
     learned = _numbers([name for name, kind in kinds.items() if kind == "learned"], panels or [set(kinds)])
     dashes = itertools.cycle(ORACLE_DASHES)
@@ -195,6 +197,8 @@ def looks(kinds: Mapping[str, str], width: Width = FULL, panels: Sequence[Collec
             colour = LEARNED_COLOURS[number % len(LEARNED_COLOURS)]
             marker = _LEARNED_MARKERS[number % len(_LEARNED_MARKERS)]
             look = {"color": colour, "linewidth": 1.8 if number else 2.6, "marker": marker, "zorder": 5}
+        elif name not in HIGHLIGHTED and _base(name) in HIGHLIGHTED:
+            look = {"color": HIGHLIGHTED[_base(name)], "linestyle": (0, (2, 1)), "linewidth": 1.6, "zorder": 4}
         elif name in HIGHLIGHTED or name in spare:
             look = {"color": HIGHLIGHTED.get(name) or spare[name], "linewidth": 1.6, "zorder": 4}
         else:
@@ -276,6 +280,11 @@ def every_nth(values: Sequence[float], width: Width) -> list[float]:
     return list(values[::step])
 
 
+def _base(router: str) -> str:
+    """Returns the rule that a router follows among the requests that it admits."""
+    return router.removesuffix("+admission")
+
+
 def _numbers(names: Sequence[str], panels: Sequence[Collection[str]]) -> dict[str, int]:
     """Returns a number for each name, a different one for names that meet in a panel.
 
@@ -299,7 +308,9 @@ def _label(names: Sequence[str], look: Look) -> str:
     start = _common(parts)
     end = _common([each[len(start) :][::-1] for each in parts])[::-1]
     shared = "_".join([*start, *end])
-    return f"{display_name(shared)}, one per panel" if shared else ", ".join(map(display_name, names))
+    if shared or "marker" in look:
+        return f"{display_name(shared) if shared else 'learned router'}, one per panel"
+    return ", ".join(map(display_name, names))
 
 
 def _common(parts: Sequence[Sequence[str]]) -> list[str]:

@@ -303,6 +303,20 @@ def test_learned_routers_stand_out() -> None:
     assert line(figure, "only gamma").get_color() not in style.HIGHLIGHTED.values()
 
 
+def test_a_rule_with_admission_is_dashed_in_the_colour_of_the_rule() -> None:
+    kinds = dict.fromkeys(("shortest_queue", "shortest_queue+admission", "impact_greedy"), "heuristic")
+    plain, admitting, other = style.looks(kinds).values()
+    assert admitting["color"] == plain["color"] != other["color"]
+    assert admitting["linestyle"] != plain.get("linestyle")
+    assert len(style.legend_entries(style.looks(kinds))) == 3
+
+
+def test_learned_routers_of_different_panels_have_one_entry() -> None:
+    kinds = dict.fromkeys(("mvr", "never_drops", "mvr_edge_8"), "learned")
+    looks = style.looks(kinds, panels=[{name} for name in kinds])
+    assert [label for _, label in style.legend_entries(looks)] == ["learned router, one per panel"]
+
+
 def rows_of(x: float, *names: str, mean: float = 0.5) -> list[dict]:
     return [{"kind": "learned", "x": x, "mean": mean, "low": 0.4, "high": 0.6, "router": name} for name in names]
 
@@ -365,6 +379,8 @@ class TestStudyPanels:
         "mvr": "MVR (learned)",
         "mvr_no_graph": "MVR (no graph)",
         "mvr_edge_8": "MVR (edge-8)",
+        "mvr_jetson_4_stale": "MVR (jetson-4 stale)",
+        "learner_sac_edge_8": "SAC (edge-8)",
         "sac_paper_reward": "SAC paper reward",
         "expert_2": "expert 2 only",
         "my_router": "my router",
