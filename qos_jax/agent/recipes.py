@@ -15,7 +15,7 @@ EQUAL_GPUS_MAX_EXTERNALITY = 0.35  # reward units; see docs/decisions
 """On equal GPUs the cost of a placement to later requests is overestimated: a reactive router would drop one of them.
 On unequal ones it is real, since one request too many on a slow expert delays many others."""
 
-_STEPS = {"paper-3": 100_000, "paper-6": 1_000_000, "edge-8": 400_000}
+_STEPS = {"paper-3": 200_000, "paper-6": 1_000_000, "edge-8": 400_000}
 _DEFAULT_STEPS = 500_000
 _WITH_VALUES = ("returns", "temporal_difference")  # targets that bootstrap: values must travel the discount's horizon,
 _STEPS_OF_VALUES = {"paper-3": 1_000_000}  # which is more requests in larger fleets
