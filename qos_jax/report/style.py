@@ -142,6 +142,8 @@ def display_name(router: str) -> str:
     """Returns the name of a router as people know it; of an unknown one its own name in words."""
     if router in _NAMES:
         return _NAMES[router]
+    if _base(router) != router:
+        return f"{display_name(_base(router))} + admission"
     if re.fullmatch(r"expert_\d+", router):
         return f"{router.replace('_', ' ')} only"
     router = router.encode(errors="backslashreplace").decode()  # where a folder's name is not UTF-8
@@ -182,10 +184,10 @@ def looks(kinds: Mapping[str, str], width: Width = FULL, panels: Sequence[Collec
       width: of the figure.
       panels: the routers of each panel; learned routers that never meet in one may look the same. By default all meet.
     """
-    others = [
-        name for name, kind in kinds.items() if kind not in ("learned", "oracle") and _base(name) not in HIGHLIGHTED
-    ]
+    rules = dict.fromkeys(_base(name) for name, kind in kinds.items() if kind not in ("learned", "oracle"))
+    others = [name for name in rules if name not in HIGHLIGHTED]
     spare = dict(zip(others, OTHER_COLOURS, strict=False)) if len(others) <= len(OTHER_COLOURS) else {}
+    colours = HIGHLIGHTED | spare
     learned = _numbers([name for name, kind in kinds.items() if kind == "learned"], panels or [set(kinds)])
     dashes = itertools.cycle(ORACLE_DASHES)
     found: dict[str, Look] = {}
@@ -197,10 +199,9 @@ def looks(kinds: Mapping[str, str], width: Width = FULL, panels: Sequence[Collec
             colour = LEARNED_COLOURS[number % len(LEARNED_COLOURS)]
             marker = _LEARNED_MARKERS[number % len(_LEARNED_MARKERS)]
             look = {"color": colour, "linewidth": 1.8 if number else 2.6, "marker": marker, "zorder": 5}
-        elif name not in HIGHLIGHTED and _base(name) in HIGHLIGHTED:
-            look = {"color": HIGHLIGHTED[_base(name)], "linestyle": (0, (2, 1)), "linewidth": 1.6, "zorder": 4}
-        elif name in HIGHLIGHTED or name in spare:
-            look = {"color": HIGHLIGHTED.get(name) or spare[name], "linewidth": 1.6, "zorder": 4}
+        elif _base(name) in colours:
+            look = {"color": colours[_base(name)], "linewidth": 1.6, "zorder": 4}
+            look |= {} if _base(name) == name else {"linestyle": (0, (2, 1))}
         else:
             look = {"color": PALE, "linewidth": 0.9, "zorder": 2}
         found[name] = look | {"linewidth": look["linewidth"] * width.lines}
