@@ -51,6 +51,8 @@ from qos_jax.sim.engine_state import (
 from qos_jax.sim.prefix_cache import find_own_blocks, keep_cached, not_yet_taken
 from qos_jax.sim.types import ExpertProfile
 
+_NEVER_TAKEN = 2**30  # blocks; a run takes fewer
+
 
 def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtype: Any = jnp.float32) -> ExpertState:
     """Returns idle experts.
@@ -112,7 +114,14 @@ def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
     return _compact_if_full(spec)(state)
 
 
-def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: Array, payload: Any) -> ExpertState:
+def push(
+    state: ExpertState,
+    lane: Array,
+    prompt_tokens: Array,
+    output_tokens: Array,
+    payload: Any,
+    shared_blocks: Array | None = None,
+) -> ExpertState:
     """Appends a request that arrives now to the queue of each selected lane that has a free slot.
 
     Args:
@@ -121,6 +130,7 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
       prompt_tokens: [L] tokens.
       output_tokens: [L] tokens, at least 1.
       payload: leaves [L] or broadcast to it.
+      shared_blocks: [L] blocks of the prompt that other requests have computed; nobody takes them. None: 0.
     """
     slots = state.slots
     occupied = slots.output_tokens > 0
@@ -138,8 +148,8 @@ def push(state: ExpertState, lane: Array, prompt_tokens: Array, output_tokens: A
         computed=put(slots.computed, 0),
         emitting=put(slots.emitting, False),
         decoding=put(slots.decoding, False),
-        cached_blocks=put(slots.cached_blocks, 0),
-        taken_at=put(slots.taken_at, 0),
+        cached_blocks=put(slots.cached_blocks, 0 if shared_blocks is None else shared_blocks),
+        taken_at=put(slots.taken_at, 0 if shared_blocks is None else _NEVER_TAKEN),
         preemptions=put(slots.preemptions, 0),
         arrival_s=put(slots.arrival_s, 0.0),
         payload=jax.tree.map(put, slots.payload, payload),

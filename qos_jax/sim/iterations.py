@@ -107,6 +107,8 @@ class _Stepper:
         self.arrival_s = np.asarray(trace.arrival_s)[request]
         self.prompt_tokens = np.asarray(trace.prompt_tokens)[request]
         self.output_tokens = np.asarray(trace.output_tokens)[request, expert]
+        self.shared_blocks = np.asarray(trace.shared_tokens)[request] // spec.block_size
+        self.shared_blocks = self.shared_blocks * bool(profile.prefix_cache[0])
         self.num_arrived = 0  # requests
         self.now_s = float(self.arrival_s[0]) if len(request) else 0.0
         self.state = engine.init_state(spec, (1,), jnp.int32(0))
@@ -154,8 +156,8 @@ class _Stepper:
         index, self.num_arrived = self.num_arrived, self.num_arrived + 1
         gap_s, self.now_s = np.float32(self.arrival_s[index] - self.now_s), float(self.arrival_s[index])
         state = _advance(self.spec, self.profile, self.state, gap_s)
-        prompt_tokens, output_tokens = self.prompt_tokens[index], self.output_tokens[index]
-        self.state = _arrive(self.spec, self.profile, state, prompt_tokens, output_tokens, index)
+        tokens = self.prompt_tokens[index], self.output_tokens[index]
+        self.state = _arrive(self.spec, self.profile, state, *tokens, index, self.shared_blocks[index])
 
     def iterate(self) -> tuple[Any, ...] | None:
         """Runs one iteration; returns its duration [s], the live requests, their activities, tokens and cached tokens.
@@ -180,10 +182,16 @@ def _advance(spec: EngineSpec, profile: ExpertProfile, state: ExpertState, gap_s
 
 @partial(jax.jit, static_argnums=0)
 def _arrive(
-    spec: EngineSpec, profile: ExpertProfile, state: ExpertState, prompt_tokens: Any, output_tokens: Any, index: Any
+    spec: EngineSpec,
+    profile: ExpertProfile,
+    state: ExpertState,
+    prompt_tokens: Any,
+    output_tokens: Any,
+    index: Any,
+    shared_blocks: Any,
 ) -> ExpertState:
     admissible = engine.admissible(spec, profile, state, prompt_tokens, output_tokens)
-    return engine.push(state, admissible, prompt_tokens[None], output_tokens[None], index)
+    return engine.push(state, admissible, prompt_tokens[None], output_tokens[None], index, shared_blocks[None])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -193,7 +201,7 @@ def _iterate(spec: EngineSpec, profile: ExpertProfile, state: ExpertState) -> Ex
 
 def _activities(block_size: int, before: Slots, after: Slots, is_async: bool) -> tuple[np.ndarray, ...]:
     """Returns the live requests, their activities, tokens and cached tokens, from the slots [S] before and after."""
-    found = np.where(before.waiting & after.running, after.cached_blocks * block_size, before.computed)
+    found = np.where(before.waiting & (after.computed > 0), after.cached_blocks * block_size, before.computed)
     tokens = np.maximum(after.computed - found, 0)
     emitted = before.generated + before.emitting
     decoding = (tokens > 0) & (emitted > 0) & (before.prompt_tokens + emitted - found == 1)

@@ -42,6 +42,7 @@ class LaneRequests(struct.PyTreeNode):
     gap_s: AnyArray  # [J, L] s since the lane's previous request
     prompt_tokens: AnyArray  # [J, L] int32
     output_tokens: AnyArray  # [J, L] int32, 0 for padding
+    shared_tokens: AnyArray  # [J, L] int32, of the prompt
 
 
 class LaneLog(struct.PyTreeNode):
@@ -69,7 +70,8 @@ def replay(
 
     Args:
       experts: profile of the N experts, NumPy or JAX arrays [N].
-      trace: J requests in order of arrival; only arrivals and tokens are read.
+      trace: J requests in order of arrival; only arrivals and tokens are read. An expert with a prefix cache does not
+        compute whole blocks of ``shared_tokens``; they never leave the cache, and count as memory of each request.
       assignment: [J] int, expert of each request; -1 drops the request.
       token_budget: maximum tokens per iteration of all experts, 1 .. 2^24, in place of their own.
       block_size: tokens per KV block, 1 .. 2^24.
@@ -157,12 +159,13 @@ def _sort_into_lanes(
     sent = assignment >= 0
     cell = (position[sent], assignment[sent])
     arrival_s = np.zeros((length, num_experts))
-    prompt_tokens, output_tokens = np.zeros((2, length, num_experts), np.int32)
+    prompt_tokens, output_tokens, shared_tokens = np.zeros((3, length, num_experts), np.int32)
     arrival_s[cell] = trace.arrival_s[sent]
     prompt_tokens[cell] = trace.prompt_tokens[sent]
     output_tokens[cell] = trace.output_tokens[sent, assignment[sent]]
+    shared_tokens[cell] = trace.shared_tokens[sent]
     gap_s = np.diff(arrival_s, axis=0, prepend=arrival_s[:1])
-    return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens)
+    return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens, shared_tokens)
 
 
 def _in_trace_order(
@@ -258,7 +261,9 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) ->
         not_padding = request.output_tokens > 0
         admissible = engine.admissible(spec, experts, state, request.prompt_tokens, request.output_tokens)
         dropped = not_padding & ~admissible
-        state = engine.push(state, not_padding & ~dropped, request.prompt_tokens, request.output_tokens, index)
+        shared_blocks = jnp.where(experts.prefix_cache, request.shared_tokens // spec.block_size, 0)
+        tokens = request.prompt_tokens, request.output_tokens
+        state = engine.push(state, not_padding & ~dropped, *tokens, index, shared_blocks)
         return (state, index + 1), dropped
 
     def chunk(carry: Any, requests: LaneRequests) -> tuple[Any, Any]:

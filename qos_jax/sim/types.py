@@ -99,6 +99,7 @@ class RequestTrace(struct.PyTreeNode):
     predicted_score: AnyArray = None  # [J, N]
     predicted_tokens: AnyArray = None  # [J, N] tokens
     limits: ServiceLimits | None = None  # [J] each
+    shared_tokens: AnyArray = None  # [J] tokens of the prompt that the prefix cache has of other requests, for replays
 
     @property
     def requests(self) -> Request:

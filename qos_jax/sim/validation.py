@@ -189,7 +189,7 @@ def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
 
     Raises:
       InputError: a field has a wrong shape, a time is not finite or beyond 1e15 s, arrivals decrease, or a number of
-        tokens is not within 1 .. ``MAX_TOKENS``.
+        tokens is not within 1 .. ``MAX_TOKENS``, or ``shared_tokens`` are not fewer than those of the prompt.
     """
     arrival_s = np.asarray(trace.arrival_s, np.float64)
     if arrival_s.ndim != 1:
@@ -209,7 +209,10 @@ def checked_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
     num_requests = arrival_s.shape[0]
     prompt_tokens = _checked_tokens("prompt_tokens", trace.prompt_tokens, (num_requests,))
     output_tokens = _checked_tokens("output_tokens", trace.output_tokens, (num_requests, num_experts))
-    return trace.replace(arrival_s=arrival_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    shared_tokens = _checked_shared(trace.shared_tokens, prompt_tokens)
+    return trace.replace(
+        arrival_s=arrival_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens, shared_tokens=shared_tokens
+    )
 
 
 def checked_assignment(assignment: ArrayLike, num_requests: int, num_experts: int) -> np.ndarray:
@@ -228,6 +231,20 @@ def checked_assignment(assignment: ArrayLike, num_requests: int, num_experts: in
         index = int(bad.argmax())
         legal = f"an expert 0 .. {num_experts - 1}, or -1 for a dropped request"
         raise InputError(f"assignment[{index}] is {values[index]}, must be {legal}")
+    return values.astype(np.int32)
+
+
+def _checked_shared(shared_tokens: ArrayLike | None, prompt_tokens: np.ndarray) -> np.ndarray:
+    if shared_tokens is None:
+        return np.zeros_like(prompt_tokens)
+    values = np.asarray(shared_tokens)
+    if values.shape != prompt_tokens.shape:
+        raise InputError(f"trace.shared_tokens has shape {values.shape}, must be {list(prompt_tokens.shape)}")
+    bad = ~((values >= 0) & (values < prompt_tokens) & (values == np.floor(values)))
+    if bad.any():
+        index = int(bad.argmax())
+        legal = f"a whole number from 0, below the {prompt_tokens[index]} tokens of the prompt"
+        raise InputError(f"trace.shared_tokens[{index}] is {values[index]}, must be {legal}")
     return values.astype(np.int32)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,9 +36,8 @@ def read_block_ids(path: str | os.PathLike[str]) -> BlockIds:
     tokens, prompts, later = [], [], []
     for where, record in json_lines(read_text(path), path):
         found = record if isinstance(record, dict) else {}
-        length, ids = found.get("input_length", found.get("input_toks")), found.get("hash_ids")
-        if not isinstance(ids, list) or not all(isinstance(each, int) for each in ids):
-            raise InputError(f"{where}: hash_ids is {shown(ids)}, must be a list of whole numbers")
+        length = found.get("input_length", found.get("input_toks"))
+        ids = parse_block_ids(found.get("hash_ids"), where)
         try:
             tokens.append(parse_count(length))
             count = parse_count(found.get("prompt_blocks", len(ids)))
@@ -51,6 +50,17 @@ def read_block_ids(path: str | os.PathLike[str]) -> BlockIds:
     if not tokens:
         raise InputError(f"{path}: holds no request")
     return BlockIds(np.array(tokens, np.int64), prompts, later)
+
+
+def parse_block_ids(ids: Any, where: str) -> list[int]:
+    """Returns the ``hash_ids`` of a line.
+
+    Raises:
+      InputError: they are no list of whole numbers; names the line, ``where``.
+    """
+    if not isinstance(ids, list) or not all(isinstance(each, int) for each in ids):
+        raise InputError(f"{where}: hash_ids is {shown(ids)}, must be a list of whole numbers")
+    return ids
 
 
 def prefix_hits(

@@ -27,6 +27,7 @@ class Job:
 
     prompt_tokens: int
     output_tokens: int
+    shared_tokens: int = 0  # of the prompt, that the prefix cache has of other requests when it is admitted
     generated: int = 0  # tokens emitted
     in_flight: int = 0  # tokens that scheduled iterations will emit
     computed: int = 0  # tokens whose keys and values are cached, or will be after the scheduled iterations
@@ -307,6 +308,8 @@ class ReferenceExpert:
             job.held = self.cache.find(job)
             self.free_blocks -= job.held
             job.computed = job.held * self.block_size
+            if not job.preemptions:  # blocks of others are copied, not shared
+                job.computed = job.shared_tokens // self.block_size * self.block_size
 
     def emit(self, job: Job) -> None:
         """Emits one token at the clock."""
@@ -376,6 +379,8 @@ def replay_reference(
     jobs: list[Job] = []
     for j, n in enumerate(np.asarray(assignment).tolist()):
         job = Job(int(np.asarray(trace.prompt_tokens)[j]), int(np.asarray(trace.output_tokens)[j, n]))
+        if trace.shared_tokens is not None:
+            job.shared_tokens = int(trace.shared_tokens[j])
         jobs.append(job)
         if n == DROPPED_BY_ROUTER:
             job.dropped = True

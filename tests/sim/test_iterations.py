@@ -34,6 +34,18 @@ def test_agrees_with_the_reference(kind: str) -> None:
     np.testing.assert_array_equal((log.tokens > 0).sum(1), [iteration.scheduled for iteration in reference])
 
 
+def test_tokens_that_the_prefix_cache_has_are_not_computed() -> None:
+    world = KINDS["calm"](np.random.default_rng(0))
+    world.experts = world.experts.replace(prefix_cache=np.full(3, True))
+    prompts = world.trace.prompt_tokens
+    world.trace = world.trace.replace(shared_tokens=np.maximum(prompts - 20, 0))
+    log, found = log_of(world), np.maximum(prompts - 20, 0) // 16 * 16
+    done = np.flatnonzero((log.activity[0] == Activity.ABSENT) & (log.activity[-1] == Activity.ABSENT))
+    computed = np.where(log.activity == Activity.PREFILL, log.tokens, 0).sum(0)[done]
+    assert len(done) > 3
+    np.testing.assert_array_equal(computed, (prompts - found)[log.request[done]])
+
+
 def test_a_request_waits_computes_its_prompt_and_decodes() -> None:
     world = KINDS["calm"](np.random.default_rng(0))
     log = log_of(world)

@@ -87,6 +87,23 @@ class TestAgreesWithTheReference:
             np.testing.assert_allclose(busy_or_standby_s[endless], np.array(elapsed_s)[endless], rtol=1e-9, atol=1e-6)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["calm", "long_prompts"])
+    def test_where_prompts_are_in_the_prefix_cache_in_part(self, kind: str) -> None:
+        """Half of the requests, and only on experts that have such a cache."""
+        rng = np.random.default_rng(5)
+        world = side_by_side([KINDS[kind](np.random.default_rng(seed)) for seed in range(3)])
+        world = dataclasses.replace(world, experts=world.experts.replace(kv_blocks=0 * world.experts.kv_blocks + 9999))
+        prompts = world.trace.prompt_tokens
+        shared_tokens = np.where(rng.random(len(prompts)) < 0.5, rng.integers(0, prompts), 0)
+        shared = dataclasses.replace(world, trace=world.trace.replace(shared_tokens=shared_tokens))
+        log, expected = replay(shared), reference(shared)
+        np.testing.assert_allclose(log.finish_s, expected.finish_s, rtol=1e-9)
+        np.testing.assert_allclose(log.first_token_s, expected.first_token_s, rtol=1e-9)
+        caches = world.experts.prefix_cache[world.assignment] & (world.assignment >= 0)
+        earlier = log.first_token_s < replay(world).first_token_s - 1e-9
+        assert earlier[caches].any()
+        assert not earlier[~caches].any()
+
     def test_in_float32_to_one_iteration_on_almost_every_request(self) -> None:
         agrees = []
         for kind in KINDS.keys() - {"crowd"}:  # the program of a crowd takes long to compile
@@ -416,6 +433,9 @@ class TestBadInput:
             ("output_tokens", [[1, 1], [1, 1], [0, 1]], r"output_tokens\[2, 0\].* 0.* at least 1"),
             ("output_tokens", [[1, 1], [1, 1], [1, -7]], r"output_tokens\[2, 1\].* -7.* at least 1"),
             ("output_tokens", [1, 1, 1], r"output_tokens.* \(3,\).* \[3, 2\]"),
+            ("shared_tokens", [0, -1, 0], r"shared_tokens\[1\].* -1.* whole number from 0"),
+            ("shared_tokens", [10**6, 0, 0], r"shared_tokens\[0\].* 1000000.* below the \d+ tokens of the prompt"),
+            ("shared_tokens", [0, 0], r"shared_tokens.* \(2,\).* \[3\]"),
         ],
     )
     def test_in_a_trace_is_named(self, name: str, values: Any, message: str) -> None:

@@ -63,20 +63,31 @@ def test_bad_numbers_are_refused() -> None:
         prefix_hits(requests([1]), 4, assignment=[0, 1])
 
 
-def test_they_are_vllms_own_counters_at_every_second(data_dir: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "engines", "engine", "queried_tokens", "hit_tokens"),
+    [
+        ("kv_metrics.csv", 1, 0, 82_645, 21_264),
+        ("kv_metrics_2inst_1.csv", 2, 0, 39_877, 4_240),
+        ("kv_metrics_2inst_2.csv", 2, 1, 42_768, 5_840),
+    ],
+)
+def test_they_are_vllms_own_counters_at_every_second(
+    data_dir: pathlib.Path, file: str, engines: int, engine: int, queried_tokens: int, hit_tokens: int
+) -> None:
+    """Of one engine, and of two to which requests go in turn."""
     folder = data_dir / "golden-prefix-cache"
     asked = read_block_ids(folder / "requests.jsonl")
-    hits = prefix_hits(asked, 16)
-    so_far = {0: 0} | dict(zip(np.cumsum(asked.prompt_tokens).tolist(), np.cumsum(hits).tolist(), strict=True))
-    with (folder / "kv_metrics.csv").open() as file:
+    hits = prefix_hits(asked, 16, assignment=np.arange(len(asked.prompt_tokens)) % engines)[engine::engines]
+    queried = np.cumsum(asked.prompt_tokens[engine::engines])
+    so_far = {0: 0} | dict(zip(queried.tolist(), np.cumsum(hits).tolist(), strict=True))
+    with (folder / file).open() as lines:
         counted = [
             (int(float(row["prefix_cache_queries_tokens"])), int(float(row["prefix_cache_hits_tokens"])))
-            for row in csv.DictReader(file)
+            for row in csv.DictReader(lines)
         ]
     assert len(counted) > 100
-    assert counted == [(queried, so_far[queried]) for queried, _ in counted]
-    in_turn = prefix_hits(asked, 16, assignment=np.arange(len(hits)) % 2)
-    assert [in_turn[expert::2].sum() for expert in (0, 1)] == [4240, 5840]
+    assert counted == [(tokens, so_far.get(tokens)) for tokens, _ in counted]
+    assert counted[-1] == (queried_tokens, hit_tokens)
 
 
 @pytest.mark.parametrize(
