@@ -40,12 +40,14 @@ KINDS = ("decode", "prefill", "mixed", "chunked")
 
 Curve = tuple[np.ndarray, np.ndarray]  # ascending counts, seconds
 
-_ONCE_PER_MODEL = ("embedding", "emb", "final_layernorm")
+_ONCE_PER_MODEL = ("embedding", "emb", "final_layernorm", "embedding_allreduce")
 _TWICE_PER_LAYER = ("layernorm",)  # before the attention and before the MLP, one entry in LLMServingSim's table
 _LARGE_KERNELS = {
     "layer": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "num_tokens": ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj"),
 }
+_ALLREDUCES_PER_LAYER = 2  # after the attention and after the MLP
+_ACTIVATION_BYTES = 2
 _MIXED_PROMPTS = (64, 128, 256, 512, 1024)  # tokens, for mixed iterations that are sums of prefill and decode
 
 
@@ -121,6 +123,53 @@ def read_tables(dense: str, attention: str, per_sequence: str | None = None) -> 
         return KernelTables(curves, batches, {}, tuple(notes))
     table = _Table(per_sequence)
     return KernelTables(curves, batches, _curves_by_layer(table, "sequences"), tuple(notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """The link between two GPUs that share every layer of a model, and what they exchange over it in 16 bit."""
+
+    gb_per_s: float  # 10^9 bytes/s in one direction
+    latency_us: float  # of one exchange, whatever its size
+    hidden_size: int
+    vocab_size: int | None = None  # of a vocabulary that they share, too; None: embedding and logits are not exchanged
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+          InputError: one is out of range.
+        """
+        for name, value in vars(self).items():
+            lowest = "at least 0" if name == "latency_us" else "above 0"
+            if value is not None and not (0 < value < math.inf or (value == 0 and lowest == "at least 0")):
+                raise InputError(f"{name} of the link is {shown(value)}, must be {lowest}")
+
+    def exchange_s(self, values: np.ndarray) -> np.ndarray:
+        """Returns the duration [s] of an exchange in which each GPU sends so many values."""
+        return self.latency_us / 1e6 + values * _ACTIVATION_BYTES / (self.gb_per_s * 1e9)
+
+
+def with_exchange(tables: KernelTables, link: Link) -> KernelTables:
+    """Adds what two GPUs exchange to the kernels of one of them, as if no kernel ran meanwhile.
+
+    Each layer sums its activations over both GPUs twice, after the attention and after the MLP. An all-reduce between
+    two GPUs sends as many values as it sums, tokens x hidden size. With the vocabulary, the embedding takes another
+    one, and each GPU sends its half of the logits of each request.
+
+    Returns:
+      The tables with the curves ``allreduce``, per layer, and ``embedding_allreduce`` over the token counts of the
+      others, and with ``logits`` over the requests of the head, if it was measured.
+    """
+    tokens = np.unique(np.concatenate([counts for counts, _ in tables.dense.values()]))
+    allreduce_s = link.exchange_s(tokens * link.hidden_size)
+    dense, head = {"allreduce": (tokens, _ALLREDUCES_PER_LAYER * allreduce_s)}, {}
+    if link.vocab_size is not None:
+        dense["embedding_allreduce"] = tokens, allreduce_s
+        for requests, _ in list(tables.head.values())[:1]:
+            head["logits"] = requests, link.exchange_s(requests * link.vocab_size / 2)
+    note = f"exchange between two GPUs assumed: {link.gb_per_s:g} GB/s and {link.latency_us:g} us for each"
+    return dataclasses.replace(tables, dense=tables.dense | dense, head=tables.head | head, notes=(*tables.notes, note))
 
 
 def assemble(tables: KernelTables, num_layers: int, max_kv_tokens: int | None = None) -> Iterations:

@@ -17,13 +17,17 @@ from typing import Any
 import numpy as np
 from absl.flags import FlagValues
 
+from qos_jax.errors import InputError
 from qos_jax.fleet import profile_fitting
+from qos_jax.fleet.profile_fitting import Link
 from qos_jax.fleet.table_fitting import fit_tables
 
 
 def main(values: FlagValues) -> None:
     """Fits, writes the profile and prints it with its errors."""
     measured = profile_fitting.read_tables(values.dense, values.attention, values.per_sequence)
+    if link := link_of(values):
+        measured = profile_fitting.with_exchange(measured, link)
     iterations = profile_fitting.assemble(measured, values.num_layers, values.max_kv_tokens)
     timing, affine = profile_fitting.fit_timing(iterations), profile_fitting.fit_affine(iterations)
     host_s, host_per_sequence_s = values.host_us / 1e6, values.host_per_sequence_us / 1e6
@@ -58,6 +62,22 @@ def main(values: FlagValues) -> None:
     for form, kinds in errors.items():
         for kind, e in kinds.items():
             print(f"{form:7} {kind:8} {e['iterations']:10} {e['mape']:9.2%} {e['bias']:7.1%} {e['max']:8.1%}")
+
+
+def link_of(values: FlagValues) -> Link | None:
+    """Returns the link between two GPUs by the flags, None for one GPU.
+
+    Raises:
+      InputError: a flag of the link is out of range, missing, or there without the link.
+    """
+    if values.link_gb_per_s is None:
+        for name, unset in (("link_us", 0.0), ("hidden_size", None), ("vocab_size", None)):
+            if values[name].value != unset:
+                raise InputError(f"--{name} is {values[name].value}, must be left out without --link_gb_per_s")
+        return None
+    if values.hidden_size is None:
+        raise InputError("--hidden_size is missing, must be the hidden size of the model with --link_gb_per_s")
+    return Link(values.link_gb_per_s, values.link_us, values.hidden_size, values.vocab_size)
 
 
 def _source(path: str) -> dict[str, str]:

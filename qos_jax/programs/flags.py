@@ -214,6 +214,15 @@ def define_predictor(values: FlagValues) -> None:
     group.string("out", "runs/predictor", "Folder for the predictor, metrics, predictions and picture.")
 
 
+def _define_link(group: FlagGroup) -> None:
+    group.number("link_gb_per_s", None, "Rate of the link between two GPUs that share each layer [10^9 bytes/s]; adds "
+                 "two all-reduces a layer, of 2 bytes x tokens x hidden_size. Left out: one GPU.", 0.0)  # fmt: skip
+    group.number("link_us", 0.0, "Latency of an exchange over the link, whatever its size [us].", 0.0)
+    group.integer("hidden_size", None, "Hidden size of the model, for what is exchanged.", 1)
+    group.integer("vocab_size", None, "Vocabulary that the two GPUs share, too: adds the all-reduce of the embedding "
+                  "and the exchange of the logits. Left out: neither.", 2)  # fmt: skip
+
+
 def define_fit_profile(values: FlagValues) -> None:
     """Defines the flags of ``qos-jax fit-profile``."""
     group = FlagGroup(values, "Kernel tables")
@@ -222,6 +231,7 @@ def define_fit_profile(values: FlagValues) -> None:
     group.string("per_sequence", None, "csv of the head's kernels by requests; left out: no head.")
     group.integer("num_layers", 32, "Layers of the model.", 1)
     group.integer("max_kv_tokens", None, "Tokens that the model's KV memory holds; left out: fit every batch.", 1)
+    _define_link(group)
     group = FlagGroup(values, "Host")
     group.number("host_us", 0.0, "Time of the host in an iteration that no kernel hides [us].", 0.0)
     group.number("host_per_sequence_us", 0.0, "Time of the host for each request in an iteration [us].", 0.0)
@@ -248,8 +258,11 @@ def define_fidelity(values: FlagValues) -> None:
     group.string("profiles", None, "Kernel tables of the same model on the same GPU: what comes before _dense.csv, "
                  "_attention.csv and _per_sequence.csv.", required=True)  # fmt: skip
     group.integer("num_layers", 32, "Layers of the model.", 1)
+    _define_link(group)
     group.integer("kv_blocks", None, "Usable KV blocks, for a run that did not record them.", 1)
     group.choice("engine", None, choices.ENGINES, "Engine of the run; by default as recorded, else vllm-sync.")
+    group.choice("shared_prefixes", "none", ("none", "lru", "endless"), "Prefixes that requests share by "
+                 "prefix_blocks.jsonl: none is found, those that a cache of the KV blocks keeps, or all.")  # fmt: skip
     group.choice("form", "tables", ("tables", "coefficients"), "Time of an iteration: tables, or five coefficients.")
     group.number("host_us", 0.0, "Time of the host in an iteration that no kernel hides [us].", 0.0)
     group.number("host_per_sequence_us", 0.0, "Time of the host for each request in an iteration [us].", 0.0)

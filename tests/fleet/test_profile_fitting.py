@@ -187,6 +187,29 @@ def test_an_iteration_counts_every_kernel_as_often_as_the_model_runs_it(tmp_path
     np.testing.assert_allclose(1e6 * iterations.time_s, expected_us)
 
 
+@pytest.mark.parametrize("vocab_size", [None, 1000])
+def test_two_gpus_exchange_activations_and_with_the_vocabulary_logits(tmp_path, vocab_size):
+    """At 1 GB/s, 2 bytes x 100 take 0.2 us per token; logits of each request take half of 2 bytes x 1000, 1 us."""
+    timing = dict.fromkeys(profile_fitting.TIMING_UNITS, 1e-4)
+    alone = profile_fitting.read_tables(*llmservingsim_tables(tmp_path, timing))
+    link = profile_fitting.Link(gb_per_s=1.0, latency_us=10.0, hidden_size=100, vocab_size=vocab_size)
+    together = profile_fitting.with_exchange(alone, link)
+    before, after = (profile_fitting.assemble(tables, LAYERS) for tables in (alone, together))
+    tokens, requests = before.prompt_tokens + before.decodes, before.requests
+    expected_us = 2 * LAYERS * (10 + 0.2 * tokens)
+    if vocab_size:
+        expected_us += 10 + 0.2 * tokens + 10 + requests
+    np.testing.assert_allclose(1e6 * (after.time_s - before.time_s), expected_us)
+    assert together.notes == ("exchange between two GPUs assumed: 1 GB/s and 10 us for each",)
+
+
+@pytest.mark.parametrize("field", ["gb_per_s", "latency_us", "hidden_size", "vocab_size"])
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf])
+def test_bad_links_are_named(field, value):
+    with pytest.raises(InputError, match=f"{field} of the link is {value}, must be "):
+        profile_fitting.Link(**{"gb_per_s": 16.0, "latency_us": 0.0, "hidden_size": 8, "vocab_size": 8, field: value})
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_failed_cells_are_interpolated(data_dir, name):
     tables = profile_fitting.read_tables(*(str(data_dir / "profiles" / file) for file in FILES[name]))
