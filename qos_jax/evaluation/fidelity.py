@@ -19,6 +19,7 @@ from qos_jax.fleet.profile_fitting import KINDS, TIMING_UNITS, Iterations, predi
 from qos_jax.sim.iterations import Activity, IterationLog, iterations_of
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import ExpertProfile, RequestLog, RequestTrace
+from qos_jax.workload.prefix_sharing import BlockIds, prefix_hits
 
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "end to end"}
 LOADS = {"running": "requests running", "waiting": "requests waiting", "kv_share": "KV memory in use"}
@@ -66,6 +67,29 @@ def simulate(run: MeasuredRun, timing: Mapping[str, Any]) -> SimulatedRun:
         kv_share=np.where(busy, blocks[index], 0) / run.kv_blocks,
         iterations=_batches(iterations, cached),
     )
+
+
+def with_shared_prefixes(run: MeasuredRun, capacity_blocks: int | None) -> MeasuredRun:
+    """Returns the run whose prompts share prefixes: blocks that an earlier request had need not be computed.
+
+    Requests use the cache in order of arrival, each for its prompt and its answer, and nobody has the same answer.
+
+    Args:
+      run: with the ids of its blocks.
+      capacity_blocks: of a cache that evicts the block used longest ago; None is a cache without end.
+
+    Raises:
+      InputError: the run has no ids, or its engine no prefix cache.
+    """
+    if run.prompt_blocks is None:
+        raise InputError(f"{run.name}: has no prefix_blocks.jsonl, must have it for prefixes that requests share")
+    if not run.prefix_cache:
+        raise InputError(f"{run.name}: its engine has no prefix cache, must have one for prefixes that requests share")
+    full = (run.prompt_tokens + run.output_tokens) // run.block_size - [len(ids) for ids in run.prompt_blocks]
+    ends = -np.cumsum(np.maximum(full, 0))  # answers have the negative ids
+    answers = [list(range(end, end + count)) for end, count in zip(ends, full, strict=True)]
+    asked = BlockIds(run.prompt_tokens, run.prompt_blocks, answers)
+    return dataclasses.replace(run, shared_tokens=prefix_hits(asked, run.block_size, capacity_blocks=capacity_blocks))
 
 
 def replay_run(run: MeasuredRun, timing: Mapping[str, Any]) -> RequestLog:
@@ -177,21 +201,26 @@ def decode_errors(run: MeasuredRun, timing: Mapping[str, Any]) -> dict[str, dict
     """Compares the cost model with the engine, in ticks in which the engine computed no new prompt.
 
     The cost model is evaluated at the batches of the engine, interpolated between ticks; the last block of a request
-    counts as half full. This comparison includes time that kernel tables do not contain, such as that of the scheduler.
+    counts as half full. Without records of the KV memory, requests count from their first to their last token, with the
+    prompt and what of the answer they have at a constant rate. This comparison includes time that kernel tables do not
+    contain, such as that of the scheduler.
 
     Returns:
-      The ticks are of two kinds: those without waiting requests (``memory free``), and those with waiting requests in
+      The ticks are of three kinds: those without waiting requests (``memory free``), those with waiting requests in
       which the number of running requests fell, as in the tick before, so that few preempted requests resumed (``memory
-      full``). For each kind: the number of ``ticks``, the ``measured`` tokens, the tokens ``predicted`` at the same
-      batches, and the relative ``error`` of the model's time; NaN without such a tick.
+      full``), and those with waiting requests in which as many ran as may (``batch full``). For each kind: the number
+      of ``ticks``, the ``measured`` tokens, the tokens ``predicted`` at the same batches, and the relative ``error`` of
+      the model's time; NaN without such a tick.
     """
     tokens = np.diff(run.tick_s) * run.output_tokens_per_s[1:]
     predicted = _decoded_tokens(run, timing)
     fell = np.diff(run.running) < 0
     only_decoded = run.prompt_tokens_per_s[1:] == 0
+    all_run = run.running == run.max_running
     ticks = {
         "memory free": only_decoded & (run.waiting[1:] == 0) & (run.waiting[:-1] == 0),
         "memory full": only_decoded & (run.waiting[1:] > 0) & fell & np.append(False, fell[:-1]),
+        "batch full": only_decoded & (run.waiting[1:] > 0) & all_run[1:] & all_run[:-1],
     }
     errors = {}
     for name, of_kind in ticks.items():
@@ -206,7 +235,8 @@ def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str
 
     The share includes only the arithmetic of these tokens, the maximum that an engine with a prefix cache can save.
     """
-    tokens = float(simulated.iterations.prompt_tokens.sum() - run.prompt_tokens.sum())
+    shared_tokens = 0 if run.shared_tokens is None else run.shared_tokens.sum()
+    tokens = float(simulated.iterations.prompt_tokens.sum() - run.prompt_tokens.sum() + shared_tokens)
     return {
         "preemptions": int(simulated.log.preemptions.sum()),
         "tokens": int(tokens),
@@ -214,13 +244,25 @@ def recomputation(run: MeasuredRun, simulated: SimulatedRun, timing: Mapping[str
     }
 
 
-def parts_left_out(run: MeasuredRun, timing: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Returns the relative errors of the mean latencies with one part of the model left out, by part."""
+def parts_left_out(
+    run: MeasuredRun, timing: Mapping[str, Any], one_gpu: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, float]]:
+    """Returns the relative errors of the mean latencies with one part of the model left out, by part.
+
+    Args:
+      run: the measured run.
+      timing: coefficients of an iteration and, in ``kernels``, its tables.
+      one_gpu: the same without what the GPUs exchange, if they do.
+    """
     variants: dict[str, tuple[MeasuredRun, dict[str, Any]]] = {
         "nothing": (run, {}),
         "limit of the KV memory": (dataclasses.replace(run, kv_blocks=_UNLIMITED), {}),
     }
-    for name, switch in (("asynchronous scheduling", "async_scheduling"), ("own prefix cache", "prefix_cache")):
+    if one_gpu is not None:
+        variants["exchange between the GPUs"] = (run, dict(one_gpu))
+    if run.shared_tokens is not None:
+        variants["prefixes that requests share"] = (dataclasses.replace(run, shared_tokens=None), {})
+    for name, switch in (("asynchronous scheduling", "async_scheduling"), ("prefix cache", "prefix_cache")):
         if getattr(run, switch):
             off: dict[str, Any] = {switch: False}
             variants[name] = (dataclasses.replace(run, **off), {})
@@ -248,7 +290,8 @@ def _expert(run: MeasuredRun, timing: Mapping[str, Any]) -> ExpertProfile:
 
 
 def _trace(run: MeasuredRun) -> RequestTrace:
-    return RequestTrace(run.arrival_s, run.prompt_tokens, run.output_tokens[:, None])
+    output_tokens = run.output_tokens[:, None]
+    return RequestTrace(run.arrival_s, run.prompt_tokens, output_tokens, shared_tokens=run.shared_tokens)
 
 
 def _batches(log: IterationLog, cached: np.ndarray) -> Iterations:
@@ -274,9 +317,15 @@ def _batches(log: IterationLog, cached: np.ndarray) -> Iterations:
 def _decoded_tokens(run: MeasuredRun, timing: Mapping[str, Any]) -> np.ndarray:
     """Returns the tokens [T - 1] that the cost model predicts between ticks, at the batches of the engine."""
     times_s = np.linspace(run.tick_s[:-1], run.tick_s[1:], _POINTS_PER_TICK)
-    requests = np.interp(times_s, run.tick_s, run.running)
-    blocks = np.interp(times_s, run.tick_s, run.kv_share) * run.kv_blocks
-    kv_tokens = np.maximum(run.block_size * (blocks - requests / 2), 0)
+    if np.isnan(run.kv_share).any():
+        decoding = (times_s[..., None] >= run.first_token_s) & (times_s[..., None] < run.finish_s)
+        answered = (times_s[..., None] - run.first_token_s) / np.maximum(run.finish_s - run.first_token_s, 1e-9)
+        requests = decoding.sum(-1)
+        kv_tokens = (decoding * (run.prompt_tokens + answered * run.output_tokens)).sum(-1)
+    else:
+        requests = np.interp(times_s, run.tick_s, run.running)
+        blocks = np.interp(times_s, run.tick_s, run.kv_share) * run.kv_blocks
+        kv_tokens = np.maximum(run.block_size * (blocks - requests / 2), 0)
     kind, zeros = np.full(times_s.shape, "decode"), np.zeros(times_s.shape)
     batches = Iterations(kind, zeros, requests, kv_tokens, times_s, zeros, zeros, requests)
     return np.mean(requests / predicted_s(timing, batches), 0) * np.diff(run.tick_s)

@@ -1,6 +1,7 @@
 """Measured runs of a real engine on one GPU: the inputs of the engine, and the measurements.
 
 A run is a folder in the format of LLMServingSim's benchmark: ``meta.json``, ``requests.jsonl`` and ``timeseries.csv``.
+In ``prefix_blocks.jsonl`` it may have the ids of the blocks of each prompt, by which requests share prefixes.
 ``qos_jax.evaluation.fidelity`` compares a run with the simulator.
 """
 
@@ -19,6 +20,7 @@ from qos_jax.errors import InputError
 from qos_jax.io.files import parse_json
 from qos_jax.io.text_files import CsvTable, json_lines, parse_count, parse_number, read_text, shown
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS
+from qos_jax.workload.prefix_sharing import parse_block_ids
 
 _REQUEST_FIELDS = ("input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
 _TICK_FIELDS = ("t", "running", "waiting", "kv_cache_pct", "prompt_throughput", "gen_throughput")
@@ -37,7 +39,7 @@ class MeasuredRun:
     tick_s: np.ndarray  # [T] s, times at which the state of the engine was sampled
     running: np.ndarray  # [T] requests
     waiting: np.ndarray  # [T] requests
-    kv_share: np.ndarray  # [T] share of the KV blocks in use
+    kv_share: np.ndarray  # [T] share of the KV blocks in use, NaN if it was not recorded
     prompt_tokens_per_s: np.ndarray  # [T] tokens/s since the last tick, each prompt counted once
     output_tokens_per_s: np.ndarray  # [T] tokens/s since the last tick
     kv_blocks: int  # usable ones
@@ -46,6 +48,8 @@ class MeasuredRun:
     token_budget: int  # tokens per iteration
     async_scheduling: bool = False
     prefix_cache: bool = False
+    prompt_blocks: list[list[int]] | None = None  # [J] ids of the full blocks of each prompt, if they are known
+    shared_tokens: np.ndarray | None = None  # [J] prompt tokens that the cache has of other requests; None: all 0
 
 
 def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> MeasuredRun:
@@ -53,10 +57,11 @@ def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> Me
 
     ``arrival_time`` is from one clock; ``queued_ts`` and all later times are from another. The engine takes a request
     at ``queued_ts``, between two iterations. The simulator models that wait, so arrivals are ``arrival_time``, and the
-    smallest difference of the two times is the offset of the clocks.
+    smallest difference of the two times is the offset of the clocks. A KV memory that is empty at every tick, although
+    requests ran, was not recorded.
 
     Args:
-      folder: with the three files; see the module.
+      folder: with the files; see the module.
       kv_blocks: usable KV blocks, for a run that did not record them. One of those that vLLM records holds no request.
 
     Raises:
@@ -81,7 +86,7 @@ def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> Me
         tick_s=tick["t"] + meta.moment_s("started_at") - begin_s,
         running=tick["running"],
         waiting=tick["waiting"],
-        kv_share=tick["kv_cache_pct"] / 100,
+        kv_share=tick["kv_cache_pct"] / (100 if tick["kv_cache_pct"].any() or not tick["running"].any() else np.nan),
         prompt_tokens_per_s=tick["prompt_throughput"],
         output_tokens_per_s=tick["gen_throughput"],
         kv_blocks=kv_blocks or meta.get("kv_cache.num_gpu_blocks") - 1,
@@ -90,6 +95,7 @@ def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> Me
         token_budget=meta.get("engine_kwargs.max_num_batched_tokens"),
         async_scheduling=meta.get("resolved_config.scheduler_config.async_scheduling", bool, default=False),
         prefix_cache=meta.get("kv_cache.enable_prefix_caching", bool, default=False),
+        prompt_blocks=_prompt_blocks(folder / "prefix_blocks.jsonl", [row["request_id"] for row in requests]),
     )
 
 
@@ -120,15 +126,32 @@ class _Meta:
             raise InputError(f"{self.path}: {name} is {text!r}, must be an ISO time") from error
 
 
-def _json_lines(path: pathlib.Path) -> list[dict[str, float]]:
+def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
     for where, row in json_lines(read_text(path), path):
         if not isinstance(row, dict):
             raise InputError(f"{where}: is {shown(row)}, must be a JSON object with {', '.join(_REQUEST_FIELDS)}")
-        rows.append({name: _number(row, name, where) for name in _REQUEST_FIELDS})
+        numbers = {name: _number(row, name, where) for name in _REQUEST_FIELDS}
+        rows.append({"request_id": row.get("request_id"), **numbers})
     if not rows:
         raise InputError(f"{path}: holds no request, must hold at least one")
     return rows
+
+
+def _prompt_blocks(path: pathlib.Path, request_ids: list[Any]) -> list[list[int]] | None:
+    """Returns the ids of the blocks of each request, in this order; None without the file."""
+    if not path.exists():
+        return None
+    blocks = {}
+    for where, row in json_lines(read_text(path), path):
+        found = row if isinstance(row, dict) else {}
+        if not isinstance(found.get("request_id"), str):
+            raise InputError(f"{where}: request_id is {shown(found.get('request_id'))}, must be a text")
+        blocks[found["request_id"]] = parse_block_ids(found.get("hash_ids"), where)
+    for request_id in request_ids:
+        if request_id not in blocks:
+            raise InputError(f"{path}: has no line with request_id {shown(request_id)}, must have one for each request")
+    return [blocks[request_id] for request_id in request_ids]
 
 
 def _ticks(path: pathlib.Path) -> dict[str, np.ndarray]:

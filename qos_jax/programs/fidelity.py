@@ -30,6 +30,7 @@ from qos_jax.fleet.profile_fitting import tables_as_json
 from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.io.files import writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
+from qos_jax.programs.fit_profile import link_of
 from qos_jax.report import fidelity_plots, pages
 from qos_jax.report.pictures import Drawing, Picture, write_figure
 
@@ -37,21 +38,15 @@ from qos_jax.report.pictures import Drawing, Picture, write_figure
 def main(values: FlagValues) -> None:
     """Simulates the run, compares, prints the error table and writes everything."""
     folder = writable_folder(values.out)
-    run = read_run(values.run, values.kv_blocks)
-    if values.engine is not None:
-        engine = ENGINES[values.engine]
-        run = dataclasses.replace(run, async_scheduling=engine.async_scheduling, prefix_cache=engine.prefix_cache)
+    run, link = _run(values), link_of(values)
     tables = profile_fitting.read_tables(
         *(f"{values.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence"))
     )
-    kernels = profile_fitting.assemble(tables, values.num_layers, run.kv_blocks * run.block_size)
-    timing: dict[str, Any] = profile_fitting.fit_timing(kernels)
-    if values.form == "tables":
-        fitted = fit_tables(tables, kernels, values.num_layers)
-        host = {"host_s": values.host_us, "host_per_sequence_s": values.host_per_sequence_us}
-        timing["kernels"] = fitted.replace(**{name: np.array([us / 1e6]) for name, us in host.items()})
+    kernels, timing = _timing(values, run, tables if link is None else profile_fitting.with_exchange(tables, link))
+    one_gpu = None if link is None else _timing(values, run, tables)[1]
     simulated = fidelity.simulate(run, timing)
-    found = _results(run, simulated, kernels, timing)
+    found = _results(run, simulated, kernels, timing, one_gpu)
+    found["link"] = None if link is None else dataclasses.asdict(link)
     write_whole(folder / "fidelity.json", json.dumps(plain(found), indent=1, allow_nan=False))
     drawings: dict[str, Drawing] = {
         "latencies": partial(fidelity_plots.latency_scatter, run, simulated.log),
@@ -68,8 +63,36 @@ def main(values: FlagValues) -> None:
     print(f"written: {folder / 'index.html'}")
 
 
+def _run(values: FlagValues) -> MeasuredRun:
+    """Returns the measured run, with its engine and the prefixes that its requests share as the flags say."""
+    run = read_run(values.run, values.kv_blocks)
+    if values.engine is not None:
+        engine = ENGINES[values.engine]
+        run = dataclasses.replace(run, async_scheduling=engine.async_scheduling, prefix_cache=engine.prefix_cache)
+    if values.shared_prefixes != "none":
+        run = fidelity.with_shared_prefixes(run, run.kv_blocks if values.shared_prefixes == "lru" else None)
+    return run
+
+
+def _timing(
+    values: FlagValues, run: MeasuredRun, tables: profile_fitting.KernelTables
+) -> tuple[profile_fitting.Iterations, dict[str, Any]]:
+    """Returns the iterations of the kernels, and the timing that is fitted to them."""
+    kernels = profile_fitting.assemble(tables, values.num_layers, run.kv_blocks * run.block_size)
+    timing: dict[str, Any] = profile_fitting.fit_timing(kernels)
+    if values.form == "tables":
+        fitted = fit_tables(tables, kernels, values.num_layers)
+        host = {"host_s": values.host_us, "host_per_sequence_s": values.host_per_sequence_us}
+        timing["kernels"] = fitted.replace(**{name: np.array([us / 1e6]) for name, us in host.items()})
+    return kernels, timing
+
+
 def _results(
-    run: MeasuredRun, simulated: SimulatedRun, kernels: profile_fitting.Iterations, timing: Mapping[str, Any]
+    run: MeasuredRun,
+    simulated: SimulatedRun,
+    kernels: profile_fitting.Iterations,
+    timing: Mapping[str, Any],
+    one_gpu: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     return {
         "run": run.name,
@@ -83,7 +106,8 @@ def _results(
         "iterations": fidelity.parts_of_time(simulated.iterations, kernels, timing),
         "decode": fidelity.decode_errors(run, timing),
         "recomputation": fidelity.recomputation(run, simulated, timing),
-        "without": fidelity.parts_left_out(run, timing),
+        "without": fidelity.parts_left_out(run, timing, one_gpu),
+        "shared_prefix_tokens": 0 if run.shared_tokens is None else int(run.shared_tokens.sum()),
         "each_request": {
             "measured": fidelity.latencies_s(run, run),
             "simulated": fidelity.latencies_s(run, simulated.log),
@@ -97,6 +121,13 @@ def _page(found: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         f"{found['requests']} requests, {found['run']}. The simulator was given the arrivals, the token counts and the "
         "size of the KV memory, and timing that was fitted to kernel tables; nothing was fitted to the run."
     )
+    if (link := found["link"]) is not None:
+        lead += (
+            f" What two GPUs exchange is not in the tables and counts at an assumed {link['gb_per_s']:g} GB/s and "
+            f"{link['latency_us']:g} us for each exchange."
+        )
+    if shared := found["shared_prefix_tokens"]:
+        lead += f" {shared:,} tokens of the prompts are taken from the prefix cache."
     parts = [
         _latency_table(found["latencies"]),
         pages.figures(pictures),
@@ -131,7 +162,8 @@ def _load_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     for name, row in rows.items():
         scale, unit = (100, " %") if name == "kv_share" else (1, "")
         values = (row[field] for field in ("measured", "simulated", "mean_difference"))
-        cells.append([fidelity.LOADS[name], *(f"{scale * value:.1f}{unit}" for value in values)])
+        shown = ("not recorded" if math.isnan(value) else f"{scale * value:.1f}{unit}" for value in values)
+        cells.append([fidelity.LOADS[name], *shown])
     return pages.rows_table(["", "measured", "simulated", "mean |difference|"], cells)
 
 
@@ -158,7 +190,7 @@ def _left_out(found: Mapping[str, Any]) -> str:
         f"{pages.rows_table(heads, cells)}"
         "<p><br>The looks since the one before which the engine computed no new prompt: the tokens that it gave, and "
         "those that the form gives at the engine's own batches. Memory is called full where somebody waited and fewer "
-        "requests ran each time.</p>"
+        "requests ran each time, the batch where somebody waited and as many ran as may.</p>"
         f"{engine}<p><br>{text}</p>"
     )
 

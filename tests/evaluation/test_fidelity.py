@@ -15,7 +15,7 @@ import pytest
 
 from qos_jax import ExpertProfile, InputError, RequestTrace
 from qos_jax.evaluation import fidelity
-from qos_jax.evaluation.measured_run import read_run
+from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
 from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.report import fidelity_plots
@@ -264,6 +264,132 @@ def test_the_replay_of_the_real_run_agrees_to_2_percent(
     assert abs(fidelity.decode_errors(run, timing)["memory free"]["error"]) < 0.02
 
 
+def qwen_run(data_dir: pathlib.Path) -> MeasuredRun:
+    run = read_run(data_dir / "golden-rtxpro6000x2-qwen3-32b", kv_blocks=27_000)
+    return dataclasses.replace(run, prefix_cache=True)
+
+
+@pytest.fixture(scope="module")
+def qwen_timing(data_dir: pathlib.Path) -> dict[str, Any]:
+    files = (
+        data_dir / "profiles" / f"rtxpro6000_qwen3-32b_tp2_{name}.csv"
+        for name in ("dense", "attention", "per_sequence")
+    )
+    link = profile_fitting.Link(gb_per_s=16.0, latency_us=20.0, hidden_size=5120, vocab_size=151_936)
+    tables = profile_fitting.with_exchange(profile_fitting.read_tables(*files), link)
+    kernels = profile_fitting.assemble(tables, 64, 27_000 * BLOCK_TOKENS)
+    return profile_fitting.fit_timing(kernels) | {"kernels": fit_tables(tables, kernels, 64)}
+
+
+@pytest.mark.slow
+def test_the_replay_of_two_gpus_agrees_to_5_percent(
+    data_dir: pathlib.Path, qwen_timing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "_MIN_LIVE", 512)
+    run = dataclasses.replace(qwen_run(data_dir), async_scheduling=True)
+    assert np.isnan(run.kv_share).all()
+    shared = fidelity.with_shared_prefixes(run, run.kv_blocks)
+    errors = {name: fidelity.latency_errors(each, fidelity.replay_run(each, qwen_timing)) for name, each in
+              {"found": shared, "not found": run}.items()}  # fmt: skip
+    print({name: [round(100 * row["mean_error"], 2) for row in rows.values()] for name, rows in errors.items()})
+    assert all(-0.05 < row["mean_error"] < -0.04 for row in errors["found"].values())
+    assert all(-0.025 < row["mean_error"] < -0.01 for row in errors["not found"].values())
+    in_decode = fidelity.decode_errors(run, qwen_timing)
+    assert in_decode["memory free"]["error"] == pytest.approx(-0.050, abs=0.005)
+    assert in_decode["batch full"]["error"] == pytest.approx(-0.046, abs=0.005)
+
+
+@pytest.mark.slow
+def test_first_tokens_in_the_same_iteration_show_that_the_engine_found_shared_prefixes(
+    data_dir: pathlib.Path, qwen_timing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While all prompts wait, iterations are full, and which of them end together depends on what was computed only."""
+    monkeypatch.setattr(replay, "_MIN_LIVE", 128)
+    run = qwen_run(data_dir)
+    admitted = 125  # by then the batch is full
+
+    def begins_iteration(log: Any) -> np.ndarray:
+        return np.diff(log.first_token_s[:admitted]) > 0.005
+
+    equal = {}
+    for name, each in {"found": fidelity.with_shared_prefixes(run, None), "not found": run}.items():
+        names = ("arrival_s", "prompt_tokens", "output_tokens", "shared_tokens")
+        first = {field: getattr(each, field) for field in names}
+        first = {field: None if values is None else values[:130] for field, values in first.items()}
+        log = fidelity.replay_run(dataclasses.replace(each, **first), qwen_timing)
+        equal[name] = (begins_iteration(log) == begins_iteration(run)).astype(float)
+    print({name: (values.sum(), values[20:].sum()) for name, values in equal.items()})
+    assert equal["found"].mean() > 0.97
+    assert equal["found"][20:].all()
+    assert equal["not found"].mean() < 0.75
+
+
+def test_prompts_that_share_blocks(calm: Made, tmp_path: pathlib.Path) -> None:
+    """All begin with the same block; the last token is always computed."""
+    for path in calm.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    rows = [row | {"request_id": f"r{j}"} for j, row in enumerate(rows)]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = read_run(tmp_path)
+    assert run.prompt_blocks is None
+    with pytest.raises(InputError, match=r"has no prefix_blocks\.jsonl"):
+        fidelity.with_shared_prefixes(run, None)
+    blocks = [
+        {"request_id": row["request_id"], "hash_ids": [0, *range(100 * j + 1, 100 * j + row["input_toks"] // 16)]}
+        for j, row in enumerate(rows)
+    ]
+    (tmp_path / "prefix_blocks.jsonl").write_text("\n".join(map(json.dumps, blocks)))
+    run = read_run(tmp_path)
+    with pytest.raises(InputError, match="its engine has no prefix cache"):
+        fidelity.with_shared_prefixes(run, None)
+    run = dataclasses.replace(run, prefix_cache=True)
+    shared = fidelity.with_shared_prefixes(run, None)
+    assert shared.shared_tokens is not None
+    expected = np.where(run.prompt_tokens > 16, 16, 0)
+    expected[0] = 0
+    assert shared.shared_tokens.tolist() == expected.tolist()
+    small = fidelity.with_shared_prefixes(run, 1).shared_tokens
+    assert small is not None
+    assert small.sum() < expected.sum()
+    slow = TIMING | {"prefill_per_token_s": 0.01}
+    ttft_s = [fidelity.latency_errors(each, fidelity.replay_run(each, slow))["ttft_s"] for each in (shared, run)]
+    assert ttft_s[0]["simulated"] < ttft_s[1]["simulated"]
+    assert fidelity.recomputation(shared, fidelity.simulate(shared, slow), slow)["tokens"] == 0
+    assert fidelity.parts_left_out(shared, slow)["prefixes that requests share"]["ttft_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"request_id": "a", "hash_ids": ["x"]}', r"line 1: hash_ids is \['x'\], must be a list of whole numbers"),
+        ('{"hash_ids": []}', "line 1: request_id is None, must be a text"),
+        ('{"request_id": "a", "hash_ids": []}', "has no line with request_id None, must have one for each request"),
+    ],
+)
+def test_damaged_block_ids_are_named(calm: Made, tmp_path: pathlib.Path, line: str, message: str) -> None:
+    for path in calm.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "prefix_blocks.jsonl").write_text(line)
+    with pytest.raises(InputError, match=f"prefix_blocks.jsonl(, |: ){message}"):
+        read_run(tmp_path)
+
+
+def test_a_memory_that_was_not_recorded_is_that_of_the_requests(calm: Made, tmp_path: pathlib.Path) -> None:
+    for path in calm.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open(calm.folder / "timeseries.csv", newline="", encoding="utf-8") as file:
+        rows = [[*row[:-1], "kv_cache_pct" if row[0] == "t" else "0.0"] for row in csv.reader(file)]
+    with open(tmp_path / "timeseries.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    run = read_run(tmp_path)
+    assert np.isnan(run.kv_share).all()
+    free = fidelity.decode_errors(run, TIMING)["memory free"]
+    assert free["ticks"] >= 3
+    assert abs(free["error"]) < 0.1
+    assert np.isnan(fidelity.load_errors(run, fidelity.simulate(run, TIMING))["kv_share"]["measured"])
+
+
 @pytest.fixture(scope="module")
 def program() -> Any:
     return program_of("fidelity")
@@ -294,3 +420,10 @@ def test_the_program_writes_everything(crowded: Made, program: Any, tmp_path: pa
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert program(f"--run={tmp_path}", *flags) == 2
     assert "meta.json: cannot be read" in capsys.readouterr().err
+    for flag, message in (
+        ("--hidden_size=8", "--hidden_size is 8, must be left out without --link_gb_per_s"),
+        ("--link_gb_per_s=16", "--hidden_size is missing"),
+        ("--shared_prefixes=lru", "has no prefix_blocks.jsonl"),
+    ):
+        assert program(f"--run={crowded.folder}", *flags, flag) == 2
+        assert message in capsys.readouterr().err
