@@ -15,8 +15,9 @@ import pathlib
 import numpy as np
 from absl import flags
 
+from qos_jax.errors import InputError
 from qos_jax.fleet.profiles import expert_profile
-from qos_jax.io.text_files import CsvTable, json_lines, parse_number, read_text
+from qos_jax.io.text_files import CsvTable, json_lines, parse_number, read_text, shown
 from qos_jax.programs.app import FlagGroup, run_program
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RequestLog, RequestTrace
@@ -37,12 +38,12 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     """Prints both totals, both spans and the largest difference of the curves, for each run and each limit."""
     folder = pathlib.Path(values.run)
-    measured = _measured(folder / "throughput.csv")
+    measured = measured_runs(folder / "throughput.csv")
     print("gpu, setup, max running: tokens, s for 5 to 95 %, s for 25 to 75 %, peak over 5 s [tokens/s]; difference")
     for (gpu, setup), tokens in measured.items():
         print(f"{gpu}, {setup}, measured: {_summary(tokens)}")
         for limit in map(int, values.max_running):
-            trace, log = _simulated(folder / "requests.jsonl", values.llm, gpu, _SETUPS[setup], limit)
+            trace, log = simulated_run(folder / "requests.jsonl", values.llm, gpu, _SETUPS[setup], limit)
             simulated = tokens_per_s(trace.output_tokens[:, 0], log)
             print(f"{gpu}, {setup}, {limit}: {_summary(simulated)}; {curve_difference(tokens, simulated):.1%}")
 
@@ -79,18 +80,39 @@ def _summary(tokens: np.ndarray) -> str:
     return f"{tokens.sum():.0f}, {spans}, {peak:.0f}"
 
 
-def _measured(path: pathlib.Path) -> dict[tuple[str, str], np.ndarray]:
+def measured_runs(path: pathlib.Path) -> dict[tuple[str, str], np.ndarray]:
+    """Returns the tokens of each second [T] of each run, by GPU and setup.
+
+    Raises:
+      InputError: the file cannot be read, lacks a column, or has an illegal number or setup; names the line.
+    """
     runs = collections.defaultdict(list)
-    for _, (gpu, setup, tokens) in CsvTable(read_text(path), path).rows(("gpu", "setup", "tokens_per_s")):
-        runs[gpu, setup].append(parse_number(tokens))
+    for where, (gpu, setup, tokens) in CsvTable(read_text(path), path).rows(("gpu", "setup", "tokens_per_s")):
+        if setup not in _SETUPS:
+            raise InputError(f"{where}: setup is {shown(setup)}, must be one of {', '.join(_SETUPS)}")
+        runs[gpu, setup].append(_number(tokens, "tokens_per_s", where))
     return {run: np.array(tokens) for run, tokens in runs.items()}
 
 
-def _simulated(path: pathlib.Path, llm: str, gpu: str, engines: int, limit: int) -> tuple[RequestTrace, RequestLog]:
-    rows = [row for _, row in json_lines(read_text(path), path)]
-    arrival_s, output_tokens = (np.array([float(row[name]) for row in rows]) for name in ("arrival_s", "output_toks"))
+def simulated_run(path: pathlib.Path, llm: str, gpu: str, engines: int, limit: int) -> tuple[RequestTrace, RequestLog]:
+    """Returns the requests of a file and what the simulator makes of them, on engines that get them in turn.
+
+    Args:
+      path: JSON lines with ``arrival_s``, ``input_toks``, ``output_toks`` and ``hash_ids``.
+      llm: of all engines.
+      gpu: of all engines.
+      engines: each with a prefix cache without end.
+      limit: requests that an engine runs at most.
+
+    Raises:
+      InputError: the file cannot be read, a line lacks a field, or the catalogue has no such LLM or GPU.
+    """
     requests = read_block_ids(path)
-    in_turn = np.arange(len(rows)) % engines
+    arrival_s, output_tokens = (
+        np.array([_number(row.get(name), name, where) for where, row in json_lines(read_text(path), path)])
+        for name in ("arrival_s", "output_toks")
+    )
+    in_turn = np.arange(len(arrival_s)) % engines
     trace = RequestTrace(
         arrival_s,
         requests.prompt_tokens,
@@ -99,6 +121,13 @@ def _simulated(path: pathlib.Path, llm: str, gpu: str, engines: int, limit: int)
     )
     experts = expert_profile([(llm, gpu)] * engines, limit, 10**6, "vllm")
     return trace, replay(experts, trace, in_turn)
+
+
+def _number(value: object, name: str, where: str) -> float:
+    try:
+        return parse_number(value)
+    except ValueError:
+        raise InputError(f"{where}: {name} is {shown(value)}, must be a finite number") from None
 
 
 if __name__ == "__main__":

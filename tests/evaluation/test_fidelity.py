@@ -299,6 +299,22 @@ def test_the_replay_of_two_gpus_agrees_to_5_percent(
     assert in_decode["batch full"]["error"] == pytest.approx(-0.046, abs=0.005)
 
 
+def test_the_link_as_it_is_assumed_is_too_slow_for_one_request_and_too_fast_for_128(
+    data_dir: pathlib.Path, qwen_timing: dict[str, Any]
+) -> None:
+    run = qwen_run(data_dir)
+    measured = np.diff(run.tick_s) * run.output_tokens_per_s[1:]
+    errors = measured / fidelity._decoded_tokens(run, qwen_timing) - 1
+    only_decoded = run.prompt_tokens_per_s[1:] == 0
+    by_running = {}
+    for low, high in ((1, 1), (3, 32), (33, 64), (65, 127), (128, 128)):
+        within = (run.running >= low) & (run.running <= high)
+        by_running[low, high] = errors[only_decoded & within[1:] & within[:-1]].mean()
+    print({running: round(100 * float(error), 1) for running, error in by_running.items()})
+    assert 0.05 < by_running[1, 1] < 0.12
+    assert -0.06 < by_running[128, 128] < -0.04
+
+
 @pytest.mark.slow
 def test_first_tokens_in_the_same_iteration_show_that_the_engine_found_shared_prefixes(
     data_dir: pathlib.Path, qwen_timing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -312,7 +328,9 @@ def test_first_tokens_in_the_same_iteration_show_that_the_engine_found_shared_pr
         return np.diff(log.first_token_s[:admitted]) > 0.005
 
     equal = {}
-    for name, each in {"found": fidelity.with_shared_prefixes(run, None), "not found": run}.items():
+    found = fidelity.with_shared_prefixes(run, None)
+    also = dataclasses.replace(found, async_scheduling=True)
+    for name, each in {"found": found, "found, asynchronous": also, "not found": run}.items():
         names = ("arrival_s", "prompt_tokens", "output_tokens", "shared_tokens")
         first = {field: getattr(each, field) for field in names}
         first = {field: None if values is None else values[:130] for field, values in first.items()}
