@@ -3,7 +3,7 @@
 In operational time the gaps between arrivals are independent with mean 1: exponential (Poisson), gamma, or the gaps of
 a recording. Operational time runs at the rate ``rate_per_s * multiplier(t) * (1 + amplitude sin(2 pi t / period_s))``,
 where a two-state Markov chain sets the multiplier. Poisson, gamma, Markov-modulated, sinusoidal and recorded arrivals
-are therefore values of one pytree, not types.
+are therefore values of one pytree, not types. Traffic of many clients is a type of its own, ``client_arrivals``.
 
 The state holds no clock. The remaining sojourn of the chain is memoryless, so it is sampled anew at every arrival, and
 the phase is an integer that counts 2^-32 of a period and wraps. Float32 is therefore precise in runs of any length.
@@ -23,10 +23,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
+from qos_jax.workload.client_arrivals import servegen
+from qos_jax.workload.ranges import RATE_RANGE_PER_S, check_within, checked_rate
 
 NUM_QUANTILES = 257
 QUANTILES_REACH = 16.0  # float32 samples of unit exponentials reach 23 log 2 = 15.94
-RATE_RANGE_PER_S = (1e-6, 1e6)
 CV_RANGE = (0.1, 10.0)  # where tabulated gamma gaps have the right CV to 0.5 %
 MAX_AMPLITUDE = 0.95
 DURATION_RANGE_S = (1e-3, 1e9)  # of a mean sojourn or a period
@@ -84,9 +85,7 @@ class ArrivalProcess:
         Raises:
             InputError: the rate is outside ``RATE_RANGE_PER_S``; a traced rate is not checked.
         """
-        if not isinstance(rate_per_s, jax.core.Tracer):
-            _check_within("rate_per_s", rate_per_s, *RATE_RANGE_PER_S)
-        return self.replace(rate_per_s=jnp.asarray(rate_per_s, self.gap_quantiles.dtype))  # type: ignore[attr-defined]
+        return self.replace(rate_per_s=checked_rate(rate_per_s, self.gap_quantiles.dtype))  # type: ignore[attr-defined]
 
     def init(self, key: Array) -> ArrivalState:
         """Returns the state at time 0; the chain starts in its stationary distribution."""
@@ -215,7 +214,7 @@ def gamma(rate_per_s: float, cv: float) -> ArrivalProcess:
     """
     from scipy import stats  # not needed by the other laws
 
-    _check_within("cv", cv, *CV_RANGE)
+    check_within("cv", cv, *CV_RANGE)
     shape, grid = cv**-2, quantile_grid()
     near, far = stats.gamma.ppf(-np.expm1(-grid), shape), stats.gamma.isf(np.exp(-grid), shape)
     return renewal(rate_per_s, np.where(grid < 1.0, near, far))  # each from the tail whose probability is not near 1
@@ -256,9 +255,9 @@ def mmpp(rate_per_s: float, burst: float = 4.0, burst_s: float = 30.0, calm_s: f
         InputError: an argument is not finite or out of range.
     """
     calm_s = burst_s if calm_s is None else calm_s
-    _check_within("burst", burst, 1.0, 1e6)
-    _check_within("burst_s", burst_s, *DURATION_RANGE_S)
-    _check_within("calm_s", calm_s, *DURATION_RANGE_S)
+    check_within("burst", burst, 1.0, 1e6)
+    check_within("burst_s", burst_s, *DURATION_RANGE_S)
+    check_within("calm_s", calm_s, *DURATION_RANGE_S)
     calm_multiplier = (calm_s + burst_s) / (calm_s + burst * burst_s)
     multipliers = np.array([calm_multiplier, burst * calm_multiplier])
     return _process(rate_per_s, multipliers=multipliers, mean_sojourns_s=np.array([calm_s, burst_s]))
@@ -278,8 +277,8 @@ def sinusoidal(
     Raises:
         InputError: an argument is not finite or out of range.
     """
-    _check_within("amplitude", amplitude, 0.0, MAX_AMPLITUDE)
-    _check_within("period_s", period_s, *DURATION_RANGE_S)
+    check_within("amplitude", amplitude, 0.0, MAX_AMPLITUDE)
+    check_within("period_s", period_s, *DURATION_RANGE_S)
     return _process(rate_per_s, amplitude=amplitude, period_s=period_s, random_start=random_start)
 
 
@@ -313,6 +312,7 @@ _LAWS: dict[str, Callable[..., Arrivals]] = {
     "gamma": gamma,
     "mmpp": mmpp,
     "sinusoidal": sinusoidal,
+    "servegen": servegen,
 }
 _BUILT_IN = tuple(_LAWS)
 
@@ -324,9 +324,10 @@ def register_arrivals(name: str, parser: Callable[..., Arrivals]) -> None:
 
     Args:
         name: letters, digits and underscores.
-        parser: returns the process; called as ``parser(rate_per_s, *numbers)`` with the numbers that follow the name.
-            Its positional parameters say how many numbers are legal. An ``ArrivalProcess``, as from ``renewal``, mixes
-            with the built-in laws in randomised training worlds; see ``Arrivals`` for other processes.
+        parser: returns the process; called as ``parser(rate_per_s, *arguments)`` with what follows the name. Its
+            positional parameters say how many arguments are legal. They are numbers, but for the parameters annotated
+            as ``str``, which are names of files. An ``ArrivalProcess``, as from ``renewal``, mixes with the laws of
+            that type in randomised training worlds; see ``Arrivals`` for other processes.
 
     Raises:
         InputError: the name is not of this form, or is a built-in law's.
@@ -339,47 +340,58 @@ def register_arrivals(name: str, parser: Callable[..., Arrivals]) -> None:
 
 
 def parse_arrivals(text: str, rate_per_s: float) -> ArrivalProcess:
-    """Returns the arrivals that a text names: a law and, after colons, its numbers.
+    """Returns the arrivals that a text names: a law and, after colons, its arguments.
 
-    ``poisson``, ``gamma:CV``, ``mmpp[:BURST[:BURST_S[:CALM_S]]]``, ``sinusoidal[:AMPLITUDE[:PERIOD_S]]`` or a law
-    registered with ``register_arrivals``.
+    ``poisson``, ``gamma:CV``, ``mmpp[:BURST[:BURST_S[:CALM_S]]]``, ``sinusoidal[:AMPLITUDE[:PERIOD_S]]``,
+    ``servegen:FILE[:HOUR]`` or a law registered with ``register_arrivals``. A FILE has no colon in its name.
 
     Raises:
-        InputError: the text is none of these, or a number is out of range.
+        InputError: the text is none of these, a number is out of range, or a file cannot be used.
     """
-    law, *numbers = text.split(":")
+    law, *texts = text.split(":")
     legal = ", ".join(_usage(each) for each in _LAWS)
-    required, optional = _numbers_of(law) if law in _LAWS else ([], [])
-    if law not in _LAWS or not len(required) <= len(numbers) <= len(required) + len(optional):
+    parameters = _parameters_of(law) if law in _LAWS else []
+    required = sum(each.default is each.empty for each in parameters)
+    if law not in _LAWS or not required <= len(texts) <= len(parameters):
         raise InputError(f"arrivals {text!r}: legal is {legal}")
     try:
-        arguments = [float(number) for number in numbers]
+        arguments = [each if _is_file(of) else float(each) for of, each in zip(parameters, texts, strict=False)]
     except ValueError:
         raise InputError(f"arrivals {text!r}: after the law there must be numbers; legal is {legal}") from None
     process = _LAWS[law](rate_per_s, *arguments)
     if not isinstance(process, Arrivals):
         raise InputError(f"arrivals {text!r}: its parser returned {type(process).__name__}, must return Arrivals")
-    return cast(ArrivalProcess, process)  # or one like it, of a registered law
+    return cast(ArrivalProcess, process)  # or one like it
 
 
-def _numbers_of(law: str) -> tuple[list[str], list[str]]:
-    """Returns the names of the required and the optional numbers of a law."""
+def file_of_law(text: str) -> str | None:
+    """Returns the file that a text for ``parse_arrivals`` names; None if its law has none."""
+    law, *texts = text.split(":")
+    named = zip(_parameters_of(law) if law in _LAWS else [], texts, strict=False)
+    return next((each for of, each in named if _is_file(of)), None)
+
+
+def _parameters_of(law: str) -> list[inspect.Parameter]:
+    """Returns the parameters of a law that follow its name in a text."""
     _, *parameters = inspect.signature(_LAWS[law]).parameters.values()
-    numbers = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    required = [each.name.upper() for each in numbers if each.default is each.empty]
-    return required, [each.name.upper() for each in numbers if each.default is not each.empty]
+    return [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+
+
+def _is_file(parameter: inspect.Parameter) -> bool:
+    return parameter.annotation in (str, "str")
 
 
 def _usage(law: str) -> str:
-    """Returns how a law is written, as in ``gamma:CV``, with optional numbers in brackets."""
-    required, optional = _numbers_of(law)
-    nested = "".join(f"[:{name}" for name in optional) + "]" * len(optional)
-    return "".join([law, *(f":{name}" for name in required), nested])
+    """Returns how a law is written, as in ``gamma:CV``, with optional arguments in brackets."""
+    parameters = _parameters_of(law)
+    required = [f":{each.name.upper()}" for each in parameters if each.default is each.empty]
+    optional = [f"[:{each.name.upper()}" for each in parameters if each.default is not each.empty]
+    return "".join([law, *required, *optional, "]" * len(optional)])
 
 
 def _process(rate_per_s: float, **fields: ArrayLike) -> ArrivalProcess:
     """Returns a process with these fields, otherwise Poisson arrivals, all of the default float type."""
-    _check_within("rate_per_s", rate_per_s, *RATE_RANGE_PER_S)
+    check_within("rate_per_s", rate_per_s, *RATE_RANGE_PER_S)
     random_start = jnp.asarray(fields.pop("random_start", True))
     numbers: dict[str, ArrayLike] = {
         "rate_per_s": rate_per_s,
@@ -391,8 +403,3 @@ def _process(rate_per_s: float, **fields: ArrayLike) -> ArrivalProcess:
     }
     numbers |= fields
     return ArrivalProcess(random_start=random_start, **{k: jnp.asarray(v, float) for k, v in numbers.items()})
-
-
-def _check_within(name: str, value: ArrayLike, low: float, high: float) -> None:
-    if not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
-        raise InputError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
