@@ -61,5 +61,5 @@ def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr
     return Recipe(
         agent=config,
         steps=default if world.fleet is not None else known.get(world.preset, default),
-        randomise=("load",) if world.trace is not None else ("load", "arrivals"),
+        randomise=("load", "arrivals") if world.trace is world.arrivals_file is None else ("load",),
     )

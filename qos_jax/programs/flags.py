@@ -18,8 +18,8 @@ def define_world(values: FlagValues) -> None:
     group.texts("experts", None, "Other experts than the preset's: LLM@GPU,LLM@GPU,...")
     group.choice("engine", None, choices.ENGINES, f"Engine of all experts: {_listed(choices.ENGINES)}, as vLLM runs by "
                  "default or with synchronous scheduling and no prefix cache; the preset's by default.")  # fmt: skip
-    group.string("arrivals", None, "Law of arrivals: poisson, gamma:CV, mmpp:BURST:SECONDS or sinusoidal:AMPLITUDE:"
-                 "PERIOD_S; the preset's by default.")  # fmt: skip
+    group.string("arrivals", None, "Law of arrivals: poisson, gamma:CV, mmpp:BURST:SECONDS, sinusoidal:AMPLITUDE:"
+                 "PERIOD_S, or servegen:FILE:HOUR, the clients in an .npz; the preset's by default.")  # fmt: skip
     group.string("trace", None, "File of recorded arrivals instead, in a format of --trace_format; may be packed by "
                  "gzip.")  # fmt: skip
     group.choice("trace_format", None, choices.TRACE_FORMATS, f"Format of the trace: {_listed(choices.TRACE_FORMATS)}; "

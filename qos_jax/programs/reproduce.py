@@ -49,6 +49,7 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import ExpertProfile
 from qos_jax.training.load import load_router
+from qos_jax.workload.client_arrivals import read_clients, superposition
 from qos_jax.workload.trace_files import read_trace
 from qos_jax.workload.traces import with_gaps
 from qos_jax.worlds import presets
@@ -239,9 +240,13 @@ def _asked(study: Study) -> dict[str, Any]:
 
 
 def _recorded(world: World) -> dict[str, Any]:
+    """Returns the measured arrivals of a world as arguments of ``make``, which sets their rate."""
     if world.trace is None:
         return {}
-    return {"arrivals": with_gaps(read_trace(os.path.join(os.environ[_DATA], "traces", world.trace)).halves()[1])}
+    path = os.path.join(os.environ[_DATA], "traces", world.trace)
+    if path.endswith(".npz"):
+        return {"arrivals": superposition(read_clients(path))}
+    return {"arrivals": with_gaps(read_trace(path).halves()[1])}
 
 
 def _ends(values: Sequence[Any]) -> list[Any]:

@@ -52,7 +52,9 @@ class World:
     preset: str = "paper-3"
     trained: tuple[str, ...] = ()  # of TRAINED
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of qos_jax.make
-    trace: str | None = None  # file of measured arrivals, of which the second half is taken
+    trace: str | None = (
+        None  # file of measured arrivals: a trace, of which the second half is taken, or .npz of clients
+    )
     routers: tuple[str, ...] | None = None  # in place of the study's
     share_of_requests: float = 1.0  # of the study's, and
     share_of_seeds: float = 1.0  # of the budget's
@@ -173,13 +175,14 @@ STUDIES = {
     ),
     "arrivals": Study(
         "Bursts, drifting rates and real traces",
-        "Does that hold where arrivals are not Poisson? The traces are Azure's, never trained on.",
+        "Does that hold where arrivals are not Poisson? The traces are Azure's, the clients ServeGen's, never trained on.",
         _everywhere(
             _MVR,
             gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},
             drifting_rate={"fields": {"arrivals": "sinusoidal:0.5:120"}},
             Azure_conversations={"trace": _AZURE.format("conv")},
             Azure_code={"trace": _AZURE.format("code")},
+            ServeGen_clients={"trace": "servegen_deepseek-r1.npz"},
         ),
     ),
     "stale": Study(

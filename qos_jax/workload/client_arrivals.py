@@ -7,11 +7,12 @@ and by the family of their law, gamma or Weibull, in bins of 10 minutes.
 Within a bin a client is a stationary renewal process, in operational time: the time that its rate turns into gaps of
 mean 1. The law of a gap is ``G^power Gamma(c) / Gamma(c + power)`` with G of the gamma law of concentration c. For
 gamma gaps c is CV^-2 and ``power`` 1, for Weibull gaps c is 1 and ``power`` the inverse of the shape, so one formula
-serves both. Each bin begins anew, with the law of the rest of a gap at a random moment: a uniform share of a gap that is
-sampled in proportion to its length, ``U H^power Gamma(c) / Gamma(c + power)`` with H of concentration ``c + power``.
-Every client then has in every bin exactly its mean rate and the law of its gaps. A gap that went on into the next bin
-would not do: one that begins at a CV of 20 lasts 200 mean gaps where it is met, so the bins after it would lack requests
-and the bins before it have too many.
+serves both.
+
+Each bin begins anew, with the law of the rest of a gap at a random moment: a uniform share of a gap that is sampled in
+proportion to its length, ``U H^power Gamma(c) / Gamma(c + power)`` with H of concentration ``c + power``. Every client
+then has in every bin exactly its mean rate and the law of its gaps. A gap that went on into the next bin would not do:
+where one is met at a CV of 20, 200 mean gaps of it are left, so the bins after it would lack requests.
 
 Times are whole numbers of 2^-32 of a bin, so they are precise at any rate and in runs of any length.
 """
@@ -62,9 +63,13 @@ class ClientTraffic:
             object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
         shapes = {name: getattr(self, name).shape for name in ("rate_per_s", "cv", "family")}
         if self.rate_per_s.ndim != 2 or not self.rate_per_s.size or len(set(shapes.values())) > 1:
-            raise InputError(f"{self.source}: must have arrays of one shape [clients, bins], none of them 0; got {shapes}")
+            raise InputError(
+                f"{self.source}: must have arrays of one shape [clients, bins], none of them 0; got {shapes}"
+            )
         if self.rate_per_s.size > MAX_ENTRIES:
-            raise InputError(f"{self.source}: has {self.rate_per_s.size} clients x bins, must have {MAX_ENTRIES} or less")
+            raise InputError(
+                f"{self.source}: has {self.rate_per_s.size} clients x bins, must have {MAX_ENTRIES} or less"
+            )
         check_within(f"{self.source}: length of a bin in s", self.bin_s, *BIN_RANGE_S)
         highest = RATE_RANGE_PER_S[1]
         self._check("rate_per_s", (self.rate_per_s >= 0) & (self.rate_per_s <= highest), f"from 0 to {highest:g}")
@@ -137,7 +142,9 @@ class ClientState:
     bin: Array  # [] int32, the present bin
     time: Array  # [] uint32, in 2^-32 of the bin
     is_met: Array  # [] bool: the next arrivals are sampled; at time 0 that is left to the first request
-    next_time: Array  # [C] uint32, the next arrival of each client, likewise; the largest number if it is in a later bin
+    next_time: (
+        Array  # [C] uint32, the next arrival of each client, likewise; the largest number if it is in a later bin
+    )
 
 
 @struct.dataclass
@@ -217,7 +224,7 @@ class ClientArrivals:
     def _time_after(
         self, time: Array, log_gap: Array, relative_rate: Array, concentration: Array, power: Array
     ) -> Array:
-        """Returns the time in the bin [uint32] that is a gap later, of which the logarithm is given but for its mean."""
+        """Returns the time in the bin [uint32] after a gap, given as its logarithm before it is scaled to mean 1."""
         log_mean = jax.lax.lgamma(concentration + power) - jax.lax.lgamma(concentration)
         rate_per_bin = self.rate_per_s * self.bin_s * relative_rate
         bins = jnp.where(rate_per_bin > 0, jnp.exp(log_gap - log_mean) / rate_per_bin, jnp.inf)

@@ -18,6 +18,7 @@ from qos_jax.predictor.data import read_prediction_table
 from qos_jax.predictor.predictor import load_predictor
 from qos_jax.predictor.table import table_predictions
 from qos_jax.sim.env import Environment, EnvParams
+from qos_jax.workload.arrivals import file_of_law
 from qos_jax.workload.prediction import TablePredictions
 from qos_jax.workload.tables import QualityTable, read_tables
 from qos_jax.workload.trace_files import COLUMNS, read_trace
@@ -181,6 +182,11 @@ class WorldConfig:
         """Files of the quality table: its own, or those of the fleet file, whose prompts are mixed."""
         return self.base.quality.tables if self.quality_table is None else (self.quality_table,)
 
+    @property
+    def arrivals_file(self) -> str | None:
+        """File of the law of arrivals, such as ServeGen's clients; None where it has none, or a trace replaces it."""
+        return None if self.trace is not None else file_of_law(self.arrivals or self.base.arrivals)
+
     @functools.cached_property
     def whole_trace(self) -> ArrivalTrace:
         """The trace, not only the part of it that is used.
@@ -234,11 +240,13 @@ class WorldConfig:
         kept = {name: value for name, value in self.to_dict().items() if value != default[name]}
         files = ("fleet", "trace", "quality_table", "prompts")
         names = {name: os.path.basename(value) if name in files else value for name, value in kept.items()}
+        if self.arrivals is not None and (file := file_of_law(self.arrivals)) is not None:
+            names["arrivals"] = self.arrivals.replace(file, os.path.basename(file))
         return ({} if self.fleet else {"preset": self.preset}) | names
 
     def inputs(self) -> dict[str, str]:
         """Returns a fingerprint of every file that the world is made of, by the name of its field."""
-        names = ("fleet", "trace", "prompts", "predictor")
+        names = ("fleet", "arrivals_file", "trace", "prompts", "predictor")
         files = {name: path for name in names if (path := getattr(self, name)) is not None}
         files |= {f"table {number}" if number else "table": path for number, path in enumerate(self.tables)}
         return {name: fingerprint(path) for name, path in files.items()}

@@ -30,7 +30,7 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS
 from qos_jax.sim.validation import checked_experts, checked_whole
 from qos_jax.sim.world import WorldSpec
-from qos_jax.workload.arrivals import ArrivalProcess, Arrivals, parse_arrivals
+from qos_jax.workload.arrivals import ArrivalProcess, Arrivals, file_of_law, parse_arrivals
 from qos_jax.workload.constants import MIX_INSTRUCT, answer_law
 from qos_jax.workload.content import (
     GeneratedContent,
@@ -91,6 +91,10 @@ def preset_of(fleet: Fleet) -> Preset:
     Raises:
       InputError: its law of arrivals or its prediction is unknown.
     """
+    law = fleet.workload.arrivals
+    if law is not None and (file := file_of_law(law)) is not None:  # which lies beside the fleet file
+        law = law.replace(file, str(pathlib.Path(fleet.path).parent / file))
+        fleet = dataclasses.replace(fleet, workload=dataclasses.replace(fleet.workload, arrivals=law))
     for field in ("arrivals", "prediction"):
         if (text := getattr(fleet.workload, field)) is not None:
             try:

@@ -85,7 +85,7 @@ def test_gaps_of_one_client_follow_its_law_and_the_first_is_the_rest_of_one(fami
 
 @pytest.mark.parametrize("rate_per_s", [0.5, 8.0, 500.0])
 def test_the_mean_rate_is_as_asked_from_the_first_second_on(rate_per_s):
-    times_s, _ = draw(superposition(TRAFFIC, rate_per_s), (2_000, 150))
+    times_s, _ = draw(superposition(TRAFFIC, rate_per_s), (1_000, 150))
     window_s = 30.0 / rate_per_s
     assert_mean(counts_of(times_s, [0.0, window_s / 3, window_s]), [10.0, 20.0])
 
@@ -129,7 +129,7 @@ def test_an_hour_is_played_alone():
     assert hourly.in_hour(1).rate_per_s.tolist() == [[3.0, 5.0]]
     with pytest.raises(InputError, match=r"clients: hour is 2, must be a whole number from 0 to 1"):
         hourly.in_hour(2)
-    with pytest.raises(InputError, match="hour is 0.5, must be a whole number"):
+    with pytest.raises(InputError, match=r"hour is 0\.5, must be a whole number"):
         hourly.in_hour(0.5)
     silent = dataclasses.replace(hourly, rate_per_s=[[0.0, 0.0, 3.0, 5.0]])
     with pytest.raises(InputError, match="no client sends in hour 0"):
@@ -138,7 +138,9 @@ def test_an_hour_is_played_alone():
 
 def test_rates_and_traffic_share_one_traced_program_and_vmap():
     traces = []
-    other = dataclasses.replace(TRAFFIC, rate_per_s=TRAFFIC.rate_per_s[::-1], cv=np.ones((4, 3)), family=np.ones((4, 3)))
+    other = dataclasses.replace(
+        TRAFFIC, rate_per_s=TRAFFIC.rate_per_s[::-1], cv=np.ones((4, 3)), family=np.ones((4, 3))
+    )
 
     @jax.jit
     def gap_s(process, key):
@@ -154,13 +156,14 @@ def test_rates_and_traffic_share_one_traced_program_and_vmap():
     np.testing.assert_array_equal(rates, [1.0, 2.0])
 
 
+@pytest.mark.slow
 def test_double_precision_follows_the_same_law():
     with jax.enable_x64(True):
         process = superposition(TRAFFIC, 8.0)
-        gap_s, state = process.next_gap(jax.random.key(1), process.init(jax.random.key(0)))
-        times_s, _ = draw(process, (1_000, 100))
+        times_s, _ = draw(process, (100, 60))
+        gap_s, state = jax.eval_shape(process.next_gap, jax.random.key(1), process.init(jax.random.key(0)))
     assert gap_s.dtype == jnp.float64 and state.next_time.dtype == jnp.uint32
-    assert_mean(counts_of(times_s, [0.0, 2.0]), [16.0])
+    assert_mean(counts_of(times_s, [0.0, 1.0]), [8.0])
 
 
 def test_the_state_has_a_number_for_each_client_and_none_for_each_bin():
@@ -231,8 +234,8 @@ RATES = columns()["rate_per_s"].astype(float)
         ({"rate_per_s": np.ones(3)}, r"arrays of one shape \[clients, bins\]"),
         ({name: np.ones((2, 0)) for name in ("rate_per_s", "cv", "family")} | {"t_s": None}, r"got .*\(2, 0\)"),
         ({"rate_per_s": -RATES}, r"rate_per_s\[0, 0\] is -1, must be from 0 to 1e\+06"),
-        ({"rate_per_s": RATES + [[0, 0, np.nan]]}, r"rate_per_s\[0, 2\] is nan, must be from 0"),
-        ({"rate_per_s": RATES + [[0, np.inf, 0]]}, r"rate_per_s\[0, 1\] is inf, must be from 0"),
+        ({"rate_per_s": RATES + np.array([0, 0, np.nan])}, r"rate_per_s\[0, 2\] is nan, must be from 0"),
+        ({"rate_per_s": RATES + np.array([0, np.inf, 0])}, r"rate_per_s\[0, 1\] is inf, must be from 0"),
         ({"rate_per_s": 0 * RATES}, "rate_per_s is 0 everywhere, must be above 0 for some client and bin"),
         ({"family": np.full((2, 3), 3)}, r"family\[0, 0\] is 3, must be 1 \(gamma\), 2 \(Weibull\) or 0 \(none\)"),
         ({"family": np.full((2, 3), 1.5)}, r"family\[0, 0\] is 1.5, must be 1"),
@@ -267,7 +270,7 @@ def test_python_objects_in_a_file_are_never_executed(tmp_path):
     made = tmp_path / "made"
     objects = np.array([[Executed(made)] * 3] * 2, object)
     np.savez(tmp_path / "clients.npz", **columns(cv=objects))
-    with pytest.raises(InputError, match="clients.npz: is not a readable .npz file: Object arrays"):
+    with pytest.raises(InputError, match=r"clients\.npz: is not a readable .npz file: Object arrays"):
         read_clients(tmp_path / "clients.npz")
     assert not made.exists()
 
@@ -284,7 +287,7 @@ def test_too_large_files_are_refused(tmp_path):
 
 def test_clients_of_deepseek_r1_keep_shares_and_bursts(data_dir):
     traffic = read_clients(data_dir / "traces" / "servegen_deepseek-r1.npz").in_hour(22)
-    times_s, clients = draw(superposition(traffic, 30.0), (64, 4_000))
+    times_s, clients = draw(superposition(traffic, 30.0), (64, 2_500))
     counts = counts_of(times_s, np.arange(0.0, 51.0, 10.0))
     assert_mean(counts.sum(1), 5 * 300.0)
     within = counts.var(1, ddof=1).mean() / counts.mean()  # of the windows of one environment, so without the drift

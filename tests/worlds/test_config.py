@@ -6,18 +6,23 @@ import dataclasses
 import json
 import math
 import pathlib
+import pickle
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from qos_jax import InputError, WorldConfig, sample_requests
+from qos_jax import InputError, WorldConfig, evaluate, make_router, recipe, sample_requests, scenarios
+from qos_jax.training.run import TrainingConfig, training_run
+from qos_jax.worlds import presets
+from qos_jax.worlds.randomization import Domain, sample_worlds
 
 WORLDS = (
     WorldConfig(),
     WorldConfig("edge-8", arrivals="gamma:2", prediction="perfect", latency_limit_s=(0.03, 0.05), staleness_s=0.5),
     WorldConfig(experts=("alpaca-native@A40", "koala-7B-HF@A100"), trace="trace.csv", allow_drop=False),
+    WorldConfig(arrivals="servegen:clients.npz:7"),
     WorldConfig(trace="t.jsonl", trace_format="mooncake", trace_sort=True, trace_spread_s=3.0),
 )
 
@@ -25,6 +30,7 @@ WORLDS = (
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_world_survives_json(world: WorldConfig) -> None:
     assert WorldConfig.from_dict(json.loads(json.dumps(world.to_dict()))) == world
+    assert pickle.loads(pickle.dumps(world)) == world
 
 
 def test_it_builds_what_make_builds() -> None:
@@ -125,6 +131,58 @@ def test_a_trace_may_bring_its_lengths(tmp_path: pathlib.Path) -> None:
     (tmp_path / "t.csv").write_text("\n".join(["arrival_s", *map(str, arrival_s)]))
     with pytest.raises(InputError, match="has arrivals only, must have the lengths"):
         world.build()
+
+
+def clients_file(folder: pathlib.Path, first_per_s: float = 2.0) -> pathlib.Path:
+    """A file of two clients over two hours."""
+    rates = np.ones((2, 12))
+    rates[0, :6] = first_per_s
+    np.savez(folder / "clients.npz", rate_per_s=rates, cv=np.full((2, 12), 1.5), family=np.array([[1] * 12, [2] * 12]))
+    return folder / "clients.npz"
+
+
+def test_clients_are_a_law_with_a_file(tmp_path: pathlib.Path) -> None:
+    path = clients_file(tmp_path)
+    world = WorldConfig(arrivals=f"servegen:{path}:1")
+    env, params = world.build()
+    assert params.workload.arrivals.power.shape == (6, 2)
+    gaps_s, _ = sample_requests(params.workload, jax.random.key(0), 30)
+    assert 0.0 < float(np.mean(gaps_s)) < 1.0
+    assert world.described() == {"preset": "paper-3", "arrivals": "servegen:clients.npz:1"}
+    before = world.inputs()
+    assert set(before) == {"arrivals_file"}
+    clients_file(tmp_path, 3.0)
+    assert world.inputs() != before
+    assert recipe(world).randomise == ("load",) and recipe(WorldConfig()).randomise == ("load", "arrivals")
+    assert world.held_out() == world.for_training() == world
+    domain = Domain(loads=(0.5, 1.4))
+    sampled = sample_worlds(env, params, domain, jax.random.key(0), 3)
+    assert len(np.unique(sampled.workload.arrivals.rate_per_s)) == 3
+    with pytest.raises(InputError, match="of a type of their own"):
+        sample_worlds(env, params, dataclasses.replace(domain, arrivals=("poisson",)), jax.random.key(0), 3)
+
+
+@pytest.mark.slow
+def test_clients_are_evaluated_and_trained_on(tmp_path: pathlib.Path) -> None:
+    world = WorldConfig(arrivals=f"servegen:{clients_file(tmp_path)}")
+    env, params = world.build()
+    (run,) = evaluate(
+        env, params, [make_router("shortest_queue", env, params)], scenarios(params, (0.5,), (1000,)), 60, warmup=0
+    )
+    assert 0.0 < run.metrics["qos"] <= 1.0
+    agent = dataclasses.replace(recipe(world).agent, num_envs=2)
+    training = TrainingConfig(agent, steps=1, randomise=("load",))
+    built = training_run(world, training)
+    assert np.shape(built.params.workload.arrivals.power) == (2, 12, 2)
+
+
+def test_clients_of_a_fleet_file_lie_beside_it(tmp_path: pathlib.Path) -> None:
+    path = clients_file(tmp_path)
+    shipped = pathlib.Path(presets.__file__).with_name("fleets") / "paper-3.toml"
+    law = '[workload]\narrivals = "servegen:clients.npz"\n'
+    (tmp_path / "fleet.toml").write_text(shipped.read_text().replace("[workload]\n", law))
+    world = WorldConfig(fleet=str(tmp_path / "fleet.toml"))
+    assert world.arrivals_file == str(path) and set(world.inputs()) == {"fleet", "arrivals_file"}
 
 
 def test_training_and_held_out_requests_are_disjoint_parts() -> None:
