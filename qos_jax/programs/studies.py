@@ -175,7 +175,7 @@ STUDIES = {
     ),
     "arrivals": Study(
         "Bursts, drifting rates and real traces",
-        "Does that hold where arrivals are not Poisson? The traces are Azure's, the clients ServeGen's, never trained on.",
+        "Does that hold where arrivals are not Poisson? Traces are Azure's, clients ServeGen's, never trained on.",
         _everywhere(
             _MVR,
             gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},

@@ -85,7 +85,7 @@ def test_gaps_of_one_client_follow_its_law_and_the_first_is_the_rest_of_one(fami
 
 @pytest.mark.parametrize("rate_per_s", [0.5, 8.0, 500.0])
 def test_the_mean_rate_is_as_asked_from_the_first_second_on(rate_per_s):
-    times_s, _ = draw(superposition(TRAFFIC, rate_per_s), (1_000, 150))
+    times_s, _ = draw(superposition(TRAFFIC, rate_per_s), (500, 120))
     window_s = 30.0 / rate_per_s
     assert_mean(counts_of(times_s, [0.0, window_s / 3, window_s]), [10.0, 20.0])
 
@@ -120,7 +120,7 @@ def test_bins_without_traffic_are_left_out():
 def test_short_bins_and_rare_requests_keep_the_rate():
     """Most bins end before anybody sends, so a request comes after many of them."""
     slow = superposition(dataclasses.replace(TRAFFIC, bin_s=1.0), 0.25)
-    times_s, _ = draw(slow, (500, 20))
+    times_s, _ = draw(slow, (300, 16))
     assert_mean(counts_of(times_s, [0.0, 12.0]), [3.0])
 
 
