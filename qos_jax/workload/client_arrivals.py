@@ -37,6 +37,7 @@ GAMMA, WEIBULL, NONE = 1, 2, 0  # families of the gaps
 CV_RANGE = (0.01, 1000.0)
 BIN_RANGE_S = (1.0, 86_400.0)
 MAX_ENTRIES = 2**22  # clients x bins, 48 MiB of tables
+_BIN_S = 600.0  # the default
 _HOUR_S = 3600.0
 _LATER = np.uint32(2**32 - 1)  # the time of an arrival that is not in this bin
 _ALMOST_A_BIN = 1.0 - 2.0**-24  # the largest float32 below 1, whose time is a uint32
@@ -54,7 +55,7 @@ class ClientTraffic:
     rate_per_s: np.ndarray  # [C, B] float64 requests/s
     cv: np.ndarray  # [C, B] float64, of the gaps; counts where the rate is above 0, as the family does
     family: np.ndarray  # [C, B] int64: GAMMA, WEIBULL or, of a client that does not send, NONE
-    bin_s: float = 600.0  # s, length of a bin
+    bin_s: float = _BIN_S  # s, length of a bin
     source: str = "clients"  # the file that was read, for messages
 
     def __post_init__(self) -> None:
@@ -120,19 +121,19 @@ def read_clients(path: str | os.PathLike[str]) -> ClientTraffic:
     """
     columns = read_columns(path, ("rate_per_s", "cv", "family"), ("t_s",))
     numbers = {name: numbers_in(path, name, column).astype(np.float64) for name, column in columns.items()}
-    t_s = numbers.pop("t_s", None)
-    return ClientTraffic(**numbers, **({} if t_s is None else _bin_length(path, t_s, numbers)), source=str(path))
+    rate_per_s, cv, family = (numbers[name] for name in ("rate_per_s", "cv", "family"))
+    bin_s = _bin_length_s(path, numbers["t_s"], rate_per_s.shape[-1]) if "t_s" in numbers else _BIN_S
+    return ClientTraffic(rate_per_s, cv, family, bin_s, str(path))
 
 
-def _bin_length(path: str | os.PathLike[str], t_s: np.ndarray, numbers: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns ``bin_s``, the steps of the times; nothing for one bin."""
-    bins = numbers["rate_per_s"].shape[-1]
+def _bin_length_s(path: str | os.PathLike[str], t_s: np.ndarray, bins: int) -> float:
+    """Returns the steps of the begins of the bins, or the default for one bin."""
     steps_s = np.diff(t_s)
     even = t_s.shape == (bins,) and np.all(np.isfinite(t_s)) and np.all(np.abs(steps_s - steps_s[:1]) < 1e-3)
     if not even:
         shown = np.array2string(t_s, threshold=6, edgeitems=3)
         raise InputError(f"{path}: t_s is {shown}, must be the begin of each of {bins} bins in s, at even steps")
-    return {"bin_s": float(steps_s[0])} if steps_s.size else {}
+    return float(steps_s[0]) if steps_s.size else _BIN_S
 
 
 @struct.dataclass
