@@ -20,11 +20,13 @@ from jax import Array, lax
 from qos_jax.agent import replay_buffer, sac
 from qos_jax.agent.configs import AgentConfig
 from qos_jax.agent.networks import Inputs, greedy, heads_of, network_of
+from qos_jax.agent.preferences import preferences_of
 from qos_jax.agent.rewards import shaped_reward
 from qos_jax.agent.sac import Hyperparameters, LearnerState, Weights
 from qos_jax.agent.targets import Targets, targets_named
 from qos_jax.routers.base import Router, gumbel_if_stale, key_for_ties
 from qos_jax.sim.env import EnvParams, axis_of_environments
+from qos_jax.sim.types import Preferences
 
 _TEMPERATURE = 0.03  # QoS, of the sampled action where metrics are stale; see docs/decisions
 _PREFERENCE_SD = 2.0  # of the log odds of each action in the warm-up; overloads some experts
@@ -168,13 +170,30 @@ class Learner:
         temperature = _TEMPERATURE if heads.logits is None else 1.0
         return greedy(key_for_ties(key), heads, inputs.legal, gumbel_if_stale(key, obs, temperature))
 
-    def router(self, weights: Weights, name: str = "learned") -> Router:
-        """Returns the router that acts by ``weights``."""
+    def router(self, weights: Weights, name: str = "learned", preferences: Preferences | None = None) -> Router:
+        """Returns the router that acts by ``weights``.
+
+        If the network reads preferences, they are the router's memory, so that others need no other program.
+
+        Args:
+          weights: see ``weights``.
+          name: of the router.
+          preferences: those that it starts with; by default the agent's.
+        """
+        if not self.config.network.with_preferences:
+            return Router(
+                name=name,
+                kind="learned",
+                init=tuple,
+                act=lambda key, obs, memory: (self.act(weights, key, obs), memory),
+                params=weights,
+            )
+        start = preferences_of(self.config.hyper.weights) if preferences is None else preferences
         return Router(
             name=name,
             kind="learned",
-            init=tuple,
-            act=lambda key, obs, memory: (self.act(weights, key, obs), memory),
+            init=lambda: start,
+            act=lambda key, obs, memory: (self.act(weights, key, obs.replace(preferences=memory)), memory),
             params=weights,
         )
 
@@ -196,9 +215,18 @@ class Learner:
 def make_learner(env: Any, config: AgentConfig) -> Learner:
     """Builds the learner of an agent.
 
+    Where no preferences are observed, a network that reads them gets those of the agent.
+
     Args:
       env: the environment, see ``qos_jax.Environment``.
       config: the agent, one of ``AGENTS`` or another.
     """
     features, network = network_of(config.network)
-    return Learner(env, config, features, network)
+    if not config.network.with_preferences:
+        return Learner(env, config, features, network)
+    default = preferences_of(config.hyper.weights)
+
+    def with_default(obs: Any) -> Inputs:
+        return features(obs if obs.preferences is not None else obs.replace(preferences=default))
+
+    return Learner(env, config, with_default, network)

@@ -20,7 +20,14 @@ from flax import struct
 from jax import Array, lax
 
 from qos_jax.encoder.flat import flat_view
-from qos_jax.encoder.graph import EXPERT_FEATURES, IMPACT_FEATURES, GraphFeatures, graph_features
+from qos_jax.encoder.graph import (
+    EXPERT_FEATURES,
+    IMPACT_FEATURES,
+    PREFERENCE_FEATURES,
+    GraphFeatures,
+    graph_features,
+    preference_features,
+)
 from qos_jax.encoder.han import HAN, Embedding, HANConfig
 from qos_jax.errors import InputError
 from qos_jax.routers.base import drawn_best
@@ -33,6 +40,7 @@ NUM_CRITICS = 2
 _MAX_LAYERS = 100
 
 _NET = (*EXPERT_FEATURES, *IMPACT_FEATURES).index("net")
+_SCORE_WEIGHT = PREFERENCE_FEATURES.index("score") - len(PREFERENCE_FEATURES)  # from the end of the arrived request's
 _VALUE_SCALE = 10.0  # reward units; values are sums over some hundred requests, and weights start small
 _LOWEST_PRIOR = -2.0  # QoS; lower clip of the prior, the cost of two answers
 
@@ -49,6 +57,7 @@ class NetworkConfig:
     value: bool = False  # critics of the state, and of each placement's advantage over a drop, for targets ``returns``
     with_impact: bool = True  # the impact estimate is among the features
     with_rates: bool = True  # the recent arrival rates are among the features; always in the flat view
+    with_preferences: bool = False  # the weights of the reward are among the features, and differ in training
     residual: bool = True  # the critics learn the difference to the impact estimate
     slots: int | None = None  # requests of each expert among the features; None for all
     rate_clip_per_s: float | None = None
@@ -128,6 +137,8 @@ class ActorCritic(nn.Module):
             return self._heads(lambda name: self._mlp(name, inputs.legal.shape[-1])(embedding.arrived))
         experts, fleet = _in_context(embedding)
         prior = _prior(inputs) if config.residual else 0.0
+        if config.residual and config.with_preferences:
+            prior *= inputs.arrived[..., _SCORE_WEIGHT, None]
 
         def place(name: str) -> Array:
             return self._mlp(name, 1)(experts)[..., 0] + (prior if name != "actor" else 0.0)
@@ -213,13 +224,25 @@ def _prior(inputs: GraphFeatures) -> Array:
 
 def _graph_network(config: NetworkConfig) -> tuple[Features, nn.Module]:
     def features(obs: Observation) -> GraphFeatures:
-        return graph_features(obs, with_impact=config.with_impact, with_rates=config.with_rates, slots=config.slots)
+        return graph_features(
+            obs,
+            with_impact=config.with_impact,
+            with_rates=config.with_rates,
+            with_preferences=config.with_preferences,
+            slots=config.slots,
+        )
 
     return features, ActorCritic(config)
 
 
 def _flat_network(config: NetworkConfig) -> tuple[Features, nn.Module]:
-    return lambda obs: FlatInputs(flat_view(obs), obs.action_mask), ActorCritic(config)
+    def features(obs: Observation) -> FlatInputs:
+        columns = flat_view(obs)
+        return FlatInputs(
+            jnp.append(columns, preference_features(obs)) if config.with_preferences else columns, obs.action_mask
+        )
+
+    return features, ActorCritic(config)
 
 
 _NETWORKS: dict[str, NetworkFactory] = {"han": _graph_network, "pooled": _graph_network, "flat": _flat_network}

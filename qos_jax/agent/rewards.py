@@ -21,14 +21,15 @@ from qos_jax.sim.world import Completions, slot_margin_s
 
 
 class RewardWeights(struct.PyTreeNode):
-    """Weights of costs, in QoS. The first four are costs of the world; the last two shape rewards of value learning."""
+    """Weights in QoS: of answers, of four costs of the world, and of two terms that shape rewards of value learning."""
 
+    score: Array | float = 1.0  # per score of an answer in time
     violation: Array | float = 0.0  # per answer beyond its latency limit
     drop: Array | float = 0.0  # per dropped request
     kv_memory: Array | float = 0.0  # per GB s of KV memory held
     energy: Array | float = 0.0  # per kJ of iterations and standby, in excess of idle power
     predicted_loss: Array | float = 0.0  # per QoS that a placement is predicted to cost other requests; 1 in the paper
-    potential: Array | float = 0.0  # of potential-based shaping with the predicted QoS in flight; 0 or 1
+    potential: Array | float = 0.0  # of potential-based shaping with the predicted QoS in flight, times ``score``
 
 
 def expert_returns(
@@ -44,7 +45,7 @@ def expert_returns(
     """
     slots = experts.slots
     in_time = jax.nn.sigmoid(slot_margin_s(profile, slots) / width_s)
-    soft_qos = slots.payload.score * in_time - weights.violation * (1.0 - in_time)
+    soft_qos = weights.score * slots.payload.score * in_time - weights.violation * (1.0 - in_time)
     cost = _resource_cost(profile, experts, weights)
     return jnp.sum(jnp.where(slots.finished, soft_qos, 0.0), -1) - cost
 
@@ -71,11 +72,12 @@ def shaped_reward(
     """
     completions = info["completions"]
     violations, dropped = (x.astype(reward.dtype) for x in (completions.violations, info["dropped"]))
-    reward = reward - weights.violation * violations - weights.drop * dropped
+    reward = weights.score * reward - weights.violation * violations - weights.drop * dropped
     reward -= jnp.sum(_resource_cost(params.experts, completions, weights))
     lost = jnp.append(impact(obs).qos_change, 0.0)[action]
     after = in_flight_qos(info["final_observation"])
-    return reward + weights.predicted_loss * lost + weights.potential * (gamma * after - in_flight_qos(obs))
+    potential = weights.potential * weights.score
+    return reward + weights.predicted_loss * lost + potential * (gamma * after - in_flight_qos(obs))
 
 
 def _resource_cost(profile: ExpertProfile, used: ExpertState | Completions, weights: RewardWeights) -> Array:

@@ -22,11 +22,12 @@ from qos_jax.encoder.flat import (
 from qos_jax.errors import InputError
 from qos_jax.impact.estimate import impact
 from qos_jax.sim.cost import blocks_of
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Preferences
 
 FEATURE_LIMIT = 5.0
 ARRIVED_FEATURES = FLAT_ARRIVED
 EXPERT_FEATURES = FLAT_EXPERT
+PREFERENCE_FEATURES = tuple(Preferences.__dataclass_fields__)
 IMPACT_FEATURES = ("own_latency", "in_time", "qos", "qos_change", "violations_change", "net")
 REQUEST_FEATURES = (
     "prompt_tokens",
@@ -44,7 +45,7 @@ REQUEST_FEATURES = (
 class GraphFeatures(struct.PyTreeNode):
     """Features of the nodes and the edges between them; batched instances have further axes in front."""
 
-    arrived: Array  # [Fa] float32, ``ARRIVED_FEATURES`` with or without the recent rates
+    arrived: Array  # [Fa] float32, ``ARRIVED_FEATURES`` with or without recent rates, and ``PREFERENCE_FEATURES``
     experts: Array  # [N, Fe] float32, ``EXPERT_FEATURES`` with or without ``IMPACT_FEATURES``
     requests: Array  # [N, S, Fr] float32, ``REQUEST_FEATURES``; 0 in empty slots
     running: Array  # [N, S] bool
@@ -53,7 +54,12 @@ class GraphFeatures(struct.PyTreeNode):
 
 
 def graph_features(
-    obs: Observation, *, with_impact: bool = True, with_rates: bool = True, slots: int | None = None
+    obs: Observation,
+    *,
+    with_impact: bool = True,
+    with_rates: bool = True,
+    with_preferences: bool = False,
+    slots: int | None = None,
 ) -> GraphFeatures:
     """Returns the features of the observation of one environment.
 
@@ -72,6 +78,7 @@ def graph_features(
       obs: the observation.
       with_impact: adds ``IMPACT_FEATURES`` to the experts.
       with_rates: adds the recent arrival rates to the arrived request.
+      with_preferences: adds ``preference_features`` to the arrived request.
       slots: number of requests of each expert to keep, the first to arrive; None keeps all slots.
 
     Raises:
@@ -90,14 +97,28 @@ def graph_features(
         first, exists = _first_requests(present, slots)
         requests = jnp.where(exists[..., None], jnp.take_along_axis(requests, first[..., None], -2), 0.0)
         running, waiting = (jnp.take_along_axis(mask, first, -1) & exists for mask in (running, waiting))
+    features = _stacked(arrived, ARRIVED_FEATURES if with_rates else ARRIVED_FEATURES[: -len(RATE_WINDOWS_S)])
     return GraphFeatures(
-        arrived=_stacked(arrived, ARRIVED_FEATURES if with_rates else ARRIVED_FEATURES[: -len(RATE_WINDOWS_S)]),
+        arrived=jnp.append(features, preference_features(obs)) if with_preferences else features,
         experts=_stacked(experts, EXPERT_FEATURES + IMPACT_FEATURES if with_impact else EXPERT_FEATURES),
         requests=requests,
         running=running,
         waiting=waiting,
         legal=obs.action_mask,
     )
+
+
+def preference_features(obs: Observation) -> Array:
+    """Returns the features [4] float32 of the observed preferences: the score's weight w, and log(1 + w) of the others.
+
+    Raises:
+      InputError: none are observed.
+    """
+    if obs.preferences is None:
+        raise InputError("preferences is None, must be observed by a network that reads them")
+    columns = {name: jnp.asarray(weight) for name, weight in vars(obs.preferences).items()}
+    costs = {name: jnp.log1p(weight) for name, weight in columns.items() if name != "score"}
+    return _stacked(columns | costs, PREFERENCE_FEATURES)
 
 
 def _impact_columns(obs: Observation) -> dict[str, Array]:

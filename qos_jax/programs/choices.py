@@ -81,6 +81,7 @@ AGENT_FIELDS = (
     "network.value",
     "network.with_impact",
     "network.with_rates",
+    "network.with_preferences",
     "network.residual",
     "network.slots",
     "network.rate_clip_per_s",
@@ -115,6 +116,7 @@ AGENT_FIELDS = (
     "hyper.trace_decay",
     "hyper.opportunity_cost",
     "hyper.joint",
+    "hyper.weights.score",
     "hyper.weights.violation",
     "hyper.weights.drop",
     "hyper.weights.kv_memory",
@@ -139,6 +141,7 @@ STUDIES = (
     "refusing",
     "learners",
     "energy",
+    "dial",
 )
 BUDGETS = ("quick", "full")
 CHANGES = ("control", "coefficients", "engine", "predictions", "clock", "arrivals")

@@ -68,7 +68,8 @@ def define_train(values: FlagValues) -> None:
     group.integer("steps", None, "Requests routed in training, of each seed; the recipe's by default.", 1)
     group.texts("load", None, "Load to train at, or the ends of a range to draw from; the recipe's by default.")
     group.texts("randomise", None, "What differs between environments: all, none, or some of "
-                f"{_listed(choices.RANDOMISED)}; the recipe's by default.")  # fmt: skip
+                f"{_listed(choices.RANDOMISED)}; the recipe's by default. And preferences, which all leaves out: the "
+                "weights of the reward, which the network then reads.")  # fmt: skip
     group.repeated("vary", "FIELD=VALUE,VALUE: values for a number of the algorithm, or for the load. Every "
                    "combination trains with every seed, side by side.")  # fmt: skip
     group.integer("seed", 0, "The seed, or the first of several; below 1000, as evaluation uses the others.", 0)
@@ -99,7 +100,8 @@ def define_evaluate(values: FlagValues) -> None:
     define_world(values)
     group = FlagGroup(values, "Routers")
     group.texts("routers", ["all"], f"Routers to compare: all, main, names ({_listed(choices.ROUTERS)}, expert_0, "
-                "...), folders of training runs, FOLDER@SEED, or package.module:factory.")  # fmt: skip
+                "...), folders of training runs, FOLDER@SEED, FOLDER:energy=2:drop=0.5 for other preferences, or "
+                "package.module:factory.")  # fmt: skip
     group = FlagGroup(values, "Requests")
     group.texts("load", None, "Arrival rates as fractions of the fleet's saturation rate; 0.3 to 1.3 by default.")
     group.texts("rate", None, "Arrival rates in requests/s, instead.")

@@ -38,7 +38,7 @@ from qos_jax.io.files import csv_text, parse_json, writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
 from qos_jax.io.text_files import read_text, shown
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.studies import BUDGETS, STUDIES, TRAINED, Study, World
+from qos_jax.programs.studies import BUDGETS, DIALS, STUDIES, TRAINED, Study, Trained, World
 from qos_jax.programs.train_once import ended_together, train_once
 from qos_jax.report import pages
 from qos_jax.report.pictures import Picture, write_figure
@@ -66,7 +66,8 @@ def main(values: FlagValues) -> None:
     only = _presets(values.presets, names)
     maker = _Maker(writable_folder(values.out), values.budget, only)
     work = {name: worlds for name in names if (worlds := maker.worlds(name))}
-    runs = list(dict.fromkeys(run for worlds in work.values() for world in worlds for run in maker.runs(world)))
+    named = [name for worlds in work.values() for world in worlds for name in maker.trained(world)]
+    runs = list(dict.fromkeys(_run_of(name) for name in named))
     results = []
     with ProgressBar(len(runs) + sum(map(len, work.values())), "task", "trains") as bar:
         with ended_together(), concurrent.futures.ThreadPoolExecutor(values.jobs) as pool:
@@ -99,8 +100,8 @@ class _Maker:
             print(f"{study}: worlds with measured arrivals are left out, as {_DATA} is not set", file=sys.stderr)
         return _ends(there) if self.budget.ends_only else there
 
-    def runs(self, world: World) -> list[str]:
-        """Returns the training runs of a world, each of all seeds of a router."""
+    def trained(self, world: World) -> list[str]:
+        """Returns the learned routers of a world, each with all of its seeds."""
         return _ends(world.trained) if self.budget.ends_only else list(world.trained)
 
     def train(self, name: str) -> None:
@@ -115,7 +116,8 @@ class _Maker:
     def cell(self, study: str, world: World) -> list[dict[str, Any]]:
         """Returns what every router made of a world at each load and seed: one row each."""
         asked = dataclasses.asdict(world) | dataclasses.asdict(self.budget) | {"study": _asked(STUDIES[study])}
-        asked = plain(asked | {"trained": {name: dataclasses.asdict(TRAINED[name]) for name in world.trained}})
+        asked |= {"trained": {name: dataclasses.asdict(_trained(name)) for name in world.trained}}
+        asked = plain(asked | {name: DIALS[name] for name in world.trained if name in DIALS})
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
         if path.exists():
             kept = _read(path)
@@ -161,7 +163,7 @@ class _Maker:
         names = router_names(env) if asked == ("all",) else asked
         routers = [self._known(name, world, env, params) for name in names]
         seeds_of = {}
-        for name in self.runs(world):
+        for name in self.trained(world):
             for seed in range(self._seeds(name)):
                 routers.append(self._learned(name, seed))
                 seeds_of[routers[-1].name] = (name, seed)
@@ -187,11 +189,13 @@ class _Maker:
 
     def _learned(self, name: str, seed: int) -> Router:
         if (name, seed, "") not in self.known:
-            self.known[name, seed, ""] = load_router(self.folder / "runs" / name, seed=seed, name=f"{name} {seed}")
+            run, preferences = DIALS.get(name, (name, None))
+            path = self.folder / "runs" / run
+            self.known[name, seed, ""] = load_router(path, seed=seed, name=f"{name} {seed}", preferences=preferences)
         return self.known[name, seed, ""]
 
     def _seeds(self, name: str) -> int:
-        return min(TRAINED[name].seeds, self.budget.most_training_seeds)
+        return min(_trained(name).seeds, self.budget.most_training_seeds)
 
     def _steps(self, name: str) -> int:
         trained, most = TRAINED[name], self.budget.most_steps
@@ -201,6 +205,15 @@ class _Maker:
     def _command(self, figure: str) -> str:
         only = f" --presets={','.join(self.only)}" if self.only else ""
         return f"qos-jax reproduce --figure={figure} --budget={self.budget_name}{only}"
+
+
+def _run_of(name: str) -> str:
+    """Returns the training run of a router, one of TRAINED."""
+    return DIALS[name][0] if name in DIALS else name
+
+
+def _trained(name: str) -> Trained:
+    return TRAINED[_run_of(name)]
 
 
 def _hindsight(spec: EngineSpec, experts: ExpertProfile, runs: Sequence[RouterRun]) -> Iterator[dict[str, Any]]:

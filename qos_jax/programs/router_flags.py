@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import parse_number
 from qos_jax.programs import choices
 from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
@@ -14,6 +17,16 @@ from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
 from qos_jax.training.load import load_router
 from qos_jax.training.run_folder import CONFIG, RunFolder
 from qos_jax.training.shipped import is_shipped, shipped_folder, shipped_label
+
+_PREFERENCES = re.compile(r":(?=\w+=)")  # before each weight of FOLDER:energy=2:drop=0.5
+
+
+class _Run(NamedTuple):
+    """What names a training run."""
+
+    folder: pathlib.Path
+    seed: int | None
+    preferences: dict[str, Any] | None  # None: the agent's
 
 
 def routers_named(texts: Sequence[str], env: Environment, params: EnvParams) -> list[Router]:
@@ -32,15 +45,15 @@ def routers_named(texts: Sequence[str], env: Environment, params: EnvParams) -> 
     if not names:
         raise InputError(f"--routers= names none; choose all, main, arena, or from {', '.join(groups['all'])}")
     runs = {name: run for name in names if (run := _run_of(name))}
-    labels = {name: shipped_label(name) if is_shipped(name) else folder.name for name, (folder, _) in runs.items()}
+    labels = {name: _label(name, run) for name, run in runs.items()}
     routers = []
     for name in names:
         if name not in runs:
             routers.append(make_router(name, env, params))
             continue
-        (folder, seed), label = runs[name], labels[name]
+        (folder, seed, preferences), label = runs[name], labels[name]
         clashes = label in names or list(labels.values()).count(label) > 1
-        routers.append(load_router(folder, seed=seed, name=name if clashes else label))
+        routers.append(load_router(folder, seed=seed, name=name if clashes else label, preferences=preferences))
     known = [router.name for router in routers]
     if twice := next((name for name in known if known.count(name) > 1), None):
         raise InputError(f"--routers: two routers are named {twice!r}: their results would be mixed; rename one")
@@ -49,7 +62,7 @@ def routers_named(texts: Sequence[str], env: Environment, params: EnvParams) -> 
 
 def run_folders(texts: Sequence[str]) -> list[pathlib.Path]:
     """Returns the folders of training runs that the flag names."""
-    return [run[0] for name in texts if (run := _run_of(name))]
+    return list(dict.fromkeys(run.folder for name in texts if (run := _run_of(name))))
 
 
 def check_held_out(texts: Sequence[str], first_seed: int, seeds: Sequence[int]) -> None:
@@ -72,11 +85,28 @@ def check_held_out(texts: Sequence[str], first_seed: int, seeds: Sequence[int]) 
             )
 
 
-def _run_of(name: str) -> tuple[pathlib.Path, int | None] | None:
-    """Returns the folder and the seed that FOLDER or FOLDER@SEED names, None where it names no training run."""
+def _label(name: str, run: _Run) -> str:
+    """Returns the name of a run's router in results, with the preferences that were given."""
+    name, *weights = _PREFERENCES.split(name)
+    return ":".join([shipped_label(name) if is_shipped(name) else run.folder.name, *weights])
+
+
+def _run_of(name: str) -> _Run | None:
+    """Returns what FOLDER or FOLDER@SEED names, with :NAME=WEIGHT behind; None where it names no training run."""
+    name, *weights = _PREFERENCES.split(name)
+    preferences = dict(_weight(text) for text in weights) or None
     if is_shipped(name):
-        return shipped_folder(name), None
+        return _Run(shipped_folder(name), None, preferences)
     before, at, after = name.rpartition("@")
     folder, seed = (before, int(after)) if at and after.isdecimal() else (name, None)
     is_run = os.sep in folder or (pathlib.Path(folder) / CONFIG).exists()
-    return (pathlib.Path(folder), seed) if is_run else None
+    return _Run(pathlib.Path(folder), seed, preferences) if is_run else None
+
+
+def _weight(text: str) -> tuple[str, Any]:
+    """Returns the name and the number of NAME=NUMBER; a text, which no preference may be, where it is none."""
+    name, _, value = text.partition("=")
+    try:
+        return name, parse_number(value)
+    except ValueError:
+        return name, value

@@ -50,7 +50,7 @@ class World:
 
     label: str
     preset: str = "paper-3"
-    trained: tuple[str, ...] = ()  # of TRAINED
+    trained: tuple[str, ...] = ()  # of TRAINED and DIALS
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of qos_jax.make
     trace: str | None = (
         None  # file of measured arrivals: a trace, of which the second half is taken, or .npz of clients
@@ -131,10 +131,16 @@ TRAINED = {
     "mvr_any_fleet": Trained("edge-8", randomise="load,arrivals,fleet,limit", flags=("--set=max_externality=1",)),
     "mvr_true_predictions": Trained(flags=("--prediction=perfect",), seeds=3),
     "mvr_edge_8_true_predictions": Trained("edge-8", flags=("--prediction=perfect",), seeds=3),
+    "mvr_edge_8_any_preferences": Trained("edge-8", randomise="load,arrivals,preferences"),
     **{name: dataclasses.replace(one, seeds=2) for name, one in _ABLATIONS.items()},
     **_ENERGY,
     **_LEARNERS,
 }
+
+DIALS: dict[str, tuple[str, Mapping[str, float]]] = {
+    f"dial_{weight}": ("mvr_edge_8_any_preferences", {"energy": weight}) for weight in (0, 1, 2, 5, 10)
+}
+"""One of TRAINED with other preferences, for ``World.trained``."""
 
 
 def _everywhere(trained: Mapping[str, tuple[str, ...]], **laws: Mapping[str, Any]) -> tuple[World, ...]:
@@ -317,6 +323,16 @@ STUDIES = {
         loads=(0.6, 0.9),
         routers=_FEW,
         metrics=("energy_j_per_request", "qos_per_kj", "violation_rate", "busy_fraction"),
+        cost="energy_j_per_request",
+    ),
+    "dial": Study(
+        "One checkpoint, any preference",
+        "Does one router that is told the weight of a kJ, 0, 1, 2, 5 or 10 QoS, do what routers do that were trained "
+        "with that weight?",
+        (World("edge-8", "edge-8", (*DIALS, "mvr_edge_8", *_ENERGY)),),
+        loads=(0.6, 0.9),
+        routers=_FEW,
+        metrics=("energy_j_per_request", "qos_per_kj", "violation_rate", "drop_rate", "busy_fraction"),
         cost="energy_j_per_request",
     ),
 }

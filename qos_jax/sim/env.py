@@ -23,7 +23,7 @@ from jax.experimental import checkify
 from qos_jax.errors import InputError
 from qos_jax.sim.cost import blocks_of
 from qos_jax.sim.spaces import Discrete, space_class, space_of
-from qos_jax.sim.types import ExpertProfile, Observation, Request, Workload
+from qos_jax.sim.types import ExpertProfile, Observation, Preferences, Request, Workload
 from qos_jax.sim.validation import of_one_type
 from qos_jax.sim.world import Completions, World, WorldSpec, advance, collect, dispatch, empty_world, observe
 
@@ -38,6 +38,7 @@ class EnvParams(struct.PyTreeNode):
     saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN if not computed
     believed_experts: ExpertProfile | None = None  # what routers are told of the experts, if not what they are
     scrape_s: Array | float = 0.0  # s between two readings of engines' metrics; needs a spec that observes as a proxy
+    preferences: Preferences | None = None  # which routers observe; the world and its reward do not depend on them
 
     @property
     def observed_experts(self) -> ExpertProfile:
@@ -198,7 +199,8 @@ class Environment:
     def observe(self, state: EnvState, params: EnvParams) -> Observation:
         """Returns the router's observation of a state."""
         params = self._params_or_default(params)
-        return observe(self.spec, params.observed_experts, state.world, state.request, params.staleness_s)
+        obs = observe(self.spec, params.observed_experts, state.world, state.request, params.staleness_s)
+        return obs.replace(preferences=params.preferences)
 
     def _params_or_default(self, params: EnvParams | None) -> EnvParams:
         params = self.default_params if params is None else params

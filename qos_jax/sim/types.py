@@ -171,6 +171,18 @@ class RequestView(struct.PyTreeNode):
     first_token_s: Array | None = None  # [N, S] s from the arrival to the first token, once generated; with limits only
 
 
+class Preferences(struct.PyTreeNode):
+    """What an operator weighs against each other, in QoS. The defaults weigh nothing but the QoS of answers.
+
+    What beyond the limits is late is no preference: the limits of each request are observed.
+    """
+
+    score: Array | float = 1.0  # [] per score of an answer in time
+    violation: Array | float = 0.0  # [] per answer beyond its limits
+    drop: Array | float = 0.0  # [] per dropped request
+    energy: Array | float = 0.0  # [] per kJ of iterations and standby, in excess of idle power
+
+
 class Observation(struct.PyTreeNode):
     """Everything that a router observes: arrays of a heterogeneous graph with arrived, expert and request nodes."""
 
@@ -179,3 +191,4 @@ class Observation(struct.PyTreeNode):
     requests: RequestView
     action_mask: Array  # [N + 1] bool: legal actions; the last action drops the request
     staleness_s: Array | float = 0.0  # [] s, minimum age of what is observed of experts and requests
+    preferences: Preferences | None = None  # [] each; None: the router keeps to its own

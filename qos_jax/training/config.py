@@ -17,7 +17,10 @@ from qos_jax.sim.validation import checked_whole
 from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
 
 RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
-"""What may differ between the environments of a run."""
+"""What may differ between the worlds of a run."""
+
+PREFERENCES = "preferences"
+"""May be among what is randomised, too: the weights of the reward then differ, and the network reads them."""
 
 DEFAULT_LOAD = 0.9
 HELD_OUT_LOADS = (0.6, 0.9, 1.1, 1.3)  # of the evaluation, where loads are randomised
@@ -34,7 +37,7 @@ class TrainingConfig:
     agent: AgentConfig = AgentConfig()
     steps: int = 1  # requests routed in training, of each run
     runs: tuple[Run, ...] = ({"seed": 0},)  # side by side in one program
-    randomise: tuple[str, ...] = ()  # of RANDOMISED
+    randomise: tuple[str, ...] = ()  # of RANDOMISED and PREFERENCES
     loads: tuple[float, ...] = ()  # one, or the ends of a range; empty: DEFAULT_LOAD, or the standard range
     evaluate_every: int | None = None  # steps; None: a tenth of all
     evaluation_envs: int = 32
@@ -58,8 +61,15 @@ class TrainingConfig:
             if not number_or_nan(load) > 0:
                 raise InputError(f"loads has {shown(load)}, must have finite numbers above 0")
         for name in self.randomise:
-            if name not in RANDOMISED:
-                raise InputError(f"--randomise={name}: choose all, or some of {', '.join(RANDOMISED)}")
+            if name not in (*RANDOMISED, PREFERENCES):
+                raise InputError(
+                    f"--randomise={name}: choose all, or some of {', '.join(RANDOMISED)}; and {PREFERENCES}"
+                )
+        if self.agent.network.with_preferences and PREFERENCES not in self.randomise:
+            raise InputError(
+                f"network.with_preferences is True, which needs {PREFERENCES} among what is randomised: "
+                f"--randomise={','.join([*self.randomise, PREFERENCES])}"
+            )
         if not self.runs:
             raise InputError("runs is empty: give at least one seed")
         for run in self.runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import flax.errors
@@ -11,6 +12,7 @@ import jax
 from jax import Array
 
 from qos_jax.agent.learner import Learner, make_learner
+from qos_jax.agent.preferences import checked_preferences
 from qos_jax.errors import InputError
 from qos_jax.io import dataclass_json
 from qos_jax.routers.base import Memory, Router
@@ -25,7 +27,12 @@ _MAX_SIZE = 2**24  # of anything in a world's spec
 
 
 def load_router(
-    path: str | os.PathLike[str], *, seed: int | None = None, run: int | None = None, name: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    seed: int | None = None,
+    run: int | None = None,
+    name: str | None = None,
+    preferences: Mapping[str, Any] | None = None,
 ) -> Router:
     """Returns the router in the newest checkpoint of a training run.
 
@@ -36,12 +43,15 @@ def load_router(
       seed: of a run of several seeds, which one; the first by default.
       run: instead of the seed, which of ``training.runs`` in config.json, where a seed was trained more than once.
       name: of the router; that of the folder by default.
+      preferences: weights by their name in ``Preferences``, of an agent that was trained with ``preferences`` among
+        what is randomised; those that are not given are the agent's.
 
     Returns:
-      The router; its ``params`` are the weights.
+      The router; its ``params`` are the weights. If it was trained with preferences, its memory is a ``Preferences``.
 
     Raises:
-      InputError: the folder holds no run that this version can read, or none of this seed or number.
+      InputError: the folder holds no run that this version can read, or none of this seed or number, or a preference
+        is not legal.
     """
     if is_shipped(path):
         path, name = shipped_folder(str(path)), name or shipped_label(str(path))
@@ -52,8 +62,12 @@ def load_router(
     if seed is not None and seed not in seeds:
         raise InputError(f"{folder.path / CONFIG}: seed is {seed}, must be one of {', '.join(map(str, seeds))}")
     learner = learner_of(folder)
+    dial = None
+    if preferences is not None:
+        dial = checked_preferences(learner.config, preferences, f"{folder.path / CONFIG}: preferences")
     weights = weights_of(folder, learner, run if run is not None else 0 if seed is None else seeds.index(seed))
-    return _for_its_fleets(learner.router(weights, name or folder.path.name), learner.env.spec.num_experts)
+    router = learner.router(weights, name or folder.path.name, dial)
+    return _for_its_fleets(router, learner.env.spec.num_experts)
 
 
 def weights_of(folder: RunFolder, learner: Learner, which: int) -> Any:

@@ -18,7 +18,7 @@ from qos_jax.agent.sac import Hyperparameters
 from qos_jax.io.files import writable_folder
 from qos_jax.routers.base import Router
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.training.config import DEFAULT_LOAD, HELD_OUT_LOADS, TrainingConfig
+from qos_jax.training.config import DEFAULT_LOAD, HELD_OUT_LOADS, PREFERENCES, TrainingConfig
 from qos_jax.training.held_out import HeldOut
 from qos_jax.training.loop import train
 from qos_jax.training.memory import available_bytes, check_fits, needed_bytes
@@ -132,6 +132,8 @@ def training_run(world: WorldConfig | tuple[Environment, EnvParams], training: T
     held_out = _held_out(held_out_params, training)
     varied = [run["load"] for run in training.runs if "load" in run]
     agent = _with_rate_clip(training.agent, env, params, max([*held_out.loads, *varied]))
+    if PREFERENCES in training.randomise:
+        agent = dataclasses.replace(agent, network=dataclasses.replace(agent.network, with_preferences=True))
     return TrainingRun(
         make_learner(env, agent), params, held_out, training, world if isinstance(world, WorldConfig) else None
     )
@@ -150,6 +152,7 @@ def _worlds(env: Environment, params: EnvParams, training: TrainingConfig) -> En
         staleness_s=(0.0, float(params.staleness_s)) if "staleness" in randomise else (),
         latency_limits_s=randomization.LATENCY_LIMITS_S if "limit" in randomise else (),
         pairs=randomization.PAIRS if "fleet" in randomise else (),
+        preferences=randomization.PREFERENCES if PREFERENCES in randomise else (),
     )
     key = jax.random.fold_in(jax.random.key(training.seeds[0]), 1)
     return sample_worlds(env, params, domain, key, training.agent.num_envs)

@@ -44,12 +44,19 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
 }
 """Values in effect before a field existed: of the agent in format 1, of spec and world until now."""
 
-_BEFORE_RETURNS: dict[str, dict[str, Any]] = {
-    "agent": {"copies": 1},
-    "network": {"value": False},
-    "hyper": {"empty_prob": 0.0, "discount_s": 1e9, "trace_decay": 1.0, "opportunity_cost": 1.0, "joint": 0.0},
+_LATER: dict[str, Any] = {
+    "copies": 1,
+    "network": {"value": False, "with_preferences": False},
+    "hyper": {
+        "empty_prob": 0.0,
+        "discount_s": 1e9,
+        "trace_decay": 1.0,
+        "opportunity_cost": 1.0,
+        "joint": 0.0,
+        "weights": {"score": 1.0},
+    },
 }
-"""Values of the agent's fields for targets ``returns``, which early runs of format 3 lack; others do not use them."""
+"""Values of the agent's fields that early runs of format 3 lack: those for targets ``returns``, and of preferences."""
 
 
 def upgraded(config: Any, file: str) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def upgraded(config: Any, file: str) -> dict[str, Any]:
             raise InputError(f"{file}: {error}") from error
     _check_kinds(config, FIELDS, file)
     world, training = config["world"], config["training"]
-    training = training | {"agent": _with_fields_of_returns(training.get("agent"))}
+    training = training | {"agent": _with_later_fields(training.get("agent"), _LATER)}
     return config | {
         "spec": _BEFORE_THE_FIELD["spec"] | config["spec"],
         "training": training,
@@ -93,13 +100,13 @@ def _check_kinds(config: dict[str, Any], fields: dict[str, Any], file: str) -> N
             raise InputError(f"{file}: {field} {found}, must be a table of fields")
 
 
-def _with_fields_of_returns(agent: Any) -> Any:
-    """Adds the fields of ``_BEFORE_RETURNS`` that an agent lacks; what is no table is left for its reader to refuse."""
-    if not isinstance(agent, dict):
-        return agent
-    given = {name: agent.get(name) for name in ("network", "hyper")}
-    tables = {name: _BEFORE_RETURNS[name] | table for name, table in given.items() if isinstance(table, dict)}
-    return _BEFORE_RETURNS["agent"] | agent | tables
+def _with_later_fields(table: Any, later: dict[str, Any]) -> Any:
+    """Adds the fields that a table and those in it lack; what is no table is left for its reader to refuse."""
+    if not isinstance(table, dict):
+        return table
+    fields = {name: value for name, value in later.items() if not isinstance(value, dict)}
+    tables = {name: _with_later_fields(table[name], later[name]) for name in later.keys() - fields if name in table}
+    return fields | table | tables
 
 
 def _spread_before(world: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qos_jax.fleet.profiles import expert_profile
 from qos_jax.sim.capacity import saturation_rates
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.sim.types import ExpertProfile
+from qos_jax.sim.types import ExpertProfile, Preferences
 from qos_jax.sim.validation import checked_experts
 from qos_jax.sim.world import WorldSpec
 from qos_jax.workload.arrivals import ArrivalProcess, parse_arrivals
@@ -36,6 +36,8 @@ LOADS = (0.5, 1.4)
 ARRIVALS = ("poisson", "gamma:2", "gamma:4", "mmpp:2:30", "mmpp:3:10", "sinusoidal:0.5:120", "sinusoidal:0.8:60")
 PREDICTIONS = ("none", "realistic", "realistic", "r2:0.3:0.6", "perfect")
 LATENCY_LIMITS_S = (0.024, 0.05)
+PREFERENCES = (("score", 0.1, 1.0), ("violation", 0.05, 1.0), ("drop", 0.05, 1.0), ("energy", 0.1, 10.0))
+"""Name, minimum and maximum of each weight of the preferences."""
 PAIRS: tuple[Pair, ...] = (
     *((llm, gpu) for llm in ("alpaca-native", "chatglm-6b", "mpt-7b-instruct", "koala-7B-HF") for gpu in SMALL_GPUS),
     *((llm, "A100") for llm in ("vicuna-13b-1.1", "oasst-sft-4-pythia-12b-epoch-3.5", "moss-moon-003-sft")),
@@ -54,6 +56,8 @@ class Domain:
     latency_limits_s: tuple[float, ...] = ()  # s/token, uniform between minimum and maximum, for each class of users
     pairs: tuple[Pair, ...] = ()  # the experts of every environment are sampled from these, with
     equal_gpus: float = 0.5  # probability that all experts have the same kind of GPU
+    preferences: tuple[tuple[str, float, float], ...] = ()
+    """Each weight has its default in half of the environments, and is log-uniform between minimum and maximum else."""
 
 
 def rate_clip_per_s(env: Environment, params: EnvParams, load: float = 0.0) -> float:
@@ -119,7 +123,14 @@ def _sample_world(env: Environment, params: EnvParams, domain: Domain, key: Arra
         params = params.replace(staleness_s=jnp.float32(rng.uniform(min(domain.staleness_s), max(domain.staleness_s))))
     if domain.loads:
         params = params.at_load(jnp.float32(rng.uniform(min(domain.loads), max(domain.loads))))
+    if domain.preferences:
+        params = params.replace(preferences=_sample_preferences(domain, rng))
     return params
+
+
+def _sample_preferences(domain: Domain, rng: np.random.Generator) -> Preferences:
+    drawn = {name: np.exp(rng.uniform(*np.log(ends))) for name, *ends in domain.preferences if rng.random() < 0.5}
+    return Preferences(**{name: jnp.float32(weight) for name, weight in (vars(Preferences()) | drawn).items()})
 
 
 def _sample_fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.random.Generator) -> EnvParams:

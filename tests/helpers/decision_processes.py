@@ -43,6 +43,7 @@ class Process(struct.PyTreeNode):
     legal: Array  # [S, A] bool
     start: Array  # [S] probability
     max_steps_in_episode: Array  # []
+    preferences: None = None  # as in ``EnvParams``
 
 
 class View(struct.PyTreeNode):

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from qos_jax.agent import replay_buffer
 from qos_jax.agent.networks import Heads, Inputs
+from qos_jax.agent.preferences import with_preferences
 from qos_jax.agent.probes import Probe, SoftQos, empty_probes, marginal_values, simulate, start_probe
 from qos_jax.agent.sac import Hyperparameters, LearnerState
 from qos_jax.agent.targets.base import Agent, CriticLoss
@@ -57,7 +58,7 @@ class Counterfactual:
         self, agent: Agent, state: Any, params: EnvParams, hyper: Hyperparameters, key: Array, chunk: Array
     ) -> tuple[Any, CounterfactualTarget, dict[str, Array]]:
         """Finishes the oldest probe of each environment, stores its target, starts a new probe, simulates one chunk."""
-        config, soft_qos = agent.config, SoftQos(hyper.weights, hyper.width_s)
+        config = agent.config
         requests = self.requests_per_chunk(config, agent.env.spec.num_experts)
         oldest = chunk % config.probes
         key_reset, key_envs = jax.random.split(key)
@@ -71,6 +72,7 @@ class Counterfactual:
         def one(x: tuple[Array, Any, Probe, Probe, EnvParams | None]) -> tuple[Any, Probe, CounterfactualTarget, Any]:
             key, env, finished, probes, own_params = x
             world = params if own_params is None else own_params
+            soft_qos = SoftQos(with_preferences(hyper, world).weights, hyper.width_s)
             key_act, key_simulate = jax.random.split(key)
             value = jnp.maximum(marginal_values(agent.env, world, soft_qos, env, finished), -hyper.max_externality)
             target = CounterfactualTarget(finished.decision, finished.valid, value)

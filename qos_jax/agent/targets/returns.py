@@ -31,6 +31,7 @@ from jax import Array, lax
 
 from qos_jax.agent import replay_buffer
 from qos_jax.agent.networks import Heads, Inputs, heads_of
+from qos_jax.agent.preferences import with_preferences
 from qos_jax.agent.rewards import expert_returns
 from qos_jax.agent.sac import Hyperparameters, LearnerState, policy_logits
 from qos_jax.agent.targets.base import Agent, CriticLoss
@@ -117,7 +118,7 @@ class Returns:
             return _stretch(
                 agent,
                 world,
-                hyper,
+                with_preferences(hyper, world),
                 state.learner,
                 jax.random.split(key_act, config.chunk),
                 jax.random.split(key_world, config.chunk),
@@ -245,7 +246,7 @@ def _stretch(
     obs, _, heads = seen(state)
     value = jnp.concatenate([steps.value, jnp.mean(_values(heads), -2)[None]])
     potential = jnp.concatenate([steps.potential, expert_in_flight_qos(obs)[None]])
-    gain = steps.earned + hyper.weights.potential * jnp.diff(potential, axis=0)
+    gain = steps.earned + hyper.weights.potential * hyper.weights.score * jnp.diff(potential, axis=0)
     taken = jnp.arange(num_experts) == steps.row.action[:, None]
     net = gain - hyper.opportunity_cost * jnp.where(taken, steps.row.price, 0.0)
     reward = jnp.concatenate([net, jnp.sum(gain, -1, keepdims=True)], -1)

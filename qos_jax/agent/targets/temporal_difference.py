@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from qos_jax.agent import replay_buffer
 from qos_jax.agent.networks import Heads, Inputs, heads_of
+from qos_jax.agent.preferences import with_preferences
 from qos_jax.agent.sac import Hyperparameters, LearnerState, combined_q, policy_logits
 from qos_jax.agent.targets.base import Agent, CriticLoss
 from qos_jax.errors import InputError
@@ -66,7 +67,11 @@ class TemporalDifference:
         self, agent: Agent, state: Any, params: EnvParams, hyper: Hyperparameters, key: Array, chunk: Array
     ) -> tuple[Any, Transition, dict[str, Array]]:
         """Steps every environment ``chunk`` times."""
-        reward_of = jax.vmap(agent.reward, in_axes=(None, None, axis_of_environments(params), 0, 0, 0, 0))
+
+        def reward_of(params: EnvParams, *step: Any) -> Array:
+            return agent.reward(with_preferences(hyper, params).weights, hyper.gamma, params, *step)
+
+        rewards_of = jax.vmap(reward_of, in_axes=(axis_of_environments(params), 0, 0, 0, 0))
 
         def step(envs: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], tuple[Transition, Array]]:
             obs, states = envs
@@ -74,7 +79,7 @@ class TemporalDifference:
             keys = jax.random.split(key_act, agent.config.num_envs)
             action = jax.vmap(lambda key, obs: agent.sample(state.learner, key, agent.features(obs)))(keys, obs)
             next_obs, states, qos, terminated, truncated, info = agent.step(key_step, states, action, params)
-            reward = reward_of(hyper.weights, hyper.gamma, params, obs, action, qos, info)
+            reward = rewards_of(params, obs, action, qos, info)
             inputs = replay_buffer.to_half_precision(jax.vmap(agent.features)(obs))
             return (next_obs, states), (Transition(inputs, action, reward, terminated, truncated), qos)
 
