@@ -3,7 +3,8 @@
 qos-jax evaluate --preset=paper-3 --routers=all --load=0.3,0.6,0.9,1.1 --seeds=5 --out=runs/table
 
 The folder of a training run names its router: --routers=all,runs/paper-3. Of a run with several seeds it is the first
-one's, or another one's with --routers=runs/paper-3@3.
+one's, or another one's with --routers=runs/paper-3@3. A router that was trained with preferences takes others with
+--routers=runs/dial:energy=2:drop=0.5.
 """
 
 from __future__ import annotations

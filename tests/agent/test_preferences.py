@@ -177,7 +177,7 @@ def test_rewards_of_temporal_differences_are_those_of_the_environment() -> None:
 
 @pytest.mark.slow
 def test_returns_are_those_of_the_environment() -> None:
-    """Without bootstrap and opportunity cost, a placement earns what a drop would cost, and answers where they count."""
+    """Without bootstrap and prices, a placement earns what a drop would cost, and its answer if that counts."""
     network = dataclasses.replace(POINTER, value=True)
     sizes = {"num_envs": 2, "copies": 1, "chunk": 16, "batch_size": 8, "capacity": 32}
     learner = make_learner(small_env(), dataclasses.replace(AGENTS["sac"], network=network, **sizes))

@@ -15,6 +15,8 @@ import pytest
 
 from qos_jax.evaluation.metrics import METRICS
 from qos_jax.programs.evaluate import _learning_curves as learning_curves
+from qos_jax.programs.router_flags import _run_of as run_of
+from qos_jax.programs.router_flags import run_folders
 from qos_jax.programs.world_flags import notes_on
 from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.run_folder import RunFolder, make_config
@@ -139,6 +141,28 @@ class TestATrainingRun:
         self, program: Program, run: RunFolder, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert_refused(program, capsys, "holds no checkpoint yet", f"--routers={run.path}", "--first_seed=5")
+
+    @pytest.mark.parametrize(
+        ("text", "seed", "preferences"),
+        [
+            ("", None, None),
+            ("@3", 3, None),
+            (":energy=2", None, {"energy": 2.0}),
+            ("@3:energy=2e-1:drop=.5", 3, {"energy": 0.2, "drop": 0.5}),
+            (":energy=much:drop=nan:speed=", None, {"energy": "much", "drop": "nan", "speed": ""}),
+        ],
+    )
+    def test_is_named_with_its_seed_and_preferences(
+        self, run: RunFolder, text: str, seed: int | None, preferences: Any
+    ) -> None:
+        assert run_of(f"{run.path}{text}") == (run.path, seed, preferences)
+        assert run_folders([str(run.path), f"{run.path}:energy=1", f"{run.path}{text}"]) == [run.path]
+
+    def test_without_preferences_takes_none(
+        self, program: Program, run: RunFolder, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        message = "preferences is {'energy': 2.0}, must not be given for an agent without preferences"
+        assert_refused(program, capsys, message, f"--routers={run.path}:energy=2", "--first_seed=5")
 
     @pytest.mark.parametrize("damage", ["{", "[1]", '{"steps": "many"}', "\0"])
     def test_with_damaged_records_lacks_its_learning_curve_only(

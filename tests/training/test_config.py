@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 import qos_jax
 from qos_jax import InputError, WorldConfig
 from qos_jax.agent.configs import AGENTS, named
+from qos_jax.agent.networks import NetworkConfig
 from qos_jax.programs.train import configs_of, parsed
-from qos_jax.training.config import TrainingConfig, runs_of
+from qos_jax.training.config import RANDOMISED, TrainingConfig, runs_of
+from qos_jax.training.run import training_run
+from qos_jax.training.run_folder import make_config
 
 
 def test_a_run_survives_json() -> None:
@@ -57,6 +62,7 @@ def test_seeds_of_evaluation_are_refused(seed: float) -> None:
         ({"loads": (0.5, "x")}, "loads has 'x', must have finite numbers above 0"),
         ({"loads": (10**400,)}, "loads has 1000.*, must have finite numbers above 0"),
         ({"randomise": "load"}, "randomise is 'load', must be a tuple of names"),
+        ({"randomise": ("luck",)}, "--randomise=luck: choose all, or some of load, .*, fleet; and preferences"),
         ({"seeds": 5}, "seeds is 5, must be one or more whole numbers"),
     ],
 )
@@ -64,6 +70,24 @@ def test_an_argument_of_another_kind_is_refused(fields: dict[str, Any], message:
     recipe = qos_jax.Recipe(AGENTS["mvr"], 8)
     with pytest.raises(InputError, match=message):
         qos_jax.train("paper-3", recipe, **fields)
+
+
+def test_who_reads_preferences_meets_several_in_training() -> None:
+    agent = dataclasses.replace(AGENTS["mvr"], network=NetworkConfig(with_preferences=True))
+    with pytest.raises(InputError, match=r"with_preferences is True, which needs preferences .*--randomise=load,pref"):
+        TrainingConfig(agent, randomise=("load",))
+    asked = TrainingConfig(AGENTS["mvr"], randomise=("load", "preferences"))
+    run, again = (training_run(WorldConfig(), asked) for _ in range(2))
+    assert run.learner.config.network.with_preferences and run.held_out.params.preferences is None
+    for name, one in vars(run.params.preferences).items():
+        np.testing.assert_array_equal(one, getattr(again.params.preferences, name))
+    assert TrainingConfig.from_dict(make_config(run.learner, asked)["training"]).agent == run.learner.config
+
+
+def test_all_that_is_randomised_is_of_the_world() -> None:
+    """So a run that began with all goes on with the same."""
+    _, training = configs_of(parsed(["--randomise=all"]))
+    assert training.randomise == RANDOMISED and "preferences" not in RANDOMISED
 
 
 class TestRecipes:

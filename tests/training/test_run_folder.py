@@ -23,7 +23,7 @@ from qos_jax import InputError, load_router
 from qos_jax.agent import Learner
 from qos_jax.agent.networks import NetworkConfig
 from qos_jax.encoder.han import HANConfig
-from qos_jax.sim.types import Observation
+from qos_jax.sim.types import Observation, Preferences
 from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.held_out import HeldOut
 from qos_jax.training.run import TrainingRun
@@ -319,6 +319,34 @@ class TestLoadRouter:
         for num_experts in (1, 3, 5):
             action, _ = jax.jit(router.act)(jax.random.key(0), idle(num_experts), ())
             assert 0 <= int(action) <= num_experts
+
+    def test_it_takes_other_preferences(self, tmp_path: pathlib.Path) -> None:
+        learner = small_learner(network=dataclasses.replace(POINTER, with_preferences=True))
+        training = training_of(learner, randomise=("preferences",))
+        folder = RunFolder.start(tmp_path / "dial", make_config(learner, training))
+        state = state_of(learner)
+        folder.save(64, state, learner.weights(state))
+        assert load_router(folder.path).init() == Preferences()
+        router = load_router(folder.path, preferences={"energy": 2, "drop": 0.5})
+        assert_equal(router.params, learner.weights(state))
+        assert router.init() == Preferences(energy=2.0, drop=0.5)
+        obs = idle(3)
+        told = obs.replace(preferences=router.init())
+        actions = [
+            router.act(jax.random.key(0), obs, router.init())[0],
+            learner.act(router.params, jax.random.key(0), told),
+        ]
+        np.testing.assert_array_equal(*actions)
+        with pytest.raises(
+            InputError, match=r"dial/config.json: preferences.energy is -1, must be a number from 0 to 10"
+        ):
+            load_router(folder.path, preferences={"energy": -1})
+
+    def test_without_preferences_it_takes_none(self, flat: RunFolder) -> None:
+        with pytest.raises(
+            InputError, match=r"config.json: preferences is {'energy': 2}, must not be given for an agent"
+        ):
+            load_router(flat.path, preferences={"energy": 2})
 
     def test_a_network_of_fixed_size_says_so(self, flat: RunFolder) -> None:
         with pytest.raises(InputError, match=r"router 'x' has a network for 3 experts only, but the fleet has 5"):

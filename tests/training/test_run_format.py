@@ -128,6 +128,12 @@ def test_a_run_of_sac_from_before_lambda_returns_is_that_of_sac_td0() -> None:
     assert configs.from_dict(upgraded(config, "config.json")["training"]["agent"]) == AGENTS["sac_td0"]
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_run_from_before_preferences_has_none(number: int) -> None:
+    agent = upgraded(config_of(number), "config.json")["training"]["agent"]
+    assert (agent["network"]["with_preferences"], agent["hyper"]["weights"]["score"]) == (False, 1.0)
+
+
 def test_a_field_is_translated_and_an_unknown_one_refused() -> None:
     agent = upgraded(config_of(1), "config.json")["training"]["agent"]
     assert (agent["hyper"]["max_externality"], agent["targets"], agent["probes"]) == (0.35, "counterfactual", 1)

@@ -11,9 +11,10 @@ import pytest
 
 from qos_jax.errors import InputError
 from qos_jax.sim.capacity import saturation_rate
+from qos_jax.sim.types import Preferences
 from qos_jax.workload.traces import ArrivalTrace, with_gaps
 from qos_jax.worlds import presets
-from qos_jax.worlds.randomization import ARRIVALS, Domain, rate_clip_per_s, sample_worlds
+from qos_jax.worlds.randomization import ARRIVALS, PREFERENCES, Domain, rate_clip_per_s, sample_worlds
 
 KEY = jax.random.key(0)
 TRACE = ArrivalTrace(np.arange(3.0), np.ones(3), np.ones(3), "made up")
@@ -28,6 +29,23 @@ def test_loads_and_laws_differ_and_the_rest_is_kept() -> None:
     assert len(np.unique(np.asarray(sampled.workload.arrivals.gap_quantiles), axis=0)) > 2  # type: ignore[attr-defined]
     for field in ("step_base_s", "kv_blocks"):
         assert (np.asarray(getattr(sampled.experts, field)) == np.asarray(getattr(params.experts, field))).all()
+
+
+def test_preferences_are_drawn_beside_the_world() -> None:
+    env, params = presets.make("paper-3")
+    domain = Domain((0.5, 1.4), ARRIVALS)
+    plain, drawn = (
+        sample_worlds(env, params, each, KEY, 64)
+        for each in (domain, dataclasses.replace(domain, preferences=PREFERENCES))
+    )
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), plain, drawn.replace(preferences=None))
+    assert plain.preferences is None and all(jax.tree.leaves(same))
+    for name, low, high in PREFERENCES:
+        weights = np.asarray(getattr(drawn.preferences, name))
+        default = getattr(Preferences(), name)
+        others = weights[weights != np.float32(default)]
+        assert 16 < len(others) < 48 and low <= others.min() and others.max() <= high * (1 + 1e-6)
+        assert 0.3 < np.mean(others < np.sqrt(low * high)) < 0.7  # log-uniform
 
 
 def test_the_key_decides_which_worlds_are_sampled() -> None:
