@@ -282,7 +282,8 @@ def define_gateway(values: FlagValues) -> None:
     group.number("scrape_s", 0.5, "Seconds between two readings of an engine's metrics.", 0.01, 60.0)
     group = FlagGroup(values, "Routing")
     group.string("router", "impact_greedy", "Router: a name, the folder of a training run, FOLDER@SEED, "
-                 "FOLDER:energy=2 for other preferences, a file that --export wrote, or package.module:factory.")  # fmt: skip
+                 "FOLDER:energy=2 for other preferences, a file that --export wrote, or "
+                 "package.module:factory.")  # fmt: skip
     group.string("shadow", None, "Another router that decides, too, and is only recorded.")
     group.choice("on_drop", "reject", ("reject", "best_effort"), "Requests that the router drops are answered 429, or "
                  "served as well as can be.")  # fmt: skip
