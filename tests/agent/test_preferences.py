@@ -132,6 +132,7 @@ class TestTargets:
 
         return start, collected
 
+    @pytest.mark.slow
     def test_energy_costs_its_weight_times_what_a_replay_spends(self) -> None:
         requests, free = self.measured((0.0, 0.0))
         _, charged = self.measured((2.0, 7.0))
@@ -146,6 +147,7 @@ class TestTargets:
             np.testing.assert_allclose(free[env, :2] - charged[env, :2], weight * energy_kj, rtol=2e-3)
         np.testing.assert_array_equal(charged[:, 2], 0.0)
 
+    @pytest.mark.slow
     def test_an_answer_is_worth_the_weight_of_its_score(self) -> None:
         _, whole = self.measured((0.0, 0.0))
         _, part = self.measured((0.0, 0.0), (0.25, 0.5))
@@ -168,6 +170,7 @@ def collected_from(learner: Learner, **numbers: float) -> tuple[Any, Any]:
     return tuple(jax.tree.map(lambda x, env=env: x[:, env], rows) for env in range(2))  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_rewards_of_temporal_differences_are_those_of_the_environment() -> None:
     drops, plain = collected_from(small_learner(num_envs=2, network=NETWORKS["flat"]))
     np.testing.assert_allclose(drops.reward, np.where(drops.action == 3, -0.7, 0.0), atol=1e-6)

@@ -83,13 +83,14 @@ def test_gaps_of_one_client_follow_its_law_and_the_first_is_the_rest_of_one(fami
     assert stats.kstest(np.interp(times_s[:, 0] * 5.0 * mean, grid, below), "uniform").pvalue > LEAST_P
 
 
-@pytest.mark.parametrize("rate_per_s", [0.5, 8.0, 500.0])
+@pytest.mark.parametrize("rate_per_s", [pytest.param(0.5, marks=pytest.mark.slow), 8.0, 500.0])
 def test_the_mean_rate_is_as_asked_from_the_first_second_on(rate_per_s):
     times_s, _ = draw(superposition(TRAFFIC, rate_per_s), (500, 120))
     window_s = 30.0 / rate_per_s
     assert_mean(counts_of(times_s, [0.0, window_s / 3, window_s]), [10.0, 20.0])
 
 
+@pytest.mark.slow
 def test_every_client_has_its_rate_in_every_bin():
     process = superposition(TRAFFIC, 8.0, random_start=False)
     times_s, clients = draw(process, (200, 1_600))
@@ -117,6 +118,7 @@ def test_bins_without_traffic_are_left_out():
     jax.tree.map(np.testing.assert_array_equal, superposition(with_hole), superposition(TRAFFIC))
 
 
+@pytest.mark.slow
 def test_short_bins_and_rare_requests_keep_the_rate():
     """Most bins end before anybody sends, so a request comes after many of them."""
     slow = superposition(dataclasses.replace(TRAFFIC, bin_s=1.0), 0.25)
@@ -285,6 +287,7 @@ def test_too_large_files_are_refused(tmp_path):
         read_clients(tmp_path / "clients.npz")
 
 
+@pytest.mark.slow
 def test_clients_of_deepseek_r1_keep_shares_and_bursts(data_dir):
     traffic = read_clients(data_dir / "traces" / "servegen_deepseek-r1.npz").in_hour(22)
     times_s, clients = draw(superposition(traffic, 30.0), (64, 2_500))
