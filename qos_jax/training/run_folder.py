@@ -226,6 +226,8 @@ class RunFolder:
                 for name, item in items.items():
                     checkpointer.save(hidden / name, item)
             if leads():
+                for name in items:  # Orbax writes the path of the hidden folder into it; the rename below commits
+                    (hidden / name / "commit_success.txt").unlink(missing_ok=True)
                 write_whole(hidden / _CHECKSUMS, json.dumps({item: _checksums(hidden / item) for item in items}))
                 os.replace(hidden, self.checkpoint(steps))
         except Exception as error:  # Orbax and TensorStore raise whatever they like on full disks
