@@ -19,11 +19,14 @@ from experiments.benchmarks.timing import timed
 from qos_jax.agent import AGENTS, make_learner
 from qos_jax.worlds.presets import make
 
-_PRESETS = ("paper-3", "edge-8")
-_ENVIRONMENTS = (256, 1024, 4096, 16_384)
+_SIMULATIONS = {  # environments, by preset
+    "paper-3": (256, 1024, 4096, 16_384),
+    "edge-8": (256, 1024, 4096, 16_384),
+    "edge-64": (1024, 4096),
+}
+_LEARNERS = {"paper-3": (128, 1024, 4096)}  # likewise, in training
 _LOAD = 0.8
 _STEPS = 200  # requests of each environment
-_LEARNERS = (128, 1024, 4096)  # environments in training, on the first preset
 _CHUNKS = 5
 
 Measured = Callable[[], dict[str, Any]]
@@ -31,8 +34,8 @@ Measured = Callable[[], dict[str, Any]]
 
 def rows() -> Iterator[dict[str, Any]]:
     """Measures requests/s by number of environments: of the shortest queue on every preset, then of training."""
-    cases = [partial(_simulation, preset, count) for preset in _PRESETS for count in _ENVIRONMENTS]
-    cases += [partial(_training, _PRESETS[0], count) for count in _LEARNERS]
+    cases = [partial(_simulation, preset, count) for preset, counts in _SIMULATIONS.items() for count in counts]
+    cases += [partial(_training, preset, count) for preset, counts in _LEARNERS.items() for count in counts]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda case: case(), cases))
     for measure in compiled:

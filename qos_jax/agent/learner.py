@@ -180,22 +180,15 @@ class Learner:
           name: of the router.
           preferences: those that it starts with; by default the agent's.
         """
-        if not self.config.network.with_preferences:
-            return Router(
-                name=name,
-                kind="learned",
-                init=tuple,
-                act=lambda key, obs, memory: (self.act(weights, key, obs), memory),
-                params=weights,
-            )
+        reads_preferences = self.config.network.with_preferences
         start = preferences_of(self.config.hyper.weights) if preferences is None else preferences
-        return Router(
-            name=name,
-            kind="learned",
-            init=lambda: start,
-            act=lambda key, obs, memory: (self.act(weights, key, obs.replace(preferences=memory)), memory),
-            params=weights,
-        )
+
+        def act(key: Array, obs: Any, memory: Any) -> tuple[Array, Any]:
+            seen = obs.replace(preferences=memory) if reads_preferences else obs
+            return self.act(weights, key, seen), memory
+
+        init = (lambda: start) if reads_preferences else tuple
+        return Router(name=name, kind="learned", init=init, act=act, params=weights)
 
     def sample(self, learner: LearnerState, key: Array, inputs: Inputs) -> Array:
         """Samples an action [] int32 from the policy for one environment."""

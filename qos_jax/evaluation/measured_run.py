@@ -76,6 +76,7 @@ def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> Me
     arrival_s = column["arrival_time"] - begin_s
     offset_s = np.min(column["queued_ts"] - arrival_s)
     gpu = meta.get("hardware.device_name", str, default="a GPU that is not recorded")
+    recorded = tick["kv_cache_pct"].any() or not tick["running"].any()
     return MeasuredRun(
         name=f"{meta.get('model', str)} on {gpu}, vLLM {meta.get('vllm_version', str)}",
         arrival_s=arrival_s,
@@ -86,7 +87,7 @@ def read_run(folder: str | os.PathLike[str], kv_blocks: int | None = None) -> Me
         tick_s=tick["t"] + meta.moment_s("started_at") - begin_s,
         running=tick["running"],
         waiting=tick["waiting"],
-        kv_share=tick["kv_cache_pct"] / (100 if tick["kv_cache_pct"].any() or not tick["running"].any() else np.nan),
+        kv_share=tick["kv_cache_pct"] / 100 if recorded else np.full_like(tick["kv_cache_pct"], np.nan),
         prompt_tokens_per_s=tick["prompt_throughput"],
         output_tokens_per_s=tick["gen_throughput"],
         kv_blocks=kv_blocks or meta.get("kv_cache.num_gpu_blocks") - 1,

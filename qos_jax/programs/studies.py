@@ -52,9 +52,7 @@ class World:
     preset: str = "paper-3"
     trained: tuple[str, ...] = ()  # of TRAINED and DIALS
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of qos_jax.make
-    trace: str | None = (
-        None  # file of measured arrivals: a trace, of which the second half is taken, or .npz of clients
-    )
+    trace: str | None = None  # file of measured arrivals: an .npz of clients, or a trace, whose second half is taken
     routers: tuple[str, ...] | None = None  # in place of the study's
     share_of_requests: float = 1.0  # of the study's, and
     share_of_seeds: float = 1.0  # of the budget's

@@ -143,9 +143,7 @@ class ClientState:
     bin: Array  # [] int32, the present bin
     time: Array  # [] uint32, in 2^-32 of the bin
     is_met: Array  # [] bool: the next arrivals are sampled; at time 0 that is left to the first request
-    next_time: (
-        Array  # [C] uint32, the next arrival of each client, likewise; the largest number if it is in a later bin
-    )
+    next_time: Array  # [C] uint32, the next arrival of each client, likewise; 2^32 - 1 if it is in a later bin
 
 
 @struct.dataclass
