@@ -21,7 +21,6 @@ from jax import Array, lax
 
 from qos_jax.encoder.flat import flat_view
 from qos_jax.encoder.graph import (
-    EXPERT_FEATURES,
     IMPACT_FEATURES,
     PREFERENCE_FEATURES,
     GraphFeatures,
@@ -39,7 +38,7 @@ NUM_CRITICS = 2
 
 _MAX_LAYERS = 100
 
-_NET = (*EXPERT_FEATURES, *IMPACT_FEATURES).index("net")
+_NET = IMPACT_FEATURES.index("net") - len(IMPACT_FEATURES)  # from the end of an expert's
 _SCORE_WEIGHT = PREFERENCE_FEATURES.index("score") - len(PREFERENCE_FEATURES)  # from the end of the arrived request's
 _VALUE_SCALE = 10.0  # reward units; values are sums over some hundred requests, and weights start small
 _LOWEST_PRIOR = -2.0  # QoS; lower clip of the prior, the cost of two answers

@@ -28,6 +28,7 @@ FEATURE_LIMIT = 5.0
 ARRIVED_FEATURES = FLAT_ARRIVED
 EXPERT_FEATURES = FLAT_EXPERT
 PREFERENCE_FEATURES = tuple(Preferences.__dataclass_fields__)
+SESSION_FEATURES = ("cached_prompt",)
 IMPACT_FEATURES = ("own_latency", "in_time", "qos", "qos_change", "violations_change", "net")
 REQUEST_FEATURES = (
     "prompt_tokens",
@@ -46,7 +47,7 @@ class GraphFeatures(struct.PyTreeNode):
     """Features of the nodes and the edges between them; batched instances have further axes in front."""
 
     arrived: Array  # [Fa] float32, ``ARRIVED_FEATURES`` with or without recent rates, and ``PREFERENCE_FEATURES``
-    experts: Array  # [N, Fe] float32, ``EXPERT_FEATURES`` with or without ``IMPACT_FEATURES``
+    experts: Array  # [N, Fe] float32, ``EXPERT_FEATURES``, with sessions ``SESSION_FEATURES``, and ``IMPACT_FEATURES``
     requests: Array  # [N, S, Fr] float32, ``REQUEST_FEATURES``; 0 in empty slots
     running: Array  # [N, S] bool
     waiting: Array  # [N, S] bool
@@ -63,7 +64,8 @@ def graph_features(
 ) -> GraphFeatures:
     """Returns the features of the observation of one environment.
 
-    Features of the arrived request and the experts are the columns of ``flat_view``. Of ``IMPACT_FEATURES``,
+    Features of the arrived request and the experts are the columns of ``flat_view``. In a world with sessions the share
+    of the prompt that each expert has cached is another one, ``cached_prompt``. Of ``IMPACT_FEATURES``,
     ``own_latency`` is a fraction of the latency limit, and sums over requests are compressed to sign(x) log(1 + |x|).
     Every value is finite and clipped to +-``FEATURE_LIMIT``. Of ``REQUEST_FEATURES``:
 
@@ -88,8 +90,13 @@ def graph_features(
         raise InputError(f"slots is {slots}, must be at least 1")
     obs = jax.tree.map(jnp.asarray, obs)
     arrived, experts = arrived_columns(obs), expert_columns(obs)
+    expert_names: tuple[str, ...] = EXPERT_FEATURES
+    if obs.arrived.cached_tokens is not None:
+        experts["cached_prompt"] = obs.arrived.cached_tokens / jnp.maximum(obs.arrived.prompt_tokens, 1)
+        expert_names += SESSION_FEATURES
     if with_impact:
         experts |= _impact_columns(obs)
+        expert_names += IMPACT_FEATURES
     running, waiting = obs.requests.running, obs.requests.waiting
     present = running | waiting
     requests = jnp.where(present[..., None], _stacked(_request_columns(obs), REQUEST_FEATURES), 0.0)
@@ -100,7 +107,7 @@ def graph_features(
     features = _stacked(arrived, ARRIVED_FEATURES if with_rates else ARRIVED_FEATURES[: -len(RATE_WINDOWS_S)])
     return GraphFeatures(
         arrived=jnp.append(features, preference_features(obs)) if with_preferences else features,
-        experts=_stacked(experts, EXPERT_FEATURES + IMPACT_FEATURES if with_impact else EXPERT_FEATURES),
+        experts=_stacked(experts, expert_names),
         requests=requests,
         running=running,
         waiting=waiting,

@@ -21,16 +21,26 @@ import numpy as np
 from jax import Array, lax
 
 from qos_jax.errors import InputError
-from qos_jax.evaluation.metrics import metrics_of
+from qos_jax.evaluation.metrics import metrics_of, select_assigned
 from qos_jax.io.text_files import shown
 from qos_jax.routers.base import Router
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import ReplayResult, replay_many
-from qos_jax.sim.types import Observation, Request, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation, Request, RequestTrace
 from qos_jax.sim.validation import MAX_SEED, checked_whole
-from qos_jax.sim.world import WorldSpec, advance, dispatch, empty_world, observe
+from qos_jax.sim.world import (
+    World,
+    WorldSpec,
+    advance,
+    collect,
+    dispatch,
+    empty_world,
+    observe,
+    turn_of,
+    whole_prompt,
+)
 from qos_jax.workload.arrivals import RATE_RANGE_PER_S
 
 _REAL = (int, float, np.integer, np.floating)
@@ -100,7 +110,7 @@ def route_requests(
     gaps_s: Array,
     requests: Request,
     key: Array,
-) -> Array:
+) -> tuple[Array, Prompts | None]:
     """Routes a known sequence of requests with one of the routers.
 
     All routers are compiled into one program and ``which`` chooses one at run time: compiling the engine for each
@@ -116,7 +126,7 @@ def route_requests(
       key: for routers that sample actions.
 
     Returns:
-      The actions [J] int32; ``num_experts`` is a drop.
+      The actions [J] int32, ``num_experts`` is a drop; and ``Prompts`` in a world with sessions, else None.
     """
 
     def act(key: Array, obs: Observation, memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
@@ -127,7 +137,7 @@ def route_requests(
         return lax.switch(which, [partial(act_of, i) for i in range(len(routers))])
 
     memories = tuple(router.init() for router in routers)
-    return route_by(spec, act, memories, params, gaps_s, requests, key, lambda obs: ())[0]
+    return route_by(spec, act, memories, params, gaps_s, requests, key, lambda obs: ())[:2]
 
 
 def route_by(
@@ -139,24 +149,46 @@ def route_by(
     requests: Request,
     key: Array,
     look: Callable[[Observation], Any],
-) -> tuple[Array, Any]:
+) -> tuple[Array, Prompts | None, Any]:
     """Routes a known sequence of requests by ``act`` of a router; see ``route_requests``.
 
     Returns:
-      The actions [J] int32, and what ``look`` returns of the observation of each decision, leaves [J, ...].
+      The actions [J] int32, ``Prompts`` in a world with sessions, and what ``look`` returns of the observation of each
+      decision, leaves [J, ...].
     """
 
-    def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], tuple[Array, Any]]:
+    def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
         (world, memory), (gap_s, request, key) = carry, x
         world = advance(spec, params.experts, world, gap_s)
+        if spec.sessions:  # prefixes are cached when finished requests are collected
+            world, _ = collect(params.experts, world)
         obs = observe(spec, params.observed_experts, world, request, params.staleness_s)
         action, memory = act(key, obs, memory)
         action = jnp.asarray(action, jnp.int32)
+        prompts = prompts_of(params.experts, world, request)
         world, _ = dispatch(spec, params.experts, world, request, action)
-        return (world, memory), (action, look(obs))
+        return (world, memory), (action, prompts, look(obs))
 
     start = (empty_world(spec, params.experts, params.scrape_s), memory)
     return lax.scan(decide, start, (gaps_s, requests, jax.random.split(key, gaps_s.shape[0])))[1]
+
+
+class Prompts(NamedTuple):
+    """The prompts of J requests with the contexts of their sessions, which depend on who answered before."""
+
+    tokens: Array  # [J] int32
+    cached_tokens: Array  # [J, N] int32, of these in the cache of each expert
+
+    def within(self, trace: RequestTrace, assignment: np.ndarray) -> RequestTrace:
+        """Returns a trace with these prompts, and what an assignment [J] finds of them in the cache, for a replay."""
+        cached = np.where(assignment < 0, 0, select_assigned(np.asarray(self.cached_tokens), assignment))
+        return trace.replace(prompt_tokens=np.asarray(self.tokens), shared_tokens=cached)
+
+
+def prompts_of(experts: ExpertProfile, world: World, request: Request) -> Prompts | None:
+    """Returns the prompt of a request that has arrived; None in a world without sessions."""
+    turn = turn_of(experts, world, request)
+    return None if turn is None else Prompts(whole_prompt(request, turn), turn.cached_blocks * BLOCK_SIZE_TOKENS)
 
 
 def with_truths(router: Router, requests: Request) -> Request:
@@ -246,14 +278,18 @@ def run_router(
     router, experts = routers[which], jax.tree.map(np.asarray, params.experts)
     world = params.replace(workload=None)  # another workload does not recompile
     requests = with_truths(router, sampled.requests)
-    actions = np.asarray(
-        _route_scenarios(env.spec, routers, jnp.int32(which), world, sampled.gaps_s, requests, sampled.keys)
+    actions, prompts = _route_scenarios(
+        env.spec, routers, jnp.int32(which), world, sampled.gaps_s, requests, sampled.keys
     )
-    assignments = [np.where(a == env.spec.num_experts, -1, a) for a in actions]
-    replays = replay_many(experts, sampled.traces, assignments, block_size=env.spec.engine.block_size)
+    assignments = [np.where(a == env.spec.num_experts, -1, a) for a in np.asarray(actions)]
+    traces = sampled.traces
+    if prompts is not None:
+        each_prompts = [jax.tree.map(lambda x, i=i: x[i], prompts) for i in range(len(traces))]
+        traces = [each.within(*of) for each, *of in zip(each_prompts, traces, assignments, strict=True)]
+    replays = replay_many(experts, traces, assignments, block_size=env.spec.engine.block_size)
     return [
         RouterRun(router, *each, metrics_of(experts, *each[1:], warmup))
-        for each in zip(sampled.scenarios, sampled.traces, assignments, replays, strict=True)
+        for each in zip(sampled.scenarios, traces, assignments, replays, strict=True)
     ]
 
 
@@ -274,8 +310,8 @@ def _route_scenarios(
     gaps_s: Array,
     requests: Request,
     keys: Array,
-) -> Array:
-    def one(scenario: tuple[Array, Request, Array]) -> Array:
+) -> tuple[Array, Prompts | None]:
+    def one(scenario: tuple[Array, Request, Array]) -> tuple[Array, Prompts | None]:
         gaps_s, requests, key = scenario
         return route_requests(spec, routers, which, params, gaps_s, requests, jax.random.fold_in(key, 1))
 

@@ -74,6 +74,7 @@ class Workload:
     content: str | None = None  # of CONTENTS
     arrivals: str | None = None
     prediction: str | None = None
+    sessions: str | None = None
     staleness_s: float | None = None
     observe: str | None = None  # engine or proxy
     scrape_s: float | None = None
@@ -362,6 +363,7 @@ def _workload(section: Section, quality: Quality) -> Workload:
         content=section.text("content", "quality" if quality.mean_score else None, legal=CONTENTS),
         arrivals=section.text("arrivals"),
         prediction=section.text("prediction"),
+        sessions=section.text("sessions"),
         staleness_s=section.number("staleness_s", high=MAX_AGE_S),
         observe=section.text("observe", legal=OBSERVE),
         scrape_s=section.number("scrape_s", high=MAX_AGE_S),

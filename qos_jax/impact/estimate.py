@@ -176,7 +176,10 @@ def _simulate(obs: Observation, length_cv: float) -> Slots:
     without = sample_belief(obs, length_cv).experts
     without = without.replace(slots=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), without.slots))
     fits = fits_in_memory(profile, request.prompt_tokens, request.output_tokens, BLOCK_SIZE_TOKENS)
-    together = engine.push(without, fits, request.prompt_tokens, request.output_tokens, payload_of(request))
+    cached_tokens = obs.arrived.cached_tokens
+    cached_blocks = None if cached_tokens is None else cached_tokens // BLOCK_SIZE_TOKENS
+    lengths = request.prompt_tokens, request.output_tokens
+    together = engine.push(without, fits, *lengths, payload_of(request), cached_blocks)
     pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), without, together)
     spec = EngineSpec(obs.requests.running.shape[-1] + 1)
     return jax.vmap(partial(engine.drain, spec, profile))(pair).slots
@@ -214,8 +217,14 @@ def _load(obs: Observation, length_cv: float) -> _Load:
         ahead=jnp.where(profile.async_scheduling & (count > 0), 1.0, 0.0),
         share=jnp.clip(share, 0.0, 1.0),
         stall_before_s=_prefill_s(profile, prefill_tokens),
-        stall_after_s=_prefill_s(profile, prefill_tokens + _real(obs.arrived.prompt_tokens)),
+        stall_after_s=_prefill_s(profile, prefill_tokens + _real(_uncached_tokens(obs))),
     )
+
+
+def _uncached_tokens(obs: Observation) -> Array:
+    """Returns the tokens [] or [N] of the arrived prompt that an expert has to compute."""
+    arrived = obs.arrived
+    return arrived.prompt_tokens if arrived.cached_tokens is None else arrived.prompt_tokens - arrived.cached_tokens
 
 
 def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:

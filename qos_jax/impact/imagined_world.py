@@ -14,7 +14,7 @@ from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
 from qos_jax.sim.cost import decode_s, max_kv_blocks
-from qos_jax.sim.engine import ExpertState, Slots
+from qos_jax.sim.engine import NEVER_TAKEN, ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
 from qos_jax.sim.world import SlotPayload, Telemetry, World
 
@@ -45,6 +45,7 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     max_tokens = kv_tokens[:, None] - requests.prompt_tokens
     output_tokens = jnp.minimum(_round_tokens(total, emitted + 1), max_tokens)
 
+    cached_blocks = jnp.where(requests.waiting, requests.computed_tokens // BLOCK_SIZE_TOKENS, 0)
     no_tokens, no_time_s = jnp.zeros_like(emitted), jnp.zeros_like(requests.age_s)
     computed = jnp.where(requests.running, requests.computed_tokens, 0)
     is_async = jnp.asarray(profile.async_scheduling)[:, None]
@@ -57,8 +58,8 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
         computed=computed,
         emitting=emitting,
         decoding=emitting,
-        cached_blocks=no_tokens,
-        taken_at=no_tokens,
+        cached_blocks=cached_blocks,
+        taken_at=jnp.where(cached_blocks > 0, NEVER_TAKEN, 0),
         preemptions=no_tokens,
         arrival_s=-requests.age_s,
         first_token_s=no_time_s if requests.first_token_s is None else requests.first_token_s,

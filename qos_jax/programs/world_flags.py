@@ -66,6 +66,7 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
         allow_drop=values.allow_drop,
         observe=values.observe,
         scrape_s=values.scrape,
+        sessions=values.sessions,
     )
     return world if not world.tables else dataclasses.replace(world, table_part=table_part)
 

@@ -41,6 +41,7 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     "multi_factor": production.multi_factor,
     "route_balance": production.route_balance,
     "latency_scorer": production.latency_scorer,
+    "prefix_affinity": production.prefix_affinity,
     "impact_greedy": impact_greedy,
     # Tuned on paper-3 alone, by ``python -m experiments.tune_impact``: the best values differ where GPUs are equal.
     "impact_greedy_equal_gpus": partial(impact_greedy, "impact_greedy_equal_gpus", width_s=1.5e-3, price=0.1),
@@ -89,13 +90,14 @@ def register_router(name: str, factory: RouterFactory) -> None:
 def router_names(env: Environment) -> list[str]:
     """Returns the names of all routers for a fleet: the library's, registered ones, and each expert of a small fleet.
 
-    Planners are left out, as they are slow.
+    Planners are left out, as they are slow, and so is ``prefix_affinity`` where there are no sessions.
     """
     if isinstance(env, int):
         env, _ = _earlier_call(env)
     num_experts = env.spec.num_experts
     singles = [f"expert_{i}" for i in range(num_experts)] if num_experts <= _MAX_SINGLE_EXPERTS else []
-    return [*_ROUTERS, *_registered, *singles]
+    named = [name for name in _ROUTERS if env.spec.sessions or name != "prefix_affinity"]
+    return [*named, *_registered, *singles]
 
 
 def make_router(name: str, env: Environment, params: EnvParams | None = None) -> Router:

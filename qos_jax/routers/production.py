@@ -110,6 +110,29 @@ def score_threshold(threshold: float = 0.03) -> Router:
     return by_value("score_threshold", value)
 
 
+def prefix_affinity(least_share: float = 0.5, most_ahead: int = 8) -> Router:
+    """Takes the expert that has most of the prompt cached, or the one with the fewest requests.
+
+    After SGLang's cache-aware router: where enough of the prompt is cached and loads are balanced it follows the cache,
+    else the shortest queue. Its tree of texts is here the cached prefix of the session, as far as it is observed.
+
+    Args:
+      least_share: of the prompt that must be cached.
+      most_ahead: requests that the busiest expert may have more than the idlest, for loads to be balanced.
+    """
+
+    def value(obs: Observation) -> Array:
+        requests, shortest = num_requests(obs), -_real(num_requests(obs))
+        if obs.arrived.cached_tokens is None:
+            return shortest
+        share = _real(obs.arrived.cached_tokens) / _real(jnp.maximum(obs.arrived.prompt_tokens, 1))
+        balanced = jnp.max(requests) - jnp.min(requests) <= most_ahead
+        follows = balanced & jnp.any((share >= least_share) & obs.action_mask[:-1])
+        return jnp.where(follows, share, shortest)
+
+    return by_value("prefix_affinity", value)
+
+
 class LatencyModel(struct.PyTreeNode):
     """Factors of the four parts of a latency per token: the weights' step, the batch, the KV memory and the queue."""
 

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay
+from qos_jax.sim.sessions import contexts_of
 from qos_jax.sim.types import Request, RequestTrace, Workload
 from qos_jax.sim.validation import MAX_SEED, checked_experts, checked_whole
 
@@ -51,7 +52,7 @@ def saturation_rates(
 
     The rates are measured by simulation. Each expert is offered requests at twice the rate that it could finish without
     prefill and KV reads, and drops those for which its queue has no place. The middle 80 % of its completions give its
-    rate.
+    rate. Sessions stay with one expert each, which finds their whole context in its cache.
 
     Args:
       env: gives the number of experts and the engine's integers.
@@ -77,7 +78,10 @@ def saturation_rates(
     arrival_s = (np.arange(requests_per_expert)[:, None] * min_service_s / 2.0).ravel()
     order = np.argsort(arrival_s, kind="stable")
     assignment = (np.arange(count) % num_experts)[order]
-    trace = RequestTrace(arrival_s[order], np.asarray(requests.prompt_tokens), output_tokens)
+    prompt_tokens, contexts = np.asarray(requests.prompt_tokens), np.zeros(count, np.int64)
+    if requests.turn is not None:
+        contexts = contexts_of(jax.tree.map(np.asarray, requests.turn), prompt_tokens, output_tokens, assignment)
+    trace = RequestTrace(arrival_s[order], prompt_tokens + contexts, output_tokens, shared_tokens=contexts)
     log = replay(experts, trace, assignment, block_size=env.spec.engine.block_size)
     return [_middle_rate(log.finish_s[assignment == expert]) for expert in range(num_experts)]
 

@@ -51,7 +51,7 @@ from qos_jax.sim.engine_state import (
 from qos_jax.sim.prefix_cache import find_own_blocks, keep_cached, not_yet_taken
 from qos_jax.sim.types import ExpertProfile
 
-_NEVER_TAKEN = 2**30  # blocks; a run takes fewer
+NEVER_TAKEN = 2**30  # blocks; a run takes fewer
 
 
 def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtype: Any = jnp.float32) -> ExpertState:
@@ -149,7 +149,7 @@ def push(
         emitting=put(slots.emitting, False),
         decoding=put(slots.decoding, False),
         cached_blocks=put(slots.cached_blocks, 0 if shared_blocks is None else shared_blocks),
-        taken_at=put(slots.taken_at, 0 if shared_blocks is None else _NEVER_TAKEN),
+        taken_at=put(slots.taken_at, 0 if shared_blocks is None else NEVER_TAKEN),
         preemptions=put(slots.preemptions, 0),
         arrival_s=put(slots.arrival_s, 0.0),
         payload=jax.tree.map(put, slots.payload, payload),

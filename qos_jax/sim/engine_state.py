@@ -83,6 +83,7 @@ class ExpertState(struct.PyTreeNode):
     standby_s: Array  # [L] s of standby
     kv_block_s: Array  # [L] blocks x s held during iterations
     passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
+    prefixes: Any = None  # pytree with leaves [L, ...]: the caller's, of what finished requests left in the cache
 
 
 def of_slots(values: Any) -> Array:

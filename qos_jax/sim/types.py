@@ -76,6 +76,14 @@ class ServiceLimits(struct.PyTreeNode):
     e2e_s: AnyArray  # [...] s from the arrival to the last token
 
 
+class Turn(struct.PyTreeNode):
+    """Which part a request has in a conversation, where requests belong to sessions (``qos_jax.sim.sessions``)."""
+
+    place: AnyArray  # [...] int32, which of the open conversations it goes on with
+    begins: AnyArray  # [...] bool: it begins a new one in that place
+    max_prompt_tokens: AnyArray  # [...] int32 tokens; a conversation that would exceed them is begun anew
+
+
 class Request(struct.PyTreeNode):
     """One request: its prompt, the answer that each expert would give, and the predictions that a router observes."""
 
@@ -86,6 +94,7 @@ class Request(struct.PyTreeNode):
     predicted_score: Array  # [N]
     predicted_tokens: Array  # [N] tokens
     limits: ServiceLimits | None = None  # [] each; None in worlds that only limit the latency per token
+    turn: Turn | None = None  # [] each; the prompt is then the text of the user, without the context
 
 
 class RequestTrace(struct.PyTreeNode):
@@ -100,6 +109,7 @@ class RequestTrace(struct.PyTreeNode):
     predicted_tokens: AnyArray = None  # [J, N] tokens
     limits: ServiceLimits | None = None  # [J] each
     shared_tokens: AnyArray = None  # [J] tokens of the prompt that the prefix cache has of other requests, for replays
+    turn: Turn | None = None  # [J] each
 
     @property
     def requests(self) -> Request:
@@ -141,6 +151,7 @@ class ArrivedView(struct.PyTreeNode):
     predicted_tokens: Array  # [N] tokens
     recent_rate_per_s: Array  # [K] requests/s, averaged over about the last ``RATE_WINDOWS_S``
     limits: ServiceLimits | None = None  # [] each
+    cached_tokens: Array | None = None  # [N] tokens of the prompt in the prefix cache; with sessions only
 
 
 class ExpertView(struct.PyTreeNode):

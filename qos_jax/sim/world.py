@@ -18,7 +18,19 @@ from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.proxy_view import LedgerView, Scrape, proxy_view
 from qos_jax.sim.service_level import margin_s
+from qos_jax.sim.sessions import (
+    Conversations,
+    OpenTurn,
+    SessionSlots,
+    after_answer,
+    keep_finished,
+    no_conversations,
+    no_prefixes,
+    open_turn,
+    reuse,
+)
 from qos_jax.sim.types import (
+    BLOCK_SIZE_TOKENS,
     RATE_WINDOWS_S,
     ArrivedView,
     ExpertProfile,
@@ -27,6 +39,7 @@ from qos_jax.sim.types import (
     Request,
     RequestView,
     ServiceLimits,
+    Turn,
 )
 
 
@@ -40,6 +53,7 @@ class WorldSpec:
     history: int = 0  # H, snapshots kept for stale metrics; at 0, routers observe fresh metrics
     service_limits: bool = False  # requests have ``limits`` beside that on the latency per token
     observe: str = "engine"  # one of OBSERVE: what an engine knows, or a proxy in front of it (``sim.proxy_view``)
+    sessions: int = 0  # K, most conversations at a time; at 0 each request stands alone
 
 
 class SlotPayload(struct.PyTreeNode):
@@ -50,6 +64,7 @@ class SlotPayload(struct.PyTreeNode):
     predicted_score: Array  # [N, S]
     predicted_tokens: Array  # [N, S] tokens
     limits: ServiceLimits | None = None  # [N, S] each
+    session: SessionSlots | None = None  # [N, S] each
 
 
 class Snapshots(struct.PyTreeNode):
@@ -82,6 +97,7 @@ class World(struct.PyTreeNode):
 
     experts: ExpertState  # payload: SlotPayload
     telemetry: Telemetry | None  # None if no router observes this world
+    said: Conversations | None = None  # None without sessions
 
 
 class Completions(struct.PyTreeNode):
@@ -109,17 +125,21 @@ def empty_world(spec: WorldSpec, profile: ExpertProfile, scrape_s: Array | float
     dtype = jnp.asarray(profile.step_base_s).dtype
     zero = jnp.zeros((), dtype)
     limits = ServiceLimits(zero, zero, zero) if spec.service_limits else None
-    payload = SlotPayload(zero, zero, zero, zero, limits)
+    session, said = SessionSlots(jnp.int32(0), jnp.int32(0)) if spec.sessions else None, None
+    payload = SlotPayload(zero, zero, zero, zero, limits, session)
     experts = engine.init_state(spec.engine, (spec.num_experts,), payload, dtype)
+    if spec.sessions:
+        said = no_conversations(spec.sessions)
+        experts = experts.replace(prefixes=no_prefixes(spec.num_experts, spec.sessions))
     arrivals = jnp.zeros(len(RATE_WINDOWS_S), dtype)
     if spec.observe == "proxy":
         none, period_s = jnp.zeros(spec.num_experts, jnp.int32), jnp.asarray(scrape_s, dtype)
-        return World(experts, Telemetry(arrivals, None, LastScrape(period_s, jnp.zeros((), dtype), none, none)))
+        return World(experts, Telemetry(arrivals, None, LastScrape(period_s, jnp.zeros((), dtype), none, none)), said)
     if spec.history == 0:
-        return World(experts, Telemetry(arrivals, None))
+        return World(experts, Telemetry(arrivals, None), said)
     views = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _view(spec, experts))
     age_s = jnp.full((spec.history,), jnp.inf, dtype)
-    return World(experts, Telemetry(arrivals, Snapshots(age_s, jnp.int32(0), views)))
+    return World(experts, Telemetry(arrivals, Snapshots(age_s, jnp.int32(0), views)), said)
 
 
 def dispatch(
@@ -132,14 +152,33 @@ def dispatch(
     Returns:
       The world, and [] bool: the request was dropped.
     """
-    experts = engine.compact_if_full(spec.engine, world.experts)
+    experts, turn = engine.compact_if_full(spec.engine, world.experts), turn_of(profile, world, request)
+    text_tokens, prompt_tokens = request.prompt_tokens, whole_prompt(request, turn)
     chosen = jnp.arange(spec.num_experts) == action
-    admissible = engine.admissible(spec.engine, profile, experts, request.prompt_tokens, request.output_tokens)
+    admissible = engine.admissible(spec.engine, profile, experts, prompt_tokens, request.output_tokens)
     taken = chosen & admissible & ~engine.needs_compact(experts)
-    payload = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.num_experts,)), payload_of(request))
-    prompt_tokens = jnp.broadcast_to(request.prompt_tokens, (spec.num_experts,))
-    experts = engine.push(experts, taken, prompt_tokens, request.output_tokens, payload)
+    payload = payload_of(request)
+    if turn is not None and world.said is not None:
+        payload = payload.replace(session=SessionSlots(turn.place, turn.number))
+        more_tokens = text_tokens + jnp.sum(jnp.where(taken, request.output_tokens, 0), dtype=jnp.int32)
+        said = after_answer(world.said, turn, jnp.where(jnp.any(taken), more_tokens, 0))
+        world = world.replace(said=said)
+        experts = experts.replace(prefixes=reuse(experts.prefixes, turn, taken))
+    payload = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.num_experts,)), payload)
+    prompt_tokens = jnp.broadcast_to(prompt_tokens, (spec.num_experts,))
+    cached_blocks = None if turn is None else turn.cached_blocks
+    experts = engine.push(experts, taken, prompt_tokens, request.output_tokens, payload, cached_blocks)
     return world.replace(experts=experts), ~jnp.any(taken)
+
+
+def turn_of(profile: ExpertProfile, world: World, request: Request) -> OpenTurn | None:
+    """Returns the part of a request in its session; None in a world without sessions."""
+    return None if world.said is None else open_turn(profile, world.experts, world.said, request)
+
+
+def whole_prompt(request: Request, turn: OpenTurn | None) -> Array:
+    """Returns the tokens [] of the prompt of a request with its context."""
+    return request.prompt_tokens if turn is None else request.prompt_tokens + turn.context_tokens
 
 
 def advance(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
@@ -190,6 +229,8 @@ def slot_margin_s(profile: ExpertProfile, slots: engine.Slots) -> Array:
 def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
     """Removes the finished requests from the slots, and returns their sums and the experts' integrals, now reset."""
     experts, slots = world.experts, world.experts.slots
+    if experts.prefixes is not None:
+        experts = keep_finished(profile, experts)
     done = slots.finished
     latency_per_token_s = slot_latency_per_token_s(profile, slots)
     in_time = done & (slot_margin_s(profile, slots) >= 0)
@@ -232,15 +273,20 @@ def observe(
     else:
         experts, requests = _stale_view(world.telemetry.snapshots, staleness_s)
     experts = experts.replace(profile=profile)
+    turn = turn_of(profile, world, request)
+    prompt_tokens = whole_prompt(request, turn)
+    if turn is not None:
+        known_blocks = turn.cached_blocks if world.telemetry.scrape is None else turn.sent_blocks
     arrived = ArrivedView(
-        request.prompt_tokens,
+        prompt_tokens,
         request.latency_limit_s,
         request.predicted_score,
         request.predicted_tokens,
         world.telemetry.arrivals / jnp.array(RATE_WINDOWS_S, world.telemetry.arrivals.dtype),
         request.limits,
+        None if turn is None else known_blocks * BLOCK_SIZE_TOKENS,
     )
-    fits = fits_in_memory(profile, request.prompt_tokens, 1, spec.engine.block_size)
+    fits = fits_in_memory(profile, prompt_tokens, 1, spec.engine.block_size)
     legal = fits & (experts.waiting < profile.max_waiting)
     action_mask = jnp.append(legal, spec.allow_drop)
     staleness_s = jnp.asarray(staleness_s, world.telemetry.arrivals.dtype)
@@ -255,20 +301,23 @@ def example_observation(spec: WorldSpec) -> Observation:
     profile = ExpertProfile(*fields)  # type: ignore[arg-type]
     one = jnp.float32(1.0)
     limits = ServiceLimits(one, one, one) if spec.service_limits else None
-    request = Request(jnp.int32(1), counts, floats, one, floats, floats, limits)
+    turn = Turn(jnp.int32(0), jnp.bool_(True), jnp.int32(1)) if spec.sessions else None
+    request = Request(jnp.int32(1), counts, floats, one, floats, floats, limits, turn)
     return observe(spec, profile, empty_world(spec, profile), request)
 
 
 def _view(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:
     """Returns the fresh metrics of the experts and requests, without the profile."""
-    slots = experts.slots
+    slots, computed = experts.slots, experts.slots.computed
     running, waiting = slots.running, slots.waiting
+    if spec.sessions:
+        computed = jnp.where(waiting, slots.cached_blocks * BLOCK_SIZE_TOKENS, computed)
     requests = RequestView(
         running=running,
         waiting=waiting,
         prompt_tokens=slots.prompt_tokens,
         generated_tokens=slots.generated,
-        computed_tokens=slots.computed,
+        computed_tokens=computed,
         age_s=-slots.arrival_s,
         latency_limit_s=slots.payload.latency_limit_s,
         predicted_score=slots.payload.predicted_score,

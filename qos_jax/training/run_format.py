@@ -30,7 +30,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "agent": {"shards": 1},
     "network": {"most_rate": None, "with_rates": False},
     "hyper": {"most_harm": 10.0},
-    "spec": {"observe": "engine", "service_limits": False},
+    "spec": {"observe": "engine", "service_limits": False, "sessions": 0},
     "world": {
         "fleet": None,
         "trace_format": None,
@@ -40,6 +40,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
         **{name: None for name in FURTHER_LIMITS},
         "observe": None,
         "scrape_s": None,
+        "sessions": None,
     },
 }
 """Values in effect before a field existed: of the agent in format 1, of spec and world until now."""

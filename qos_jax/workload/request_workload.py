@@ -13,6 +13,7 @@ from qos_jax.sim.types import Request
 from qos_jax.workload.arrivals import ArrivalProcess, ArrivalState
 from qos_jax.workload.content import RequestContent, SampledContent
 from qos_jax.workload.prediction import Predictions
+from qos_jax.workload.session_law import SessionLaw
 
 
 @struct.dataclass
@@ -43,7 +44,8 @@ class RequestWorkload:
     """A `Workload` with three independent parts; only the arrivals have a state.
 
     Experts may share answers: expert n gets what ``content`` and ``prediction`` say of number ``answers_of[n]``.
-    Recorded arrivals may have their own lengths, which replace those of the content.
+    Recorded arrivals may have their own lengths, which replace those of the content. With sessions, a request is a turn
+    of a conversation, and its prompt is what the user adds.
     """
 
     arrivals: ArrivalProcess
@@ -51,6 +53,7 @@ class RequestWorkload:
     prediction: Predictions
     answers_of: Array | None = None  # [N] int32; None: each expert has answers of its own
     lengths: RecordedLengths | None = None  # of recorded arrivals
+    sessions: SessionLaw | None = None  # None: each request stands alone
 
     def init(self, key: Array) -> ArrivalState:
         """Returns the state before the first request."""
@@ -76,6 +79,7 @@ class RequestWorkload:
             predicted_score=predicted_score,
             predicted_tokens=predicted_tokens,
             limits=sampled.limits,
+            turn=None if self.sessions is None else self.sessions.sample(jax.random.fold_in(key, 1)),
         )
         return gap_s, request, state
 

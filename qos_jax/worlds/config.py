@@ -20,6 +20,7 @@ from qos_jax.predictor.table import table_predictions
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.workload.arrivals import file_of_law
 from qos_jax.workload.prediction import TablePredictions
+from qos_jax.workload.session_law import check_sessions
 from qos_jax.workload.tables import QualityTable, read_tables
 from qos_jax.workload.trace_files import COLUMNS, read_trace
 from qos_jax.workload.traces import ArrivalTrace, recorded_lengths, with_gaps
@@ -27,6 +28,7 @@ from qos_jax.worlds import presets
 
 TRACE_PARTS = ("all", "first", "second")
 TABLE_PARTS = ("all", "train", "test")
+NO_SESSIONS = "none"
 _SPLIT_SEED = 0  # of a table's parts, the same in all programs
 
 
@@ -60,6 +62,7 @@ class WorldConfig:
     allow_drop: bool | None = None
     observe: str | None = None  # engine or proxy
     scrape_s: float | None = None  # s
+    sessions: str | None = None  # see ``parse_sessions``; ``none`` lifts the preset's
 
     def __post_init__(self) -> None:
         """Checks the fields, and that they go together.
@@ -87,6 +90,8 @@ class WorldConfig:
                 raise InputError(
                     f"--{one}={getattr(self, one)} and --{other}={getattr(self, other)} are both given: give one"
                 )
+        if self.sessions not in (None, NO_SESSIONS):
+            check_sessions(self.sessions)
         self._check_trace()
         if self.predictor is not None and self.fleet is None and self.quality_table is None:
             raise InputError(f"--predictor={self.predictor}: predicts for real prompts only; give --quality_table, too")
@@ -94,6 +99,8 @@ class WorldConfig:
     def _check_trace(self) -> None:
         if self.trace_lengths and self.trace is None:
             raise InputError("trace_lengths is True, must be False without a trace")
+        if self.trace_lengths and self.sessions not in (None, NO_SESSIONS):
+            raise InputError(f"--sessions={self.sessions} and --trace_lengths are both given: give one")
         if self.trace_lengths and self.predictor is not None:
             raise InputError(f"--predictor={self.predictor} predicts for the table's prompts, not with --trace_lengths")
         if self.trace_format not in (None, *COLUMNS):
@@ -129,7 +136,9 @@ class WorldConfig:
     def has_preset_fleet(self) -> bool:
         """Experts and answers are the preset's, and so is the saturation rate, which is written down there."""
         same_engine = self.engine in (None, self.base.engine)
-        unchanged = self.experts is None and not self.tables and same_engine and not self.trace_lengths
+        sessions = None if self.sessions == NO_SESSIONS else self.sessions or self.base.sessions
+        same_lengths = not self.trace_lengths and sessions == self.base.sessions
+        unchanged = self.experts is None and not self.tables and same_engine and same_lengths
         return unchanged and self.base.saturation_per_s is not None
 
     def build(self) -> tuple[Environment, EnvParams]:
@@ -140,9 +149,12 @@ class WorldConfig:
         """
         overrides: dict[str, Any] = {}
         limits = ("latency_limit_s", *presets.FURTHER_LIMITS)
-        for name in ("engine", "arrivals", "prediction", *limits, "staleness_s", "allow_drop", "observe", "scrape_s"):
+        views = "staleness_s", "allow_drop", "observe", "scrape_s"
+        for name in ("engine", "arrivals", "prediction", "sessions", *limits, *views):
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
+        if self.sessions == NO_SESSIONS or self.trace_lengths:  # a trace's prompts hold their contexts already
+            overrides["sessions"] = None
         if self.experts is not None:
             overrides["experts"] = self.pairs
         if self.trace is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ from qos_jax.workload.content import (
 )
 from qos_jax.workload.prediction import Predictions, TablePredictions, parse_prediction
 from qos_jax.workload.request_workload import RecordedLengths, RequestWorkload
+from qos_jax.workload.session_law import check_sessions, parse_sessions
 from qos_jax.workload.tables import QualityTable, read_tables
 
 Pair = tuple[str, str]  # names of an LLM and of a device
@@ -64,6 +65,7 @@ class Preset:
     staleness_s: float = 0.0  # s, minimum age of the metrics that a router observes
     observe: str = "engine"  # what a router observes: all that an engine knows, or what a proxy in front of it does
     scrape_s: float = 0.0  # s between two readings of the engines' metrics by a proxy
+    sessions: str | None = None  # conversations to which the requests belong, see ``parse_sessions``
     history: int | None = None  # snapshots kept for stale metrics, one per arrival; 64 by default
     requests: int = 5000  # of an episode
     content: str = "mix-instruct"  # distribution of contents, of ``fleet_file.CONTENTS``
@@ -89,16 +91,16 @@ def preset_of(fleet: Fleet) -> Preset:
     """Returns the world that a fleet file describes.
 
     Raises:
-      InputError: its law of arrivals or its prediction is unknown.
+      InputError: its law of arrivals, its prediction or its law of sessions is unknown.
     """
     law = fleet.workload.arrivals
     if law is not None and (file := file_of_law(law)) is not None:  # which lies beside the fleet file
         law = law.replace(file, str(pathlib.Path(fleet.path).parent / file))
         fleet = dataclasses.replace(fleet, workload=dataclasses.replace(fleet.workload, arrivals=law))
-    for field in ("arrivals", "prediction"):
+    for field in _check_law:
         if (text := getattr(fleet.workload, field)) is not None:
             try:
-                parse_arrivals(text, 1.0) if field == "arrivals" else parse_prediction(text)
+                _check_law[field](text)
             except InputError as error:
                 raise InputError(f"{fleet.path}: workload.{field}: {error}") from error
     return _unchecked(fleet)
@@ -127,6 +129,12 @@ def _alone(values: tuple[float, ...]) -> float | tuple[float, ...]:
     """Returns the limit of one class of users as a number."""
     return values[0] if len(values) == 1 else values
 
+
+_check_law: dict[str, Callable[[str], Any]] = {
+    "arrivals": lambda text: parse_arrivals(text, 1.0),
+    "prediction": parse_prediction,
+    "sessions": check_sessions,
+}
 
 _FOLDER = pathlib.Path(__file__).with_name("fleets")
 _NAMES = ("paper-3", "paper-6", "edge-8", "edge-64", "golden-rtx4090", "jetson-4", "edge-2026", "campus-16")
@@ -182,6 +190,8 @@ def make(
     if quality_table is not None:
         _check_type("quality_table", quality_table, QualityTable, "a QualityTable, as read_npz returns it")
     if lengths is not None:
+        if preset.sessions is not None:
+            raise InputError(f"sessions is {preset.sessions}, must be None with lengths, which hold contexts already")
         _check_type("lengths", lengths, RecordedLengths, "RecordedLengths, as recorded_lengths returns them")
     _check_llms(preset, quality_table)
     profile = checked_experts(profile_of(preset.experts), np.float32)
@@ -197,6 +207,7 @@ def make(
         history=int(history),
         service_limits=any(np.size(getattr(preset, name)) for name in FURTHER_LIMITS),
         observe=preset.observe,
+        sessions=0 if preset.sessions is None else check_sessions(preset.sessions)[0],
     )
     env = Environment(spec, expert_names=tuple(expert.name for expert in preset.experts), check=bool(check))
     content = _content(preset, quality_table)
@@ -207,6 +218,7 @@ def make(
         content=content,
         prediction=_prediction(preset.prediction if prediction is None else prediction),
         lengths=lengths,
+        sessions=None if preset.sessions is None else parse_sessions(preset.sessions),
     )
     if quality_table is not None or preset.content == "quality":
         workload = _with_shared_answers(workload, [expert.answers for expert in preset.experts])
@@ -223,7 +235,9 @@ def make(
         params = params.replace(workload=workload.with_rate(_checked_number("rate_per_s", rate_per_s)))
     else:
         load = _checked_number("load", _DEFAULT_LOAD if load is None else load)
-        same = own_table and lengths is None and (preset.experts, preset.content) == (base.experts, base.content)
+        deciding = "experts", "content", "sessions"
+        unchanged = all(getattr(preset, field) == getattr(base, field) for field in deciding)
+        same = own_table and lengths is None and unchanged
         known_per_s = base.saturation_per_s if same else None
         params = params.replace(saturation_per_s=saturation_rate(env, params) if known_per_s is None else known_per_s)
         params = params.at_load(load)
@@ -271,6 +285,9 @@ def varied(base: Preset, overrides: dict[str, Any]) -> Preset:
     _check_type("quality", preset.quality, Quality, "a Quality, as of qos_jax.fleet.fleet_file")
     _checked_number("staleness_s", preset.staleness_s, or_zero=True, highest=MAX_AGE_S)
     _check_observe(preset)
+    if preset.sessions is not None:
+        _check_type("sessions", preset.sessions, str, "text such as 128:4:4096")
+        check_sessions(preset.sessions)
     _check_type("allow_drop", preset.allow_drop, (bool, np.bool_), "True or False")
     return dataclasses.replace(preset, experts=experts)
 
