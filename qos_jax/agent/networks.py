@@ -57,6 +57,7 @@ class NetworkConfig:
     with_impact: bool = True  # the impact estimate is among the features
     with_rates: bool = True  # the recent arrival rates are among the features; always in the flat view
     with_preferences: bool = False  # the weights of the reward are among the features, and differ in training
+    with_sessions: bool = False  # the cached share of the prompt is among the features; never in the flat view
     residual: bool = True  # the critics learn the difference to the impact estimate
     slots: int | None = None  # requests of each expert among the features; None for all
     rate_clip_per_s: float | None = None
@@ -228,6 +229,7 @@ def _graph_network(config: NetworkConfig) -> tuple[Features, nn.Module]:
             with_impact=config.with_impact,
             with_rates=config.with_rates,
             with_preferences=config.with_preferences,
+            with_sessions=config.with_sessions,
             slots=config.slots,
         )
 

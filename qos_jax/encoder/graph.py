@@ -60,12 +60,13 @@ def graph_features(
     with_impact: bool = True,
     with_rates: bool = True,
     with_preferences: bool = False,
+    with_sessions: bool = False,
     slots: int | None = None,
 ) -> GraphFeatures:
     """Returns the features of the observation of one environment.
 
-    Features of the arrived request and the experts are the columns of ``flat_view``. In a world with sessions the share
-    of the prompt that each expert has cached is another one, ``cached_prompt``. Of ``IMPACT_FEATURES``,
+    Features of the arrived request and the experts are the columns of ``flat_view``. Of ``SESSION_FEATURES``,
+    ``cached_prompt`` is the share of the prompt that each expert has cached. Of ``IMPACT_FEATURES``,
     ``own_latency`` is a fraction of the latency limit, and sums over requests are compressed to sign(x) log(1 + |x|).
     Every value is finite and clipped to +-``FEATURE_LIMIT``. Of ``REQUEST_FEATURES``:
 
@@ -81,6 +82,7 @@ def graph_features(
       with_impact: adds ``IMPACT_FEATURES`` to the experts.
       with_rates: adds the recent arrival rates to the arrived request.
       with_preferences: adds ``preference_features`` to the arrived request.
+      with_sessions: adds ``SESSION_FEATURES`` to the experts, which are 0 in a world without sessions.
       slots: number of requests of each expert to keep, the first to arrive; None keeps all slots.
 
     Raises:
@@ -91,8 +93,10 @@ def graph_features(
     obs = jax.tree.map(jnp.asarray, obs)
     arrived, experts = arrived_columns(obs), expert_columns(obs)
     expert_names: tuple[str, ...] = EXPERT_FEATURES
-    if obs.arrived.cached_tokens is not None:
-        experts["cached_prompt"] = obs.arrived.cached_tokens / jnp.maximum(obs.arrived.prompt_tokens, 1)
+    if with_sessions:
+        cached_tokens = 0 if obs.arrived.cached_tokens is None else obs.arrived.cached_tokens
+        share = cached_tokens / jnp.maximum(obs.arrived.prompt_tokens, 1)
+        experts["cached_prompt"] = jnp.broadcast_to(share, obs.experts.running.shape)
         expert_names += SESSION_FEATURES
     if with_impact:
         experts |= _impact_columns(obs)

@@ -182,7 +182,7 @@ class Prompts(NamedTuple):
     def within(self, trace: RequestTrace, assignment: np.ndarray) -> RequestTrace:
         """Returns a trace with these prompts, and what an assignment [J] finds of them in the cache, for a replay."""
         cached = np.where(assignment < 0, 0, select_assigned(np.asarray(self.cached_tokens), assignment))
-        return trace.replace(prompt_tokens=np.asarray(self.tokens), shared_tokens=cached)
+        return trace.replace(prompt_tokens=np.asarray(self.tokens), shared_tokens=cached, turn=None)
 
 
 def prompts_of(experts: ExpertProfile, world: World, request: Request) -> Prompts | None:

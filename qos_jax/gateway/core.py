@@ -9,7 +9,7 @@ import pathlib
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from qos_jax.gateway.measures import Measures
 from qos_jax.gateway.predict import Expectations, Prediction
 from qos_jax.gateway.settings import Settings
 from qos_jax.predictor.predictor import Predictor
+from qos_jax.sim.constants import BLOCK_SIZE_TOKENS
 
 ANY_MODEL = "auto"
 """The name of a model that stands for all engines."""
@@ -55,6 +56,13 @@ class Served:
     output_tokens: int = 0
     status: str = "failed"
     answer: list[str] = dataclasses.field(default_factory=list)  # only if texts are kept
+
+
+class LastTurn(NamedTuple):
+    """The last request of a session that was answered."""
+
+    expert: int
+    tokens: int  # of the prompt and the answer
 
 
 class Gateway:
@@ -96,7 +104,7 @@ class Gateway:
         self.recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=_MAX_RECENT)
         self.draining = False
         self._rates = ArrivalRates()
-        self._sessions: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._sessions: collections.OrderedDict[str, LastTurn] = collections.OrderedDict()
         self._file = records.RequestFile(folder)
 
     def drain(self) -> None:
@@ -142,7 +150,7 @@ class Gateway:
                 503, "no engine of this model can be reached", "overloaded", Retry_After=str(_RETRY_AFTER_S)
             )
         started_s = time.perf_counter()
-        ledger, experts = self._packed(now_s, available, served.prediction)
+        ledger, experts = self._packed(now_s, available, served)
         arguments: dict[str, Any] = {
             "prompt_tokens": served.prediction.prompt_tokens,
             "limit_s": self.limit_s(served),
@@ -215,7 +223,8 @@ class Gateway:
                         (served.end_s - served.first_token_s) / (served.output_tokens - 1)
                     )
             if served.ask.session is not None:
-                self._remember(served.ask.session, expert)
+                tokens = (served.prompt_tokens or served.prediction.prompt_tokens) + served.output_tokens
+                self._remember(served.ask.session, LastTurn(expert, tokens))
         record = self.record(served)
         self.measures.qos.inc(record["qos"])
         while self.recent and self.recent[0]["time"] < record["time"] - _RECENT_S:
@@ -260,7 +269,7 @@ class Gateway:
         """Closes requests.jsonl."""
         self._file.close()
 
-    def _packed(self, now_s: float, available: np.ndarray, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
+    def _packed(self, now_s: float, available: np.ndarray, served: Served) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ledger with ages, and what is known of the experts, as ``Decider`` takes them."""
         ledger = self.ledger.columns.copy()
         ledger[ARRIVAL] = now_s - self.ledger.start_s - ledger[ARRIVAL]
@@ -271,16 +280,18 @@ class Gateway:
         experts[rows.KV_BLOCKS] = self.engines.kv_used_blocks()
         others = [engine.others() for engine in self.engines.all]
         experts[rows.OTHERS_RUNNING], experts[rows.OTHERS_WAITING] = zip(*others, strict=True)
-        experts[rows.SCORE], experts[rows.TOKENS] = prediction.score, prediction.tokens
+        experts[rows.SCORE], experts[rows.TOKENS] = served.prediction.score, served.prediction.tokens
+        if (last := self._sessions.get(served.ask.session or "")) is not None:
+            experts[rows.CACHED, last.expert] = last.tokens // BLOCK_SIZE_TOKENS * BLOCK_SIZE_TOKENS
         return ledger, experts
 
     def _of_session(self, served: Served, available: np.ndarray, decided: int | None) -> int | None:
         """Returns the engine of the session's last request if it can be reached and the router drops nothing."""
         last = self._sessions.get(served.ask.session or "")
-        return decided if decided is None or last is None or not available[last] else last
+        return decided if decided is None or last is None or not available[last.expert] else last.expert
 
-    def _remember(self, session: str, expert: int) -> None:
-        self._sessions[session] = expert
+    def _remember(self, session: str, turn: LastTurn) -> None:
+        self._sessions[session] = turn
         self._sessions.move_to_end(session)
         if len(self._sessions) > self.settings.max_sessions:
             self._sessions.popitem(last=False)

@@ -17,9 +17,9 @@ from qos_jax.sim.cost import fits_in_memory
 from qos_jax.sim.proxy_view import LedgerView, Scrape, proxy_view
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, ArrivedView, ExpertProfile, Observation
 
-AVAILABLE, SCRAPE_AGE, WAITING, KV_BLOCKS, OTHERS_RUNNING, OTHERS_WAITING, SCORE, TOKENS = range(8)
-"""Rows of what is known of the experts, [8, N] float32."""
-NUM_EXPERT_ROWS = 8
+AVAILABLE, SCRAPE_AGE, WAITING, KV_BLOCKS, OTHERS_RUNNING, OTHERS_WAITING, SCORE, TOKENS, CACHED = range(9)
+"""Rows of what is known of the experts, [9, N] float32."""
+NUM_EXPERT_ROWS = 9
 _PROMPT, _LIMIT, _MAY_DROP, _NUMBER = range(4)  # of the arrived request, before its rates
 
 
@@ -53,7 +53,7 @@ class DecisionProgram:
     kv_blocks: np.ndarray  # [N]
     memory: Leaves  # before the first request
     decide: Callable[[Array, Array, Array, Leaves], tuple[Array, Leaves]]
-    """Takes the ledger [7, N, S], the experts [8, N], the arrived request [4 + K], float32 each, and the memory.
+    """Takes the ledger [7, N, S], the experts [9, N], the arrived request [4 + K], float32 each, and the memory.
 
     Returns the fields of ``Estimate`` [4 N] with the action behind them, and the memory.
     """
@@ -119,7 +119,7 @@ class Decider:
 
         Args:
           ledger: [7, N, S] the ledger's columns, with ages in place of arrivals.
-          experts: [8, N], see ``AVAILABLE`` and the others.
+          experts: [9, N], see ``AVAILABLE`` and the others.
           prompt_tokens: of the request.
           limit_s: its latency limit, s/token.
           may_drop: the router may drop it.
@@ -139,7 +139,7 @@ def observation(requests: Array, experts: Array, arrived: Array, profile: Expert
 
     Args:
       requests: [7, N, S], see ``qos_jax.gateway.ledger``, with ages in place of arrivals.
-      experts: [8, N].
+      experts: [9, N].
       arrived: [4 + K].
       profile: of the experts, [N] each.
     """
@@ -175,6 +175,7 @@ def observation(requests: Array, experts: Array, arrived: Array, profile: Expert
             predicted_score=experts[SCORE],
             predicted_tokens=experts[TOKENS],
             recent_rate_per_s=arrived[_NUMBER + 1 :],
+            cached_tokens=jnp.minimum(counts[CACHED], prompt_tokens - 1) * jnp.asarray(profile.prefix_cache),
         ),
         experts=view.replace(profile=profile),
         requests=requests_view,

@@ -19,7 +19,7 @@ from qos_jax.errors import InputError
 from qos_jax.gateway.decision import DecisionProgram
 from qos_jax.io.files import names_in, parse_json, read_columns, write_whole
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".npz"
 PLATFORMS = ("cpu", "cuda")
 

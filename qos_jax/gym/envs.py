@@ -287,7 +287,8 @@ def _view(obs: Observation, graph: bool) -> dict[str, Any]:
     if not graph:
         return {"obs": flat_view(obs), "action_mask": obs.action_mask}
     # Masks are 0 and 1, as in gymnasium's MultiBinary.
-    parts = {name: x.astype(jnp.int8) if x.dtype == bool else x for name, x in vars(graph_features(obs)).items()}
+    features = graph_features(obs, with_sessions=obs.arrived.cached_tokens is not None)
+    parts = {name: x.astype(jnp.int8) if x.dtype == bool else x for name, x in vars(features).items()}
     return {"obs": parts, "action_mask": obs.action_mask}
 
 

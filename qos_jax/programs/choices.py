@@ -82,6 +82,7 @@ AGENT_FIELDS = (
     "network.with_impact",
     "network.with_rates",
     "network.with_preferences",
+    "network.with_sessions",
     "network.residual",
     "network.slots",
     "network.rate_clip_per_s",

@@ -113,7 +113,6 @@ def keep_finished(profile: ExpertProfile, experts: ExpertState) -> ExpertState:
     held = total(jnp.where(slots.running, blocks_of(slots.computed, BLOCK_SIZE_TOKENS), 0))
     end_of_queue = experts.taken_blocks + max_kv_blocks(profile, BLOCK_SIZE_TOKENS) - held
     blocks = (slots.prompt_tokens + slots.output_tokens - 1) // BLOCK_SIZE_TOKENS  # the last token is not computed
-    left = jnp.clip(prefixes.taken_at - experts.taken_blocks[:, None], 0, prefixes.blocks)  # never more again
     at, nowhere = slots.payload.session, prefixes.number.shape[-1]
     rows = jnp.arange(at.place.shape[0])[:, None]
 
@@ -126,7 +125,9 @@ def keep_finished(profile: ExpertProfile, experts: ExpertState) -> ExpertState:
     number = put(prefixes.number, place, at.number)
     place = jnp.where(at.number == number[rows, at.place], place, nowhere)  # not of a conversation that is over
     return experts.replace(
-        prefixes=CachedPrefixes(number, put(left, place, blocks), put(prefixes.taken_at, place, end_of_queue[:, None]))
+        prefixes=CachedPrefixes(
+            number, put(prefixes.blocks, place, blocks), put(prefixes.taken_at, place, end_of_queue[:, None])
+        )
     )
 
 

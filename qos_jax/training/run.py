@@ -134,6 +134,8 @@ def training_run(world: WorldConfig | tuple[Environment, EnvParams], training: T
     agent = _with_rate_clip(training.agent, env, params, max([*held_out.loads, *varied]))
     if PREFERENCES in training.randomise:
         agent = dataclasses.replace(agent, network=dataclasses.replace(agent.network, with_preferences=True))
+    if env.spec.sessions:
+        agent = dataclasses.replace(agent, network=dataclasses.replace(agent.network, with_sessions=True))
     return TrainingRun(
         make_learner(env, agent), params, held_out, training, world if isinstance(world, WorldConfig) else None
     )

@@ -47,7 +47,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
 
 _LATER: dict[str, Any] = {
     "copies": 1,
-    "network": {"value": False, "with_preferences": False},
+    "network": {"value": False, "with_preferences": False, "with_sessions": False},
     "hyper": {
         "empty_prob": 0.0,
         "discount_s": 1e9,
@@ -57,7 +57,7 @@ _LATER: dict[str, Any] = {
         "weights": {"score": 1.0},
     },
 }
-"""Values of the agent's fields that early runs of format 3 lack: those for targets ``returns``, and of preferences."""
+"""Values of the agent's fields that early runs of format 3 lack: of targets ``returns``, preferences and sessions."""
 
 
 def upgraded(config: Any, file: str) -> dict[str, Any]:

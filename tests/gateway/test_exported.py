@@ -63,7 +63,7 @@ def test_it_is_for_one_fleet(path: pathlib.Path) -> None:
     [
         ({"program": np.zeros(40, np.uint8)}, "holds no program of a router"),
         ({"header": np.array(["{}"])}, "header.name is None, must be of the type str"),
-        ({"header": {"format": 9}}, "format is 9, must be 1"),
+        ({"header": {"format": 9}}, "format is 9, must be 2"),
         ({"header": {"slots": 3}}, "holds no program of a router"),
         ({"header": {"memory": []}}, "holds no program of a router"),
         ({"header": {"memory": [{"shape": [-4]}]}}, "holds no program of a router"),

@@ -49,6 +49,18 @@ def test_an_expert_above_its_ceiling_is_not_taken_for_its_score() -> None:
     assert taken(production.multi_factor(0.0), observation(BUSY, BUSY, BUSY, latency_limit_s=1e-4)) < 3
 
 
+def test_the_cache_is_followed_where_loads_are_balanced() -> None:
+    obs = observation(BUSY, [running()], [])
+    assert taken(production.prefix_affinity(), obs) == 2
+    share = jnp.array([0.9, 0.6, 0.0])
+    cached = obs.replace(
+        arrived=obs.arrived.replace(cached_tokens=(share * obs.arrived.prompt_tokens).astype(jnp.int32))
+    )
+    assert taken(production.prefix_affinity(), cached) == 0
+    assert taken(production.prefix_affinity(least_share=0.95), cached) == 2
+    assert taken(production.prefix_affinity(most_ahead=len(BUSY) - 1), cached) == 2
+
+
 def test_latency_is_priced_where_it_is_within_the_limit() -> None:
     obs = observation(BUSY, [], [], predicted_score=[0.7, 0.68, 0.4], latency_limit_s=0.05)
     assert taken(production.route_balance(0.0, 0.0), obs) == 0

@@ -141,6 +141,24 @@ def test_a_cached_context_is_not_computed_again() -> None:
     assert first_s[1] > first_s[0] + 0.015
 
 
+def test_a_proxy_knows_what_an_expert_had_but_not_what_it_has_lost() -> None:
+    spec = dataclasses.replace(SPEC, observe="proxy")
+    (request, _), *_ = turns(np.random.default_rng(0), 1)
+    assert request.turn is not None
+
+    def turn(place: int, tokens: int) -> Request:
+        asked = request.turn.replace(place=jnp.int32(place), begins=jnp.bool_(False), max_prompt_tokens=jnp.int32(900))
+        return request.replace(prompt_tokens=jnp.int32(tokens), output_tokens=jnp.full(N, 4, jnp.int32), turn=asked)
+
+    world = empty_world(spec, EXPERTS)
+    for place in (0, 1):  # 41 of 60 blocks each, so that the second takes most of the first
+        world, _ = dispatch(spec, EXPERTS, world, turn(place, 650), 0)
+        world, _ = collect(EXPERTS, advance(spec, EXPERTS, world, jnp.float32(60.0)))
+    engine = observe(SPEC, EXPERTS, world.replace(telemetry=empty_world(SPEC, EXPERTS).telemetry), turn(0, 9))
+    assert observe(spec, EXPERTS, world, turn(0, 9)).arrived.cached_tokens.tolist() == [40 * BLOCK, 0]
+    assert 0 < int(engine.arrived.cached_tokens[0]) <= 21 * BLOCK
+
+
 def test_contexts_of_sessions_that_stay_grow_by_prompt_and_answer() -> None:
     turn = Turn(np.array([0, 1, 0, 0, 0]), np.array([True, True, False, False, True]), np.full(5, 100))
     contexts = contexts_of(turn, np.array([10, 20, 30, 40, 5]), np.full((5, 2), 7), np.array([0, 0, 0, 1, 0]))

@@ -84,6 +84,12 @@ def test_who_reads_preferences_meets_several_in_training() -> None:
     assert TrainingConfig.from_dict(make_config(run.learner, asked)["training"]).agent == run.learner.config
 
 
+def test_a_network_reads_cached_prefixes_where_it_is_trained_with_sessions() -> None:
+    run = training_run(WorldConfig("edge-2026"), TrainingConfig(AGENTS["mvr"]))
+    assert run.learner.config.network.with_sessions
+    assert not training_run(WorldConfig(), TrainingConfig(AGENTS["mvr"])).learner.config.network.with_sessions
+
+
 def test_all_that_is_randomised_is_of_the_world() -> None:
     """So a run that began with all goes on with the same."""
     _, training = configs_of(parsed(["--randomise=all"]))

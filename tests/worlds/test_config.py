@@ -141,6 +141,25 @@ def clients_file(folder: pathlib.Path, first_per_s: float = 2.0) -> pathlib.Path
     return folder / "clients.npz"
 
 
+def test_sessions_are_lifted_where_a_trace_has_whole_prompts(tmp_path: pathlib.Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("arrival_s,prompt_tokens,output_tokens\n0,9,9\n1,9,9\n2,9,9\n3,9,9\n")
+    turns = WorldConfig("edge-2026")
+    assert turns.has_preset_fleet and turns.build()[0].spec.sessions == 128
+    for lifted in (
+        WorldConfig("edge-2026", sessions="none"),
+        WorldConfig("edge-2026", trace=str(log), trace_lengths=True),
+    ):
+        env, params = lifted.build()
+        assert env.spec.sessions == 0 and params.workload.sessions is None
+        assert not lifted.has_preset_fleet
+    assert WorldConfig("edge-2026", sessions="8:2:900").build()[1].workload.sessions.max_prompt_tokens == 900
+    with pytest.raises(InputError, match="--sessions=8:2:900 and --trace_lengths are both given"):
+        WorldConfig("edge-2026", sessions="8:2:900", trace=str(log), trace_lengths=True)
+    with pytest.raises(InputError, match="sessions '8:2' must be OPEN:TURNS:TOKENS"):
+        WorldConfig(sessions="8:2")
+
+
 def test_clients_are_a_law_with_a_file(tmp_path: pathlib.Path) -> None:
     path = clients_file(tmp_path)
     world = WorldConfig(arrivals=f"servegen:{path}:1")
