@@ -38,6 +38,10 @@ TRIALS: dict[str, tuple[Callable[..., Router], dict[str, tuple[Any, ...]]]] = {
         production.latency_scorer,
         {"least_headroom": (False, True), "admit_all": (False, True), "rate": (0.0, 0.005, 0.02, 0.1)},
     ),
+    "prefix_affinity": (
+        production.prefix_affinity,
+        {"least_share": (0.2, 0.4, 0.6, 0.8), "most_ahead": (4, 8, 16, 32)},
+    ),
     "impact_greedy": (impact_greedy, {"width_s": (0.5e-3, 1e-3, 2e-3, 4e-3), "price": (0.0, 0.1, 0.2, 0.3)}),
 }
 """Router -> what makes it, and the values to try, 16 combinations each."""

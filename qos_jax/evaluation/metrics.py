@@ -113,8 +113,17 @@ def metrics_of(
         "violation_rate": float(1.0 - in_time.mean()),
         "drop_rate": float(1.0 - answered.mean()),
         "preemptions": float(log.preemptions[counted].sum()),
+        **_cached_share(trace, counted, answered),
         **_fleet_metrics(experts, trace, assignment, result),
     }
+
+
+def _cached_share(trace: RequestTrace, counted: slice, answered: np.ndarray) -> dict[str, float]:
+    """Returns the share of the answered prompts that was cached, in worlds with sessions; nothing elsewhere."""
+    if trace.shared_tokens is None:
+        return {}
+    cached, prompt = (np.asarray(tokens)[counted][answered] for tokens in (trace.shared_tokens, trace.prompt_tokens))
+    return {"cached_share": _ratio(float(cached.sum()), float(prompt.sum()))}
 
 
 def _check(trace: RequestTrace, assignment: np.ndarray, result: ReplayResult) -> None:
@@ -191,6 +200,7 @@ METRICS = {
     "e2e_s": Metric("E2E, ms", "mean time from arrival to last token, with the network delay", 0, -1, 1e3),
     **_shares("e2e", "E2E", "answers take from arrival to last token", 0),
     "preemptions": Metric("preemptions", "how often a running request lost its KV memory and had to start over", 0, -1),
+    "cached_share": Metric("cached, %", "prompt tokens that the prefix cache had; with sessions only", 1, 0, 100),
     "kv_utilisation": Metric("KV use, %", "KV memory in use, mean over time and experts", 1, 0, 100),
     "qos_per_gb_s": Metric("QoS per GB s", "QoS per GB of KV memory and second of holding it", 3, 1),
     "energy_j_per_request": Metric("J per request", "energy of the whole fleet per request that arrived", 1, -1),

@@ -166,7 +166,8 @@ class StudyResult:
 
     def _grid(self, world: str, load: float, router: str, metric: str) -> np.ndarray:
         """Returns the values of a metric [training seeds, seeds]."""
-        rows = [row for row in self.rows if row["world"] == world and row["load"] == load and row["router"] == router]
+        asked = {"world": world, "load": load, "router": router}
+        rows = [row for row in self.rows if metric in row and all(row[name] == value for name, value in asked.items())]
         training_seeds = sorted({row["training_seed"] for row in rows})
         values = [
             [row[metric] for row in sorted(rows, key=lambda row: row["seed"]) if row["training_seed"] == training_seed]

@@ -43,6 +43,7 @@ ARENA_ROUTERS = (
     "multi_factor",
     "route_balance",
     "latency_scorer",
+    "prefix_affinity",
     "bert_router_feasible",
     "impact_greedy",
     "oracle_impact",
@@ -71,6 +72,7 @@ ROUTERS = (
     "multi_factor",
     "route_balance",
     "latency_scorer",
+    "prefix_affinity",
     "oracle_score",
     "rollout",
 )

@@ -38,7 +38,7 @@ def test_names_in_the_help_are_those_that_are_known() -> None:
     assert set(choices.ENGINES) == set(ENGINES)
     assert choices.OBSERVE == OBSERVE
     assert set(choices.AGENTS) == set(AGENTS)
-    assert set(choices.ROUTERS) == {*router_names(env), *PLANNERS} - singles
+    assert set(choices.ROUTERS) == {*router_names(env), *PLANNERS, "prefix_affinity"} - singles
     assert set(choices.RANDOMISED) == set(RANDOMISED)
     assert tuple(COLUMNS) == choices.TRACE_FORMATS
     assert set(choices.STUDIES) == set(STUDIES)
