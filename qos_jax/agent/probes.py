@@ -17,6 +17,7 @@ reinforcement learning the values are *difference rewards*, or a *counterfactual
 * Soft QoS replaces the step at the latency limit by a narrow logistic. A small slowdown seldom makes an answer late,
   and then costs its whole score; the logistic spreads this cost over all answers near the limit.
 * In worlds with sessions, copies see the turns that the actual world sees, but keep the prefixes that they served.
+* An expert that fails does so in every copy, and what is lost there earns nothing.
 * A reactive router would drop one later request rather than let several be late. Fixed decisions exclude this, so the
   cost of a placement to later requests is overestimated. ``Hyperparameters.max_externality`` clips it.
 
@@ -38,8 +39,8 @@ from qos_jax.agent.rewards import RewardWeights, expert_returns
 from qos_jax.sim import engine
 from qos_jax.sim.engine import ExpertState
 from qos_jax.sim.env import Environment, EnvParams, EnvState
-from qos_jax.sim.sessions import Conversations
-from qos_jax.sim.types import ExpertProfile, Observation, Request
+from qos_jax.sim.failures import next_interval, run
+from qos_jax.sim.types import ExpertProfile, Observation
 from qos_jax.sim.world import World, WorldSpec, collect, dispatch, record_arrival
 
 Policy = Callable[[Array, Observation], Array]  # key, observation -> action [] int32
@@ -137,7 +138,7 @@ def start_probe(
 
     def copy(expert: Array) -> tuple[ExpertState, Array]:
         to = jnp.where(expert == action, num_experts, expert)
-        world, dropped = _send(env.spec, params.experts, state.request, state.world.said, state.world.experts, to)
+        world, dropped = dispatch(env.spec, params.experts, state.world.replace(telemetry=None), state.request, to)
         experts = world.experts
         return jax.tree.map(lambda x: x[expert], experts), dropped & (to == expert)
 
@@ -179,46 +180,51 @@ def simulate(
     count = probes.valid.shape[0]
 
     def step(carry: tuple[Any, ...], x: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array, Array]]:
-        (experts, telemetry, said, request, action, workload), (is_first, key) = carry, x
+        (experts, actual, request, action, workload), (is_first, key) = carry, x
         key_next, key_policy = jax.random.split(key)
         # The copies of the newest probe have, or lack, the first request since its start.
         settled = is_first & (jnp.arange(1 + count) == 1 + newest)
         actions = jnp.where(settled, spec.num_experts, action)
-        worlds, dropped = jax.vmap(lambda e, a: _send(spec, profile, request, said, e, a))(experts, actions)
-        said = _at(worlds.said, 0)
+
+        def send(experts: ExpertState, action: Array) -> tuple[World, Array]:
+            return dispatch(spec, profile, actual.replace(experts=experts, telemetry=None), request, action)
+
+        worlds, dropped = jax.vmap(send)(experts, actions)
+        actual = actual.replace(said=_at(worlds.said, 0))
         refused = (dropped & (actions < spec.num_experts)).astype(jnp.float32)
         gap_s, request, workload = params.workload.next(key_next, workload)
-        experts = jax.vmap(lambda e: engine.advance(spec.engine, profile, e, gap_s))(worlds.experts)
+        experts, actual = _worked(spec, profile, worlds.experts, actual, gap_s)
         returns = jax.vmap(lambda e: expert_returns(profile, e, *soft_qos))(experts)
         # A full queue may refuse a request in one copy and not in another.
         sent_to = (jnp.arange(spec.num_experts) == action).astype(refused.dtype)
         returns -= soft_qos.weights.drop * refused[:, None] * sent_to[None]
         worlds, completions = jax.vmap(lambda e: collect(profile, World(e, None)))(experts)
-        actual = record_arrival(spec, World(_at(worlds.experts, 0), telemetry, said), gap_s)
+        actual = record_arrival(spec, actual.replace(experts=_at(worlds.experts, 0)), gap_s)
         next_action = policy(key_policy, env.observe(EnvState(state.time, actual, request, workload), params))
-        carry = worlds.experts, actual.telemetry, said, request, next_action, workload
+        carry = worlds.experts, actual.replace(experts=None), request, next_action, workload
         return carry, (returns[1:] - returns[:1], completions.qos[0], dropped[0])
 
     experts = jax.tree.map(
         lambda actual, copy: jnp.concatenate([actual[None], copy]), state.world.experts, probes.experts
     )
-    carry = experts, state.world.telemetry, state.world.said, state.request, probes.action[newest], state.workload
+    actual = state.world.replace(experts=None)
+    carry = experts, actual, state.request, probes.action[newest], state.workload
     steps = jnp.arange(requests) == 0, jax.random.split(key, requests)
-    (experts, telemetry, said, request, _, workload), (gain, qos, dropped) = lax.scan(step, carry, steps)
+    (experts, actual, request, _, workload), (gain, qos, dropped) = lax.scan(step, carry, steps)
     probes = probes.replace(experts=jax.tree.map(lambda x: x[1:], experts), gain=probes.gain + jnp.sum(gain, 0))
-    state = EnvState(state.time + requests, World(_at(experts, 0), telemetry, said), request, workload)
+    state = EnvState(state.time + requests, actual.replace(experts=_at(experts, 0)), request, workload)
     return state, probes, ChunkSums(jnp.sum(qos), jnp.sum(dropped))
 
 
-def _send(
-    spec: WorldSpec,
-    profile: ExpertProfile,
-    request: Request,
-    said: Conversations | None,
-    experts: ExpertState,
-    action: Array,
-) -> tuple[World, Array]:
-    return dispatch(spec, profile, World(experts, None, said), request, action)
+def _worked(
+    spec: WorldSpec, profile: ExpertProfile, experts: ExpertState, actual: World, gap_s: Array
+) -> tuple[ExpertState, World]:
+    """Returns all copies of the experts at the next arrival, and the actual world; an expert fails in all of them."""
+    if actual.failures is None:
+        return jax.vmap(lambda copy: engine.advance(spec.engine, profile, copy, gap_s))(experts), actual
+    interval, failures = next_interval(actual.failures, gap_s)
+    experts, _ = jax.vmap(lambda copy: run(spec.engine, profile, copy, interval))(experts)
+    return experts, actual.replace(failures=failures)
 
 
 def _stacked(tree: Any, count: int) -> Any:

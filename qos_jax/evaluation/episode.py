@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from qos_jax.evaluation.evaluate import Prompts, SampledScenarios, route_by, with_truths
+from qos_jax.evaluation.evaluate import Routed, SampledScenarios, route_by, with_truths
 from qos_jax.evaluation.metrics import in_time_of, qos_of
 from qos_jax.impact.estimate import impact
 from qos_jax.routers.base import Router
@@ -44,12 +44,12 @@ def episode(env: Environment, params: EnvParams, router: Router, sampled: Sample
     requests = jax.tree.map(lambda x: x[0], with_truths(router, sampled.requests))
     world = params.replace(workload=None)
     key = jax.random.fold_in(sampled.keys[0], 1)
-    actions, prompts, net = _decisions(env.spec, router, world, sampled.gaps_s[0], requests, key)
-    assignment = np.where(np.asarray(actions) == env.spec.num_experts, -1, np.asarray(actions))
-    experts, trace = jax.tree.map(np.asarray, params.experts), sampled.traces[0]
-    if prompts is not None:
-        trace = prompts.within(trace, assignment)
-    (replayed,) = replay_many(experts, [trace], [assignment], block_size=env.spec.engine.block_size)
+    actions, routed, net = _decisions(env.spec, router, world, sampled.gaps_s[0], requests, key)
+    routed = jax.tree.map(np.asarray, routed)
+    assignment = routed.assignment(np.asarray(actions), env.spec.num_experts)
+    experts, trace = jax.tree.map(np.asarray, params.experts), routed.trace(sampled.traces[0], assignment)
+    failures = [routed.failures_s(trace)] if env.spec.failures else None
+    (replayed,) = replay_many(experts, [trace], [assignment], block_size=env.spec.engine.block_size, failures=failures)
     in_time, qos = (of(experts, trace, assignment, replayed) for of in (in_time_of, qos_of))
     return Episode(router, trace, assignment, np.asarray(net), replayed, in_time, qos)
 
@@ -57,8 +57,8 @@ def episode(env: Environment, params: EnvParams, router: Router, sampled: Sample
 @partial(jax.jit, static_argnums=(0, 1))
 def _decisions(
     spec: WorldSpec, router: Router, params: EnvParams, gaps_s: Array, requests: Request, key: Array
-) -> tuple[Array, Prompts | None, Array]:
-    """Returns the actions [J], prompts where there are sessions, and what placements were estimated to add [J, N]."""
+) -> tuple[Array, Routed, Array]:
+    """Returns the actions [J], what a replay must know, and what each placement was estimated to add [J, N]."""
     return route_by(
         spec, router.act, router.init(), params, gaps_s, requests, key, look=lambda obs: impact(obs).net
     )  # fmt: skip

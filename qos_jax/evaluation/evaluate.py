@@ -110,7 +110,7 @@ def route_requests(
     gaps_s: Array,
     requests: Request,
     key: Array,
-) -> tuple[Array, Prompts | None]:
+) -> tuple[Array, Routed]:
     """Routes a known sequence of requests with one of the routers.
 
     All routers are compiled into one program and ``which`` chooses one at run time: compiling the engine for each
@@ -126,7 +126,7 @@ def route_requests(
       key: for routers that sample actions.
 
     Returns:
-      The actions [J] int32, ``num_experts`` is a drop; and ``Prompts`` in a world with sessions, else None.
+      The actions [J] int32, ``num_experts`` is a drop; and ``Routed``.
     """
 
     def act(key: Array, obs: Observation, memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
@@ -149,12 +149,11 @@ def route_by(
     requests: Request,
     key: Array,
     look: Callable[[Observation], Any],
-) -> tuple[Array, Prompts | None, Any]:
+) -> tuple[Array, Routed, Any]:
     """Routes a known sequence of requests by ``act`` of a router; see ``route_requests``.
 
     Returns:
-      The actions [J] int32, ``Prompts`` in a world with sessions, and what ``look`` returns of the observation of each
-      decision, leaves [J, ...].
+      The actions [J] int32, ``Routed``, and what ``look`` returns of the observation of each decision, leaves [J, ...].
     """
 
     def decide(carry: tuple[Any, Any], x: tuple[Array, Request, Array]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
@@ -165,30 +164,54 @@ def route_by(
         obs = observe(spec, params.observed_experts, world, request, params.staleness_s)
         action, memory = act(key, obs, memory)
         action = jnp.asarray(action, jnp.int32)
-        prompts = prompts_of(params.experts, world, request)
+        routed = routed_of(params.experts, world, request)
         world, _ = dispatch(spec, params.experts, world, request, action)
-        return (world, memory), (action, prompts, look(obs))
+        return (world, memory), (action, routed, look(obs))
 
-    start = (empty_world(spec, params.experts, params.scrape_s), memory)
+    failures_key = jax.random.fold_in(jax.random.clone(key), 1) if spec.failures else None  # the same for all routers
+    world = empty_world(spec, params.experts, params.scrape_s, params.failure_law, failures_key)
+    start = (world, memory)
     return lax.scan(decide, start, (gaps_s, requests, jax.random.split(key, gaps_s.shape[0])))[1]
 
 
-class Prompts(NamedTuple):
-    """The prompts of J requests with the contexts of their sessions, which depend on who answered before."""
+class Routed(NamedTuple):
+    """What a replay must know of a routed world beside the requests and where they were sent."""
 
-    tokens: Array  # [J] int32
-    cached_tokens: Array  # [J, N] int32, of these in the cache of each expert
+    prompt_tokens: Array | None  # [J] int32, with the context of the session; None without sessions, as for the next
+    cached_tokens: Array | None  # [J, N] int32, of these in the cache of each expert
+    failed_after_s: Array | None  # [J, N] s since the arrival before, inf for none; None where none fails, as for down
+    down: Array | None  # [J, N] bool
 
-    def within(self, trace: RequestTrace, assignment: np.ndarray) -> RequestTrace:
-        """Returns a trace with these prompts, and what an assignment [J] finds of them in the cache, for a replay."""
+    def trace(self, trace: RequestTrace, assignment: np.ndarray) -> RequestTrace:
+        """Returns a trace with these prompts, and what an assignment [J] finds of them in the cache."""
+        if self.cached_tokens is None:
+            return trace
         cached = np.where(assignment < 0, 0, select_assigned(np.asarray(self.cached_tokens), assignment))
-        return trace.replace(prompt_tokens=np.asarray(self.tokens), shared_tokens=cached, turn=None)
+        return trace.replace(prompt_tokens=np.asarray(self.prompt_tokens), shared_tokens=cached, turn=None)
+
+    def assignment(self, actions: np.ndarray, num_experts: int) -> np.ndarray:
+        """Returns the expert of each request [J], -1 where it was dropped or the expert was down."""
+        refused = actions == num_experts
+        if self.down is not None:
+            refused |= select_assigned(np.asarray(self.down), np.where(refused, 0, actions)) & ~refused
+        return np.where(refused, -1, actions)
+
+    def failures_s(self, trace: RequestTrace) -> list[np.ndarray]:
+        """Returns the times [s] at which each of the N experts failed; only where experts fail."""
+        before_s = np.concatenate([[0.0], trace.arrival_s[:-1]])
+        times_s = before_s[:, None] + np.asarray(self.failed_after_s, np.float64)
+        return [column[np.isfinite(column)] for column in times_s.T]
 
 
-def prompts_of(experts: ExpertProfile, world: World, request: Request) -> Prompts | None:
-    """Returns the prompt of a request that has arrived; None in a world without sessions."""
-    turn = turn_of(experts, world, request)
-    return None if turn is None else Prompts(whole_prompt(request, turn), turn.cached_blocks * BLOCK_SIZE_TOKENS)
+def routed_of(experts: ExpertProfile, world: World, request: Request) -> Routed:
+    """Returns what a replay must know of a request that has arrived."""
+    turn, failures = turn_of(experts, world, request), world.failures
+    return Routed(
+        None if turn is None else whole_prompt(request, turn),
+        None if turn is None else turn.cached_blocks * BLOCK_SIZE_TOKENS,
+        None if failures is None else failures.failed_after_s,
+        None if failures is None else failures.down,
+    )
 
 
 def with_truths(router: Router, requests: Request) -> Request:
@@ -278,18 +301,22 @@ def run_router(
     router, experts = routers[which], jax.tree.map(np.asarray, params.experts)
     world = params.replace(workload=None)  # another workload does not recompile
     requests = with_truths(router, sampled.requests)
-    actions, prompts = _route_scenarios(
+    actions, routed = _route_scenarios(
         env.spec, routers, jnp.int32(which), world, sampled.gaps_s, requests, sampled.keys
     )
-    assignments = [np.where(a == env.spec.num_experts, -1, a) for a in np.asarray(actions)]
-    traces = sampled.traces
-    if prompts is not None:
-        each_prompts = [jax.tree.map(lambda x, i=i: x[i], prompts) for i in range(len(traces))]
-        traces = [each.within(*of) for each, *of in zip(each_prompts, traces, assignments, strict=True)]
-    replays = replay_many(experts, traces, assignments, block_size=env.spec.engine.block_size)
+    each = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), routed) for i in range(len(sampled.traces))]
+    assignments = [of.assignment(a, env.spec.num_experts) for of, a in zip(each, np.asarray(actions), strict=True)]
+    traces = [of.trace(*args) for of, *args in zip(each, sampled.traces, assignments, strict=True)]
+    replays = replay_many(
+        experts,
+        traces,
+        assignments,
+        block_size=env.spec.engine.block_size,
+        failures=[of.failures_s(trace) for of, trace in zip(each, traces, strict=True)] if env.spec.failures else None,
+    )
     return [
-        RouterRun(router, *each, metrics_of(experts, *each[1:], warmup))
-        for each in zip(sampled.scenarios, traces, assignments, replays, strict=True)
+        RouterRun(router, *args, metrics_of(experts, *args[1:], warmup))
+        for args in zip(sampled.scenarios, traces, assignments, replays, strict=True)
     ]
 
 
@@ -310,8 +337,8 @@ def _route_scenarios(
     gaps_s: Array,
     requests: Request,
     keys: Array,
-) -> tuple[Array, Prompts | None]:
-    def one(scenario: tuple[Array, Request, Array]) -> tuple[Array, Prompts | None]:
+) -> tuple[Array, Routed]:
+    def one(scenario: tuple[Array, Request, Array]) -> tuple[Array, Routed]:
         gaps_s, requests, key = scenario
         return route_requests(spec, routers, which, params, gaps_s, requests, jax.random.fold_in(key, 1))
 

@@ -114,6 +114,7 @@ def metrics_of(
         "drop_rate": float(1.0 - answered.mean()),
         "preemptions": float(log.preemptions[counted].sum()),
         **_cached_share(trace, counted, answered),
+        **({} if log.lost is None else {"lost_rate": float(log.lost[counted].mean())}),
         **_fleet_metrics(experts, trace, assignment, result),
     }
 
@@ -189,6 +190,7 @@ METRICS = {
     "score": Metric("score", "mean quality of the answers, including late ones, between 0 and 1", 3, 1),
     "violation_rate": Metric("late or dropped, %", "requests that were dropped or missed their limit", 1, -1, 100),
     "drop_rate": Metric("dropped, %", "requests dropped by the router or by a full expert", 1, -1, 100),
+    "lost_rate": Metric("lost, %", "requests lost, as their expert failed; dropped ones, too", 1, -1, 100),
     "latency_per_token_s": Metric("ms per token", "mean of (finish - arrival + network) / output tokens", 1, -1, 1e3),
     "latency_per_token_p50_s": Metric("p50, ms", "50 % of the answers take at most this time per token", 1, -1, 1e3),
     "latency_per_token_p95_s": Metric("p95, ms", "95 % of the answers take at most this time per token", 1, -1, 1e3),

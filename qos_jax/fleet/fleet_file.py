@@ -75,6 +75,7 @@ class Workload:
     arrivals: str | None = None
     prediction: str | None = None
     sessions: str | None = None
+    failures: str | None = None
     staleness_s: float | None = None
     observe: str | None = None  # engine or proxy
     scrape_s: float | None = None
@@ -364,6 +365,7 @@ def _workload(section: Section, quality: Quality) -> Workload:
         arrivals=section.text("arrivals"),
         prediction=section.text("prediction"),
         sessions=section.text("sessions"),
+        failures=section.text("failures"),
         staleness_s=section.number("staleness_s", high=MAX_AGE_S),
         observe=section.text("observe", legal=OBSERVE),
         scrape_s=section.number("scrape_s", high=MAX_AGE_S),

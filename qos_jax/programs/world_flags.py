@@ -67,6 +67,7 @@ def world_config(values: FlagValues, *, training: bool = False) -> WorldConfig:
         observe=values.observe,
         scrape_s=values.scrape,
         sessions=values.sessions,
+        failures=values.failures,
     )
     return world if not world.tables else dataclasses.replace(world, table_part=table_part)
 

@@ -7,6 +7,7 @@ MAX_QUEUE = 4096  # requests that an engine may run at once, or have waiting
 MAX_HISTORY = 4096  # snapshots of stale metrics
 MAX_LENGTH = 2**20  # tokens at which prompts and answers may be cut off
 MAX_AGE_S = 1e6  # s, of metrics
+MAX_SOJOURN_S = 1e9  # s, mean time that an expert is up or down
 MAX_SESSIONS = 4096  # conversations at a time
 
 ATTENTION_TERMS = (

@@ -161,7 +161,7 @@ def push(
 @lru_cache
 def _advance(spec: EngineSpec) -> Callable[[ExpertProfile, ExpertState, Array], ExpertState]:
     return _over_lanes(
-        lambda experts, state, duration_s: _rebase(_run_until(spec, experts, state, duration_s), duration_s)
+        lambda experts, state, duration_s: rebase(_run_until(spec, experts, state, duration_s), duration_s)
     )
 
 
@@ -223,7 +223,7 @@ def _stand_by(experts: ExpertProfile, before: ExpertState, after: ExpertState, h
     return after.replace(standby_left_s=left_s - standby_s, standby_s=after.standby_s + standby_s)
 
 
-def _rebase(state: ExpertState, now_s: Array) -> ExpertState:
+def rebase(state: ExpertState, now_s: Array) -> ExpertState:
     """Moves now to ``now_s`` [L]; the clock of an idle expert stays at now instead of falling behind without bound."""
     slots = state.slots.replace(arrival_s=state.slots.arrival_s - now_s[..., None])
     return state.replace(slots=slots, clock_s=jnp.maximum(state.clock_s - now_s, 0.0))

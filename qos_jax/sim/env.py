@@ -22,6 +22,7 @@ from jax.experimental import checkify
 
 from qos_jax.errors import InputError
 from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.failures import FailureLaw
 from qos_jax.sim.spaces import Discrete, space_class, space_of
 from qos_jax.sim.types import ExpertProfile, Observation, Preferences, Request, Workload
 from qos_jax.sim.validation import of_one_type
@@ -38,6 +39,7 @@ class EnvParams(struct.PyTreeNode):
     saturation_per_s: Array | float = float("nan")  # arrival rate at load 1, requests/s; NaN if not computed
     believed_experts: ExpertProfile | None = None  # what routers are told of the experts, if not what they are
     scrape_s: Array | float = 0.0  # s between two readings of engines' metrics; needs a spec that observes as a proxy
+    failure_law: FailureLaw | None = None  # of the experts; needs a spec with failures
     preferences: Preferences | None = None  # which routers observe; the world and its reward do not depend on them
 
     @property
@@ -163,7 +165,7 @@ class Environment:
         params = self._params_or_default(params)
         key_init, key_next = jax.random.split(key)
         _, request, workload = params.workload.next(key_next, params.workload.init(key_init))
-        return self._begin(request, workload, params)
+        return self._begin(key, request, workload, params)
 
     def step(
         self, key: Array, state: EnvState, action: Array | int, params: EnvParams | None = None
@@ -189,7 +191,7 @@ class Environment:
         world, completions, dropped = self._serve(state, action, gap_s, params)
         next_state = EnvState(time, world, request, workload)
         next_obs = self.observe(next_state, params)
-        obs, state = self._anew(truncated, first, params, (next_obs, next_state))
+        obs, state = self._anew(key, truncated, first, params, (next_obs, next_state))
         info = {
             "completions": completions, "dropped": dropped, "gap_s": gap_s, "terminated": terminated,
             "truncated": truncated, "final_observation": next_obs,
@@ -222,18 +224,25 @@ class Environment:
             _check_invariants(self.spec, params.experts, world, gap_s)
         return world, completions, dropped
 
-    def _begin(self, request: Request, workload: Any, params: EnvParams) -> tuple[Observation, EnvState]:
-        world = empty_world(self.spec, params.experts, params.scrape_s)
+    def _begin(self, key: Array, request: Request, workload: Any, params: EnvParams) -> tuple[Observation, EnvState]:
+        # The key has decided about requests by now, which failures do not depend on.
+        failures_key = jax.random.fold_in(jax.random.clone(key), 1) if self.spec.failures else None
+        world = empty_world(self.spec, params.experts, params.scrape_s, params.failure_law, failures_key)
         state = EnvState(jnp.int32(0), world, request, workload)
         return self.observe(state, params), state
 
     def _anew(
-        self, over: Array, first: tuple[Request, Any], params: EnvParams, going_on: tuple[Observation, EnvState]
+        self,
+        key: Array,
+        over: Array,
+        first: tuple[Request, Any],
+        params: EnvParams,
+        going_on: tuple[Observation, EnvState],
     ) -> tuple[Observation, EnvState]:
         """Returns the start of a new episode if this one is ``over`` [] bool, else ``going_on``."""
 
         def select() -> tuple[Observation, EnvState]:
-            return jax.tree.map(partial(jnp.where, over), self._begin(*first, params), going_on)
+            return jax.tree.map(partial(jnp.where, over), self._begin(key, *first, params), going_on)
 
         return lax.cond(_in_any(over), select, lambda: going_on)
 

@@ -20,6 +20,7 @@ from jax import Array, lax
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
 from qos_jax.sim.engine import EngineSpec, ExpertState
+from qos_jax.sim.failures import without_requests
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestLog, RequestTrace
 from qos_jax.sim.validation import MAX_SIZE, checked_assignment, checked_experts, checked_trace, checked_whole
 
@@ -43,6 +44,7 @@ class LaneRequests(struct.PyTreeNode):
     prompt_tokens: AnyArray  # [J, L] int32
     output_tokens: AnyArray  # [J, L] int32, 0 for padding
     shared_tokens: AnyArray  # [J, L] int32, of the prompt
+    fails: AnyArray  # [J, L] bool: no request, but a failure in which the lane loses all of its own
 
 
 class LaneLog(struct.PyTreeNode):
@@ -103,6 +105,7 @@ def replay_many(
     token_budget: int | None = None,
     block_size: int = BLOCK_SIZE_TOKENS,
     dtype: Any = np.float64,
+    failures: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> list[ReplayResult]:
     """Replays several traces, each with its own assignment, on copies of the same experts in one program.
 
@@ -113,6 +116,7 @@ def replay_many(
       token_budget: maximum tokens per iteration of all experts, in place of their own.
       block_size: tokens per KV block.
       dtype: see ``replay``.
+      failures: for each trace, the times [s] at which each of the N experts loses its requests, in order.
 
     Returns:
       The result of each trace.
@@ -131,41 +135,66 @@ def replay_many(
         checked_assignment(assignment, len(trace.arrival_s), num_experts)
         for trace, assignment in zip(traces, assignments, strict=True)
     ]
-    positions = [_positions(assignment, num_experts) for assignment in assignments]
-    length = 1 + max((int(position.max(initial=-1)) for position in positions), default=0)
-    lanes = [_sort_into_lanes(*args, num_experts, length) for args in zip(traces, assignments, positions, strict=True)]
+    never = [[np.zeros(0)] * num_experts] * len(traces)
+    failures = never if failures is None else failures
+    positions = [_positions(*args) for args in zip(traces, assignments, failures, strict=True)]
+    length = 1 + max(
+        (int(of.max(initial=-1)) for position in positions for of in (position[0], *position[1])), default=0
+    )
+    lanes = [_sort_into_lanes(*args, length) for args in zip(traces, assignments, positions, failures, strict=True)]
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *lanes)
     fleets = jax.tree.map(lambda x: np.concatenate([x] * len(traces)), experts)
     log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype)
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
     ]
-    return [_in_trace_order(experts, *args) for args in zip(fleet_logs, traces, assignments, positions, strict=True)]
+    results = [
+        _in_trace_order(experts, *args)
+        for args in zip(fleet_logs, traces, assignments, [position for position, _ in positions], strict=True)
+    ]
+    if failures is never:
+        return results
+    return [_with_losses(*args) for args in zip(results, assignments, strict=True)]
 
 
-def _positions(assignment: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns how many earlier requests were sent to the same expert, for each request [J]; -1 if it was dropped."""
-    position = np.full(len(assignment), -1, np.int64)
-    for expert in range(num_experts):
+def _with_losses(result: ReplayResult, assignment: np.ndarray) -> ReplayResult:
+    """Returns a result in which the requests that never ended are lost."""
+    log = result.log
+    lost = (assignment >= 0) & ~log.dropped & np.isnan(log.finish_s)
+    return result.replace(log=log.replace(dropped=log.dropped | lost, lost=lost))
+
+
+Rows = tuple[np.ndarray, list[np.ndarray]]
+"""Number of its row in the lane of its expert: of each request [J], -1 if it was dropped; and of each failure."""
+
+
+def _positions(trace: RequestTrace, assignment: np.ndarray, failures: Sequence[np.ndarray]) -> Rows:
+    position, of_failures = np.full(len(assignment), -1, np.int64), []
+    for expert, fails_s in enumerate(failures):
         on_expert = assignment == expert
-        position[on_expert] = np.arange(on_expert.sum())
-    return position
+        arrival_s = trace.arrival_s[on_expert]
+        position[on_expert] = np.arange(len(arrival_s)) + np.searchsorted(fails_s, arrival_s)
+        of_failures.append(np.arange(len(fails_s)) + np.searchsorted(arrival_s, fails_s, side="right"))
+    return position, of_failures
 
 
 def _sort_into_lanes(
-    trace: RequestTrace, assignment: np.ndarray, position: np.ndarray, num_experts: int, length: int
+    trace: RequestTrace, assignment: np.ndarray, rows: Rows, failures: Sequence[np.ndarray], length: int
 ) -> LaneRequests:
-    """Sorts the requests of a trace into one lane per expert; gaps are computed in float64."""
-    sent = assignment >= 0
+    """Sorts the requests and failures of a trace into one lane per expert; gaps are computed in float64."""
+    sent, num_experts, position = assignment >= 0, len(failures), rows[0]
     cell = (position[sent], assignment[sent])
+    fails = np.zeros((length, num_experts), bool)
     arrival_s = np.zeros((length, num_experts))
     prompt_tokens, output_tokens, shared_tokens = np.zeros((3, length, num_experts), np.int32)
     arrival_s[cell] = trace.arrival_s[sent]
     prompt_tokens[cell] = trace.prompt_tokens[sent]
     output_tokens[cell] = trace.output_tokens[sent, assignment[sent]]
     shared_tokens[cell] = trace.shared_tokens[sent]
+    for expert, (row, fails_s) in enumerate(zip(rows[1], failures, strict=True)):
+        arrival_s[row, expert], fails[row, expert] = fails_s, True
     gap_s = np.diff(arrival_s, axis=0, prepend=arrival_s[:1])
-    return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens, shared_tokens)
+    return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens, shared_tokens, fails)
 
 
 def _in_trace_order(
@@ -258,6 +287,9 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) ->
     def arrive(carry: tuple[ExpertState, Array], request: LaneRequests) -> tuple[Any, Array]:
         state, index = carry
         state = engine.advance(spec, experts, state, request.gap_s)
+        state = lax.cond(
+            jnp.any(request.fails), lambda state: without_requests(state, request.fails)[0], lambda state: state, state
+        )
         not_padding = request.output_tokens > 0
         admissible = engine.admissible(spec, experts, state, request.prompt_tokens, request.output_tokens)
         dropped = not_padding & ~admissible

@@ -123,7 +123,8 @@ class RequestLog(struct.PyTreeNode):
     finish_s: np.ndarray  # [J] s, when the last token left the GPU, without network_s
     first_token_s: np.ndarray  # [J] s
     preemptions: np.ndarray  # [J] int32
-    dropped: np.ndarray  # [J] bool
+    dropped: np.ndarray  # [J] bool, also of requests that were lost
+    lost: np.ndarray | None = None  # [J] bool: the expert failed before the answer ended; None where none fails
 
 
 class Workload(Protocol):

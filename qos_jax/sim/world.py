@@ -16,6 +16,7 @@ from jax import Array
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, ExpertState
+from qos_jax.sim.failures import FailureLaw, Failures, all_up, next_interval, run
 from qos_jax.sim.proxy_view import LedgerView, Scrape, proxy_view
 from qos_jax.sim.service_level import margin_s
 from qos_jax.sim.sessions import (
@@ -54,6 +55,7 @@ class WorldSpec:
     service_limits: bool = False  # requests have ``limits`` beside that on the latency per token
     observe: str = "engine"  # one of OBSERVE: what an engine knows, or a proxy in front of it (``sim.proxy_view``)
     sessions: int = 0  # K, most conversations at a time; at 0 each request stands alone
+    failures: bool = False  # experts fail and return
 
 
 class SlotPayload(struct.PyTreeNode):
@@ -98,6 +100,7 @@ class World(struct.PyTreeNode):
     experts: ExpertState  # payload: SlotPayload
     telemetry: Telemetry | None  # None if no router observes this world
     said: Conversations | None = None  # None without sessions
+    failures: Failures | None = None  # None where no expert fails
 
 
 class Completions(struct.PyTreeNode):
@@ -112,16 +115,32 @@ class Completions(struct.PyTreeNode):
     standby_s: Array  # [N] s
     kv_block_s: Array  # [N] blocks x s
     passes: Array  # [] int32 passes through the engine's loops
+    lost: Array  # [] int32 requests that a failure ended, and which did not finish
 
 
-def empty_world(spec: WorldSpec, profile: ExpertProfile, scrape_s: Array | float = 0.0) -> World:
+def empty_world(
+    spec: WorldSpec,
+    profile: ExpertProfile,
+    scrape_s: Array | float = 0.0,
+    failure_law: FailureLaw | None = None,
+    key: Array | None = None,
+) -> World:
     """Returns a world with idle experts and no arrivals so far.
 
     Args:
       spec: static part of the world.
       profile: of the experts.
       scrape_s: [] s between two readings of the engines' metrics, where routers observe what a proxy does.
+      failure_law: of the experts, where they fail.
+      key: random key of the failures; None where none fails.
     """
+    world = _without_failures(spec, profile, scrape_s)
+    if failure_law is None or key is None:
+        return world
+    return world.replace(failures=all_up(failure_law, key))
+
+
+def _without_failures(spec: WorldSpec, profile: ExpertProfile, scrape_s: Array | float) -> World:
     dtype = jnp.asarray(profile.step_base_s).dtype
     zero = jnp.zeros((), dtype)
     limits = ServiceLimits(zero, zero, zero) if spec.service_limits else None
@@ -147,7 +166,7 @@ def dispatch(
 ) -> tuple[World, Array]:
     """Sends ``request`` to expert ``action`` [] int32; the action ``num_experts`` drops it.
 
-    An expert with a full queue, or without memory for the request, drops it too.
+    An expert that is down, has a full queue or no memory for the request drops it too.
 
     Returns:
       The world, and [] bool: the request was dropped.
@@ -156,6 +175,8 @@ def dispatch(
     text_tokens, prompt_tokens = request.prompt_tokens, whole_prompt(request, turn)
     chosen = jnp.arange(spec.num_experts) == action
     admissible = engine.admissible(spec.engine, profile, experts, prompt_tokens, request.output_tokens)
+    if world.failures is not None:
+        admissible &= ~world.failures.down
     taken = chosen & admissible & ~engine.needs_compact(experts)
     payload = payload_of(request)
     if turn is not None and world.said is not None:
@@ -183,8 +204,13 @@ def whole_prompt(request: Request, turn: OpenTurn | None) -> Array:
 
 def advance(spec: WorldSpec, profile: ExpertProfile, world: World, duration_s: Array) -> World:
     """Runs the experts for ``duration_s`` [] s until the next arrival, and records that arrival in the telemetry."""
-    experts = engine.advance(spec.engine, profile, world.experts, duration_s)
-    return record_arrival(spec, world.replace(experts=experts), duration_s)
+    if world.failures is None:
+        world = world.replace(experts=engine.advance(spec.engine, profile, world.experts, duration_s))
+    else:
+        interval, failures = next_interval(world.failures, duration_s)
+        experts, lost = run(spec.engine, profile, world.experts, interval)
+        world = world.replace(experts=experts, failures=failures.replace(lost=failures.lost + lost))
+    return record_arrival(spec, world, duration_s)
 
 
 def record_arrival(spec: WorldSpec, world: World, duration_s: Array) -> World:
@@ -244,7 +270,10 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
         standby_s=experts.standby_s,
         kv_block_s=experts.kv_block_s,
         passes=jnp.max(experts.passes),
+        lost=jnp.int32(0) if world.failures is None else world.failures.lost,
     )
+    if world.failures is not None:
+        world = world.replace(failures=world.failures.replace(lost=jnp.int32(0)))
     zero = jnp.zeros_like(experts.busy_s)
     slots = slots.replace(
         output_tokens=jnp.where(done, 0, slots.output_tokens), generated=jnp.where(done, 0, slots.generated)
@@ -288,6 +317,8 @@ def observe(
     )
     fits = fits_in_memory(profile, prompt_tokens, 1, spec.engine.block_size)
     legal = fits & (experts.waiting < profile.max_waiting)
+    if world.failures is not None:
+        legal &= ~world.failures.down
     action_mask = jnp.append(legal, spec.allow_drop)
     staleness_s = jnp.asarray(staleness_s, world.telemetry.arrivals.dtype)
     return Observation(arrived, experts, requests, action_mask, staleness_s)
@@ -303,7 +334,8 @@ def example_observation(spec: WorldSpec) -> Observation:
     limits = ServiceLimits(one, one, one) if spec.service_limits else None
     turn = Turn(jnp.int32(0), jnp.bool_(True), jnp.int32(1)) if spec.sessions else None
     request = Request(jnp.int32(1), counts, floats, one, floats, floats, limits, turn)
-    return observe(spec, profile, empty_world(spec, profile), request)
+    law = FailureLaw(floats, floats) if spec.failures else None
+    return observe(spec, profile, empty_world(spec, profile, 0.0, law, jax.random.key(0)), request)
 
 
 def _view(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:

@@ -30,7 +30,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "agent": {"shards": 1},
     "network": {"most_rate": None, "with_rates": False},
     "hyper": {"most_harm": 10.0},
-    "spec": {"observe": "engine", "service_limits": False, "sessions": 0},
+    "spec": {"observe": "engine", "service_limits": False, "sessions": 0, "failures": False},
     "world": {
         "fleet": None,
         "trace_format": None,
@@ -41,6 +41,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
         "observe": None,
         "scrape_s": None,
         "sessions": None,
+        "failures": None,
     },
 }
 """Values in effect before a field existed: of the agent in format 1, of spec and world until now."""

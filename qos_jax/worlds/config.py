@@ -25,6 +25,7 @@ from qos_jax.workload.tables import QualityTable, read_tables
 from qos_jax.workload.trace_files import COLUMNS, read_trace
 from qos_jax.workload.traces import ArrivalTrace, recorded_lengths, with_gaps
 from qos_jax.worlds import presets
+from qos_jax.worlds.failure_law import check_failures
 
 TRACE_PARTS = ("all", "first", "second")
 TABLE_PARTS = ("all", "train", "test")
@@ -62,6 +63,7 @@ class WorldConfig:
     allow_drop: bool | None = None
     observe: str | None = None  # engine or proxy
     scrape_s: float | None = None  # s
+    failures: str | None = None  # UP:DOWN, see ``parse_failures``
     sessions: str | None = None  # see ``parse_sessions``; ``none`` lifts the preset's
 
     def __post_init__(self) -> None:
@@ -92,6 +94,8 @@ class WorldConfig:
                 )
         if self.sessions not in (None, NO_SESSIONS):
             check_sessions(self.sessions)
+        if self.failures is not None:
+            check_failures(self.failures)
         self._check_trace()
         if self.predictor is not None and self.fleet is None and self.quality_table is None:
             raise InputError(f"--predictor={self.predictor}: predicts for real prompts only; give --quality_table, too")
@@ -150,7 +154,7 @@ class WorldConfig:
         overrides: dict[str, Any] = {}
         limits = ("latency_limit_s", *presets.FURTHER_LIMITS)
         views = "staleness_s", "allow_drop", "observe", "scrape_s"
-        for name in ("engine", "arrivals", "prediction", "sessions", *limits, *views):
+        for name in ("engine", "arrivals", "prediction", "sessions", "failures", *limits, *views):
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
         if self.sessions == NO_SESSIONS or self.trace_lengths:  # a trace's prompts hold their contexts already

@@ -44,6 +44,7 @@ from qos_jax.workload.prediction import Predictions, TablePredictions, parse_pre
 from qos_jax.workload.request_workload import RecordedLengths, RequestWorkload
 from qos_jax.workload.session_law import check_sessions, parse_sessions
 from qos_jax.workload.tables import QualityTable, read_tables
+from qos_jax.worlds.failure_law import check_failures, parse_failures
 
 Pair = tuple[str, str]  # names of an LLM and of a device
 
@@ -66,6 +67,7 @@ class Preset:
     observe: str = "engine"  # what a router observes: all that an engine knows, or what a proxy in front of it does
     scrape_s: float = 0.0  # s between two readings of the engines' metrics by a proxy
     sessions: str | None = None  # conversations to which the requests belong, see ``parse_sessions``
+    failures: str | None = None  # how experts fail, see ``parse_failures``
     history: int | None = None  # snapshots kept for stale metrics, one per arrival; 64 by default
     requests: int = 5000  # of an episode
     content: str = "mix-instruct"  # distribution of contents, of ``fleet_file.CONTENTS``
@@ -91,7 +93,7 @@ def preset_of(fleet: Fleet) -> Preset:
     """Returns the world that a fleet file describes.
 
     Raises:
-      InputError: its law of arrivals, its prediction or its law of sessions is unknown.
+      InputError: its law of arrivals, its prediction, or its law of sessions or failures is unknown.
     """
     law = fleet.workload.arrivals
     if law is not None and (file := file_of_law(law)) is not None:  # which lies beside the fleet file
@@ -134,6 +136,7 @@ _check_law: dict[str, Callable[[str], Any]] = {
     "arrivals": lambda text: parse_arrivals(text, 1.0),
     "prediction": parse_prediction,
     "sessions": check_sessions,
+    "failures": check_failures,
 }
 
 _FOLDER = pathlib.Path(__file__).with_name("fleets")
@@ -208,6 +211,7 @@ def make(
         service_limits=any(np.size(getattr(preset, name)) for name in FURTHER_LIMITS),
         observe=preset.observe,
         sessions=0 if preset.sessions is None else check_sessions(preset.sessions)[0],
+        failures=preset.failures is not None,
     )
     env = Environment(spec, expert_names=tuple(expert.name for expert in preset.experts), check=bool(check))
     content = _content(preset, quality_table)
@@ -228,6 +232,7 @@ def make(
         max_steps_in_episode=jnp.int32(preset.requests),
         staleness_s=jnp.float32(preset.staleness_s),
         scrape_s=jnp.float32(preset.scrape_s),
+        failure_law=None if preset.failures is None else parse_failures(preset.failures, spec.num_experts),
     )
     if rate_per_s is not None:
         if load is not None:
@@ -285,9 +290,10 @@ def varied(base: Preset, overrides: dict[str, Any]) -> Preset:
     _check_type("quality", preset.quality, Quality, "a Quality, as of qos_jax.fleet.fleet_file")
     _checked_number("staleness_s", preset.staleness_s, or_zero=True, highest=MAX_AGE_S)
     _check_observe(preset)
-    if preset.sessions is not None:
-        _check_type("sessions", preset.sessions, str, "text such as 128:4:4096")
-        check_sessions(preset.sessions)
+    for field, example in (("sessions", "128:4:4096"), ("failures", "600:30")):
+        if (text := getattr(preset, field)) is not None:
+            _check_type(field, text, str, f"text such as {example}")
+            _check_law[field](text)
     _check_type("allow_drop", preset.allow_drop, (bool, np.bool_), "True or False")
     return dataclasses.replace(preset, experts=experts)
 

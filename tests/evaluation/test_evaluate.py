@@ -29,6 +29,7 @@ from qos_jax import (
 from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.metrics import qos_of
 from qos_jax.sim.env import Environment
+from qos_jax.sim.world import advance, collect, dispatch, empty_world
 from tests.helpers.small_env import small_env
 
 NUM_EXPERTS = 3
@@ -325,3 +326,31 @@ def test_equal_experts_share_the_load_of_a_burst_where_metrics_are_late() -> Non
     for run in runs:
         shares = np.bincount(run.assignment[run.assignment >= 0], minlength=4) / len(run.assignment)
         assert shares == pytest.approx(np.full(4, 0.25), abs=0.03), (run.router.name, shares)
+
+
+def test_where_experts_fail_the_replay_loses_what_the_routed_world_lost() -> None:
+    env, params = world(failures="2:0.5")
+    spec, sent = env.spec, (*(make_router(name, env) for name in ("round_robin", "impact_greedy")), heedless())
+    gaps_s, requests = sample_requests(params.workload, jax.random.key(SEEDS[0]), REQUESTS)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEEDS[0]), 1), 1)  # of the failures, for every router
+
+    @jax.jit
+    def by_hand(assignment: Array) -> Any:
+        def step(state: Any, x: tuple[Array, Request, Array]) -> Any:
+            gap_s, request, action = x
+            state, done = collect(params.experts, advance(spec, params.experts, state, gap_s))
+            return dispatch(spec, params.experts, state, request, action)[0], done
+
+        start = empty_world(spec, params.experts, 0.0, params.failure_law, key)
+        end, rows = lax.scan(step, start, (gaps_s, requests, assignment % (NUM_EXPERTS + 1)))
+        # No expert fails once more, so what is there still is finished.
+        end = end.replace(failures=end.failures.replace(left_s=end.failures.left_s + 1e9))
+        _, last = collect(params.experts, advance(spec, params.experts, end, jnp.float32(1e4)))
+        return jax.tree.map(lambda x, y: jnp.sum(x, 0) + y, rows, last)
+
+    for run in evaluate(env, params, sent, [Scenario(0.5, RATE_PER_S, SEEDS[0])], REQUESTS):
+        done, log = by_hand(jnp.asarray(run.assignment)), run.replayed.log
+        assert (int(done.lost), int(done.finished)) == (log.lost.sum(), (~log.dropped).sum())
+        assert log.lost.sum() > 3
+        assert float(done.qos) / REQUESTS == pytest.approx(run.metrics["qos"], rel=1e-4)
+        assert run.metrics["lost_rate"] == pytest.approx(log.lost.mean())

@@ -285,8 +285,9 @@ def _restarted(
 ) -> EnvState:
     """Returns the states [E], of which some are reset: to that after the warm-up, or to empty experts."""
     chance = jax.random.uniform(key, states.time.shape)
-    nothing = empty_world(agent.env.spec, params.experts, params.scrape_s)
-    empty = jax.tree.map(lambda one, many: jnp.broadcast_to(one, many.shape), nothing, states.world)
+    nothing, failures = empty_world(agent.env.spec, params.experts, params.scrape_s), states.world.failures
+    others = states.world.replace(failures=None)
+    empty = jax.tree.map(lambda one, many: jnp.broadcast_to(one, many.shape), nothing, others)
 
     def chosen(state: Array, warm: Array, empty: Array) -> Array:
         shape = -1, *[1] * (state.ndim - 1)
@@ -294,7 +295,7 @@ def _restarted(
         is_empty = (chance > 1.0 - hyper.empty_prob).reshape(shape)
         return jnp.where(is_warm, warm, jnp.where(is_empty, empty, state))
 
-    return jax.tree.map(chosen, states, warm_states, states.replace(world=empty))
+    return jax.tree.map(chosen, states, warm_states, states.replace(world=empty.replace(failures=failures)))
 
 
 def _repeated(x: Array, copies: int) -> Array:
