@@ -189,7 +189,7 @@ METRICS = {
     "qos": Metric("QoS", "mean score of all requests; late answers and dropped requests count 0", 3, 1),
     "score": Metric("score", "mean quality of the answers, including late ones, between 0 and 1", 3, 1),
     "violation_rate": Metric("late or dropped, %", "requests that were dropped or missed their limit", 1, -1, 100),
-    "drop_rate": Metric("dropped, %", "requests dropped by the router or by a full expert", 1, -1, 100),
+    "drop_rate": Metric("dropped, %", "requests dropped by the router or by a full expert, or lost", 1, -1, 100),
     "lost_rate": Metric("lost, %", "requests lost, as their expert failed; dropped ones, too", 1, -1, 100),
     "latency_per_token_s": Metric("ms per token", "mean of (finish - arrival + network) / output tokens", 1, -1, 1e3),
     "latency_per_token_p50_s": Metric("p50, ms", "50 % of the answers take at most this time per token", 1, -1, 1e3),
