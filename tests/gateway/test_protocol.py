@@ -265,6 +265,26 @@ async def test_requests_of_one_session_stay_on_one_engine_while_it_can_be_reache
         assert set(moved) == {"e0", "e1"} - set(names)
 
 
+def refuses_what_is_cached() -> Router:
+    """Takes the first engine, and drops what an engine has some of already."""
+
+    def act(key, obs, memory):
+        return jnp.where(jnp.max(obs.arrived.cached_tokens) > 0, obs.action_mask.shape[0] - 1, 0), memory
+
+    return Router("refuses_what_is_cached", "heuristic", tuple, act)
+
+
+@in_loop
+async def test_routers_see_what_the_last_turn_of_a_session_left() -> None:
+    async with running(router=refuses_what_is_cached) as world:
+        long = {"prompt": "word " * 100, "max_tokens": 20}
+        codes = [
+            (await world.complete(headers={"x-session-id": name}, **long)).status_code for name in ("a", "b", "a", "b")
+        ]
+        assert codes == [200, 200, 429, 429]
+        assert (await world.complete(**long)).status_code == 200
+
+
 @in_loop
 async def test_keys_are_asked_for_and_neither_they_nor_engines_keys_are_passed_on_or_logged(
     tmp_path, monkeypatch, caplog, capfd

@@ -39,7 +39,8 @@ def profile(num_experts: int, **fields: float) -> ExpertProfile:
         **{
             name: np.full(num_experts, value, np.int32 if name in whole else np.float32)
             for name, value in (values | fields).items()
-        }
+        },
+        prefix_cache=np.full(num_experts, True),
     )
 
 
