@@ -287,6 +287,8 @@ class Gateway:
 
     def _of_session(self, served: Served, available: np.ndarray, decided: int | None) -> int | None:
         """Returns the engine of the session's last request if it can be reached and the router drops nothing."""
+        if not self.settings.sticky_sessions:
+            return decided
         last = self._sessions.get(served.ask.session or "")
         return decided if decided is None or last is None or not available[last.expert] else last.expert
 

@@ -18,6 +18,7 @@ class Settings:
     level: Level = _LEVEL  # of requests that name no class
     classes: dict[str, Level] = dataclasses.field(default_factory=dict)  # of users, by name
     best_effort: bool = False  # send a request that the router would drop, rather than answer 429
+    sticky_sessions: bool = True  # sessions stay on one engine, whatever the router decides but for a drop
     retries: int = 1  # on other engines, if nothing was streamed
     scrape_s: float = 0.5  # between two readings of an engine's metrics
     connect_s: float = 2.0

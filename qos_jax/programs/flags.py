@@ -292,6 +292,8 @@ def define_gateway(values: FlagValues) -> None:
     group.string("shadow", None, "Another router that decides, too, and is only recorded.")
     group.choice("on_drop", "reject", ("reject", "best_effort"), "Requests that the router drops are answered 429, or "
                  "served as well as can be.")  # fmt: skip
+    group.choice("sessions", "stay", ("stay", "router"), "Requests of one x-session-id stay on one engine, or go where "
+                 "the router decides, which sees how much of them that engine has cached.")  # fmt: skip
     group.string("predictor", None, "Folder of a trained predictor of scores and lengths; the means so far by default.")
     group.texts("plugins", None, "Modules to import first, which register routers, also from the current folder.")
     group = FlagGroup(values, "Clients")

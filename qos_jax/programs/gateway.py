@@ -130,6 +130,7 @@ def _settings(values: FlagValues, limits: Limits) -> Settings:
         level=levels[0],
         classes=dict(zip(limits.names, levels, strict=False)),
         best_effort=values.on_drop == "best_effort",
+        sticky_sessions=values.sessions == "stay",
         scrape_s=values.scrape_s,
         first_token_s=values.first_token_s,
         token_s=values.token_s,

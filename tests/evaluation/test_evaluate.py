@@ -328,6 +328,7 @@ def test_equal_experts_share_the_load_of_a_burst_where_metrics_are_late() -> Non
         assert shares == pytest.approx(np.full(4, 0.25), abs=0.03), (run.router.name, shares)
 
 
+@pytest.mark.slow
 def test_where_experts_fail_the_replay_loses_what_the_routed_world_lost() -> None:
     env, params = world(failures="2:0.5")
     spec, sent = env.spec, (*(make_router(name, env) for name in ("round_robin", "impact_greedy")), heedless())

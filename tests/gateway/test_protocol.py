@@ -274,8 +274,22 @@ def refuses_what_is_cached() -> Router:
     return Router("refuses_what_is_cached", "heuristic", tuple, act)
 
 
+def leaves_what_is_cached() -> Router:
+    """Takes the first engine that has nothing of the prompt."""
+
+    def act(key, obs, memory):
+        return jnp.argmin(obs.arrived.cached_tokens), memory
+
+    return Router("leaves_what_is_cached", "heuristic", tuple, act)
+
+
 @in_loop
 async def test_routers_see_what_the_last_turn_of_a_session_left() -> None:
+    async with running(dataclasses.replace(QUICK, sticky_sessions=False), router=leaves_what_is_cached) as world:
+        asked = {"headers": {"x-session-id": "a"}, "prompt": "word " * 100, "max_tokens": 20}
+        assert [(await world.complete(**asked)).headers["x-qos-engine"] for _ in range(3)] == ["e0", "e1", "e0"]
+    async with running(router=leaves_what_is_cached) as world:
+        assert [(await world.complete(**asked)).headers["x-qos-engine"] for _ in range(3)] == ["e0"] * 3
     async with running(router=refuses_what_is_cached) as world:
         long = {"prompt": "word " * 100, "max_tokens": 20}
         codes = [

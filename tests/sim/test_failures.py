@@ -11,8 +11,8 @@ from qos_jax import make
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.failures import FailureLaw, Failures, all_up, next_interval
 from qos_jax.sim.replay import replay_many
-from qos_jax.sim.types import Request, RequestTrace, Turn
-from qos_jax.sim.world import WorldSpec, advance, collect, dispatch, empty_world, observe
+from qos_jax.sim.types import Observation, Request, RequestTrace, Turn
+from qos_jax.sim.world import World, WorldSpec, advance, collect, dispatch, empty_world, observe
 from tests.helpers.small_env import small_env, small_experts, small_params
 
 N = 3
@@ -55,7 +55,8 @@ def test_every_request_is_finished_lost_refused_or_there_still() -> None:
         return (obs, state), info | {"down": state.world.failures.down, "mask": obs.action_mask[:-1]}
 
     start = env.reset(jax.random.key(0), params)
-    (_, state), info = jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 900))
+    keys = jax.random.split(jax.random.key(1), 900)
+    (_, state), info = jax.jit(lambda start: jax.lax.scan(step, start, keys))(start)
     finished, lost = (int(x.sum()) for x in (info["completions"].finished, info["completions"].lost))
     there = int(state.world.experts.slots.live.sum())
     assert finished + lost + int(info["dropped"].sum()) + there == 900
@@ -69,16 +70,21 @@ def test_a_failure_takes_the_cache_and_an_expert_that_is_down_takes_nothing() ->
     turn = Turn(jnp.int32(0), jnp.bool_(False), jnp.int32(400))
     one = jnp.ones(N)
     request = Request(jnp.int32(100), jnp.full(N, 5, jnp.int32), one, jnp.float32(1.0), one, one, turn=turn)
+
+    @jax.jit
+    def sent(world: World, action: int) -> tuple[World, Observation, jax.Array]:
+        world, dropped = dispatch(spec, experts, world, request, action)
+        world, _ = collect(experts, advance(spec, experts, world, jnp.float32(9.0)))
+        return world, observe(spec, experts, world, request), dropped
+
     world = empty_world(spec, experts, 0.0, law(NEVER, NEVER), jax.random.key(0))
-    world, _ = dispatch(spec, experts, world, request, 0)
-    world, _ = collect(experts, advance(spec, experts, world, jnp.float32(9.0)))
-    assert int(observe(spec, experts, world, request).arrived.cached_tokens[0]) == 96
+    world, obs, _ = sent(world, 0)
+    assert obs.arrived.cached_tokens.tolist() == [96, 0, 0]
     fails = world.replace(failures=world.failures.replace(left_s=jnp.array([1.0, NEVER, NEVER])))
-    after, _ = collect(experts, advance(spec, experts, fails, jnp.float32(2.0)))
-    obs = observe(spec, experts, after, request)
+    after, obs, _ = sent(fails, N)
     assert obs.arrived.cached_tokens.tolist() == [0, 0, 0]
     assert obs.action_mask.tolist() == [False, True, True, True]
-    assert [bool(dispatch(spec, experts, after, request, n)[1]) for n in range(N)] == [True, False, False]
+    assert [bool(sent(after, n)[2]) for n in range(N)] == [True, False, False]
 
 
 @pytest.mark.parametrize("fails_s", [0.3, 1.7, 4.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,13 +67,13 @@ def turns(rng: np.random.Generator, count: int) -> list[tuple[Request, int]]:
     return found
 
 
-@jax.jit
-def served(world: Any, request: Request, action: int) -> Any:
-    """The world once the request is finished, and what was observed of it."""
-    obs = observe(SPEC, EXPERTS, world, request)
-    world, _ = dispatch(SPEC, EXPERTS, world, request, action)
-    world = advance(SPEC, EXPERTS, world, jnp.float32(60.0))
-    return collect(EXPERTS, world)[0], obs.arrived
+@functools.partial(jax.jit, static_argnames="spec")
+def served(world: Any, request: Request, action: int, experts: Any = EXPERTS, spec: WorldSpec = SPEC) -> Any:
+    """The world once the request is finished, what was observed of it, and when its first token came."""
+    obs = observe(spec, experts, world, request)
+    world, _ = dispatch(spec, experts, world, request, action)
+    world = advance(spec, experts, world, jnp.float32(60.0))
+    return collect(experts, world)[0], obs.arrived, jnp.max(world.experts.slots.first_token_s, -1)
 
 
 class TestOneAtATime:
@@ -93,7 +94,7 @@ class TestOneAtATime:
                 number[place] += 1
             session, prompt = (place, number[place]), context[place] + text
             cached = [queue.found(session, (prompt - 1) // BLOCK) for queue in queues]
-            world, arrived = served(world, request, action)
+            world, arrived, _ = served(world, request, action)
             assert int(arrived.prompt_tokens) == prompt
             found.append(np.asarray(arrived.cached_tokens) // BLOCK)
             expected.append(cached)
@@ -116,9 +117,9 @@ class TestOneAtATime:
         second = request.replace(turn=request.turn.replace(begins=jnp.bool_(False)))
         found = []
         for expert in range(N):
-            world, _ = dispatch(SPEC, experts, empty_world(SPEC, experts), first, expert)
-            world, _ = collect(experts, advance(SPEC, experts, world, jnp.float32(60.0)))
-            found.append(np.asarray(observe(SPEC, experts, world, second).arrived.cached_tokens))
+            world, _, _ = served(empty_world(SPEC, experts), first, expert, experts)
+            _, arrived, _ = served(world, second, expert, experts)
+            found.append(np.asarray(arrived.cached_tokens))
         np.testing.assert_array_equal(found[0], 0)
         assert found[1][0] == 0
         assert found[1][1] >= 96
@@ -129,13 +130,8 @@ def test_a_cached_context_is_not_computed_again() -> None:
     assert request.turn is not None
     turn = request.turn.replace(begins=jnp.bool_(False))
     long, short = (request.replace(prompt_tokens=jnp.int32(tokens), turn=turn) for tokens in (300, 8))
-    world, _ = dispatch(SPEC, EXPERTS, empty_world(SPEC, EXPERTS), long, 0)
-    world, _ = collect(EXPERTS, advance(SPEC, EXPERTS, world, jnp.float32(60.0)))
-    first_s = []
-    for expert in range(N):
-        sent, _ = dispatch(SPEC, EXPERTS, world, short, expert)
-        slots = advance(SPEC, EXPERTS, sent, jnp.float32(60.0)).experts.slots
-        first_s.append(float(jnp.max(slots.first_token_s[expert])))
+    world, _, _ = served(empty_world(SPEC, EXPERTS), long, 0)
+    first_s = [float(served(world, short, expert)[2][expert]) for expert in range(N)]
     # An iteration is bounded below by its base; the second expert is 1.3 times as slow and computes 300 tokens more.
     assert first_s[0] == pytest.approx(0.02 + 1e-3, rel=1e-3)
     assert first_s[1] > first_s[0] + 0.015
@@ -152,11 +148,11 @@ def test_a_proxy_knows_what_an_expert_had_but_not_what_it_has_lost() -> None:
 
     world = empty_world(spec, EXPERTS)
     for place in (0, 1):  # 41 of 60 blocks each, so that the second takes most of the first
-        world, _ = dispatch(spec, EXPERTS, world, turn(place, 650), 0)
-        world, _ = collect(EXPERTS, advance(spec, EXPERTS, world, jnp.float32(60.0)))
-    engine = observe(SPEC, EXPERTS, world.replace(telemetry=empty_world(SPEC, EXPERTS).telemetry), turn(0, 9))
-    assert observe(spec, EXPERTS, world, turn(0, 9)).arrived.cached_tokens.tolist() == [40 * BLOCK, 0]
-    assert 0 < int(engine.arrived.cached_tokens[0]) <= 21 * BLOCK
+        world, _, _ = served(world, turn(place, 650), 0, EXPERTS, spec)
+    _, proxy, _ = served(world, turn(0, 9), 0, EXPERTS, spec)
+    _, engine, _ = served(world.replace(telemetry=empty_world(SPEC, EXPERTS).telemetry), turn(0, 9), 0)
+    assert proxy.cached_tokens.tolist() == [40 * BLOCK, 0]
+    assert 0 < int(engine.cached_tokens[0]) <= 21 * BLOCK
 
 
 def test_contexts_of_sessions_that_stay_grow_by_prompt_and_answer() -> None:
