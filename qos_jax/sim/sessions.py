@@ -84,10 +84,13 @@ def open_turn(profile: ExpertProfile, experts: ExpertState, said: Conversations,
     before = said.tokens[turn.place]
     begins = turn.begins | (before + request.prompt_tokens > turn.max_prompt_tokens)
     number = said.number[turn.place] + begins.astype(jnp.int32)
+    context_tokens = jnp.where(begins, 0, before)
     known = (prefixes.number[:, turn.place] == number) & jnp.asarray(profile.prefix_cache) & ~begins
-    sent_blocks = jnp.where(known, prefixes.blocks[:, turn.place], 0)
+    # A counterfactual copy may have served a longer answer than the one that the conversation goes on from.
+    blocks = jnp.minimum(prefixes.blocks[:, turn.place], context_tokens // BLOCK_SIZE_TOKENS)
+    sent_blocks = jnp.where(known, blocks, 0)
     left = jnp.clip(prefixes.taken_at[:, turn.place] - experts.taken_blocks, 0, sent_blocks)
-    return OpenTurn(turn.place, number, jnp.where(begins, 0, before), left, sent_blocks)
+    return OpenTurn(turn.place, number, context_tokens, left, sent_blocks)
 
 
 def after_answer(said: Conversations, turn: OpenTurn, more_tokens: Array) -> Conversations:

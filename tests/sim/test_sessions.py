@@ -137,6 +137,17 @@ def test_a_cached_context_is_not_computed_again() -> None:
     assert first_s[1] > first_s[0] + 0.015
 
 
+def test_no_more_is_cached_than_was_said() -> None:
+    """A counterfactual copy of an expert may have given a longer answer than the actual one."""
+    (request, _), *_ = turns(np.random.default_rng(0), 1)
+    assert request.turn is not None
+    asked = request.replace(turn=request.turn.replace(begins=jnp.bool_(False)), prompt_tokens=jnp.int32(100))
+    world, _, _ = served(empty_world(SPEC, EXPERTS), asked, 0)
+    assert world.said is not None
+    shorter = world.replace(said=world.said.replace(tokens=jnp.full(PLACES, 40)))
+    assert served(shorter, asked, 0)[1].cached_tokens.tolist() == [2 * BLOCK, 0]
+
+
 def test_a_proxy_knows_what_an_expert_had_but_not_what_it_has_lost() -> None:
     spec = dataclasses.replace(SPEC, observe="proxy")
     (request, _), *_ = turns(np.random.default_rng(0), 1)
