@@ -39,9 +39,16 @@ QUICK = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_O
     "mode",
     [pytest.param(partial(jax.enable_x64, True), id="x64"), pytest.param(strict, id="strict")],
 )
-def test_every_router_and_kind_of_agent_is_traced_in_it(mode: Callable[[], AbstractContextManager]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"engine": "vllm", "sessions": "4:3:900", "failures": "60:10"}],
+    ids=["plain", "sessions and failures"],
+)
+def test_every_router_and_kind_of_agent_is_traced_in_it(
+    mode: Callable[[], AbstractContextManager], fields: dict[str, Any]
+) -> None:
     with mode():
-        env, params = tiny_world()
+        env, params = tiny_world(**fields)
         key = jax.eval_shape(jax.random.key, 0)
         obs, state = jax.eval_shape(env.reset, key, params)
         next_obs, next_state, *_ = jax.eval_shape(env.step, key, state, jnp.int32(0), params)
@@ -50,7 +57,7 @@ def test_every_router_and_kind_of_agent_is_traced_in_it(mode: Callable[[], Abstr
             router = make_router(name, env, params)
             action, _ = jax.eval_shape(router.act, key, obs, router.init())
             assert (action.shape, jnp.issubdtype(action.dtype, jnp.integer)) == ((), True), name
-        for name in ("mvr", "baseline_rl"):
+        for name in ("mvr", "sac", "baseline_rl"):
             learner = make_learner(env, tiny_agent(name))
             hyper = jax.tree.map(jnp.float32, learner.config.hyper)
             training = jax.eval_shape(learner.init, key, params, hyper)

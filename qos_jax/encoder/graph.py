@@ -173,7 +173,7 @@ def _first_requests(present: Array, count: int) -> tuple[Array, Array]:
 
     Finished requests leave empty slots, so the first slots need not hold the first requests.
     """
-    before = jnp.cumsum(present, -1)[..., None, :] <= jnp.arange(count)[:, None]  # [N, count, S] slots to skip
+    before = jnp.cumsum(present, -1)[..., None, :] <= jnp.arange(count)[None, :, None]  # [N, count, S] slots to skip
     slot = jnp.sum(before, -1)
     return jnp.minimum(slot, present.shape[-1] - 1), slot < present.shape[-1]
 

@@ -106,8 +106,8 @@ def known_trace(trace: RequestTrace, num_experts: int) -> RequestTrace:
       InputError: the trace is empty, or scores or limits are missing, of a wrong shape or not finite, or there are
         limits beside that on the latency per token, or sessions, in which prompts depend on who answered before.
     """
-    if trace.turn is not None:
-        raise InputError("trace.turn is given, must be None: prompts in sessions depend on who answered before")
+    if trace.turn is not None or np.any(trace.shared_tokens):
+        raise InputError("the trace has sessions, must have none: their prompts depend on who answered before")
     trace = checked_trace(trace, num_experts)
     num_requests = len(trace.arrival_s)
     if num_requests == 0:

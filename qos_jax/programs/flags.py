@@ -49,10 +49,10 @@ def define_world(values: FlagValues) -> None:
                  "front of it does, as qos-jax gateway; engine by default.")  # fmt: skip
     group.number("scrape", None, "Seconds between two readings of the engines' metrics, for --observe=proxy.")
     group.string("sessions", None, "Requests are turns of conversations, OPEN:TURNS:TOKENS: how many are open at "
-                 "a time, their mean number of turns, the most tokens of a prompt with context, as in 128:4:4096; none "
+                 "a time, their mean number of turns, the tokens beyond which one begins anew, as in 128:4:4096; none "
                  "lifts the preset's.")  # fmt: skip
     group.string("failures", None, "Experts fail and return, UP:DOWN: the mean seconds that each is up and down in "
-                 "turn, as in 600:30. A failed expert loses its requests.")  # fmt: skip
+                 "turn, as in 600:30. A failed expert loses its requests. none lifts the preset's.")  # fmt: skip
     group.boolean("allow_drop", None, "Routers may drop a request.")
     group.texts("plugins", None, "Modules to import first, which register routers, arrivals, networks or targets, "
                 "also from the current folder.")  # fmt: skip

@@ -226,11 +226,11 @@ def _metrics_html(result: StudyResult, world: str, load: float) -> str:
     rows = [row for row in result.summary if row["world"] == world and row["load"] == load]
     kinds = {name: kind for name, kind in result.kinds.items() if any(row["router"] == name for row in rows)}
     cells = {(row["router"], row["metric"]): row for row in rows}
+    told = {name: metric for name, metric in METRICS.items() if any(row["metric"] == name for row in rows)}
     columns = [
-        [pages.cell(*_mean_and_half(cells[name, metric], METRICS[metric]), False) for name in kinds]
-        for metric in METRICS
+        [pages.cell(*_mean_and_half(cells[name, of], metric), False) for name in kinds] for of, metric in told.items()
     ]
-    return pages.table([metric.title for metric in METRICS.values()], kinds, columns)
+    return pages.table([metric.title for metric in told.values()], kinds, columns)
 
 
 def _shown_load(result: StudyResult, world: str) -> float:

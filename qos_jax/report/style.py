@@ -289,13 +289,13 @@ def _base(router: str) -> str:
 def _numbers(names: Sequence[str], panels: Sequence[Collection[str]]) -> dict[str, int]:
     """Returns a number for each name, a different one for names that meet in a panel.
 
-    The names are numbered in alphabetical order, so that the variants of a router, which are named after it, get the
-    same number in every panel.
+    The variants of a router, which are named after it, get its number in the panels where it is not.
     """
     numbers: dict[str, int] = {}
     for name in sorted(names):
         taken = {numbers[other] for panel in panels if name in panel for other in panel if other in numbers}
-        numbers[name] = next(number for number in itertools.count() if number not in taken)
+        of_its_kind = [numbers[other] for other in reversed(numbers) if name.startswith(f"{other}_")]
+        numbers[name] = next(number for number in (*of_its_kind, *range(len(names))) if number not in taken)
     return numbers
 
 

@@ -15,7 +15,10 @@ from jax import Array
 
 from qos_jax.sim import engine
 from qos_jax.sim.engine_state import EngineSpec, ExpertState, total
+from qos_jax.sim.sessions import forget
 from qos_jax.sim.types import ExpertProfile
+
+FAILURES = 0x6661696C  # folded into a key for a stream of its own: small numbers give those of ``jax.random.split``
 
 
 class FailureLaw(struct.PyTreeNode):
@@ -60,6 +63,7 @@ def all_up(law: FailureLaw, key: Array) -> Failures:
 
 def next_interval(state: Failures, duration_s: Array) -> tuple[Interval, Failures]:
     """Returns what happens within ``duration_s`` [] s, and the state at its end."""
+    duration_s = duration_s.astype(state.left_s.dtype)
     changes = state.left_s < duration_s
     fails, down = changes & ~state.down, state.down ^ changes
     until_s = jnp.where(changes, state.left_s, duration_s)
@@ -77,15 +81,14 @@ def run(
     """Runs the experts through an interval; returns them, and how many requests were lost [] int32."""
     experts = engine.advance(spec, profile, experts, interval.until_s)
     experts, lost = without_requests(experts, interval.fails)
-    return engine.rebase(experts, interval.rest_s), lost
+    return engine.rebase(forget(experts, interval.fails), interval.rest_s), lost
 
 
 def without_requests(experts: ExpertState, which: Array) -> tuple[ExpertState, Array]:
-    """Returns the experts, of which ``which`` [L] bool have lost their requests and caches, and the requests lost."""
+    """Returns the experts, of which ``which`` [L] bool have lost their requests, and how many were lost [] int32."""
     slots = experts.slots
     lost = slots.live & which[..., None]
     slots = jax.tree.map(lambda x: jnp.where(lost, jnp.zeros_like(x), x), slots)
-    prefixes = jax.tree.map(lambda x: jnp.where(which[..., None], jnp.full_like(x, -1), x), experts.prefixes)
 
     def stopped(values: Array) -> Array:
         return jnp.where(which, jnp.zeros_like(values), values)
@@ -95,9 +98,13 @@ def without_requests(experts: ExpertState, which: Array) -> tuple[ExpertState, A
         clock_s=stopped(experts.clock_s),
         scheduled_s=stopped(experts.scheduled_s),
         standby_left_s=stopped(experts.standby_left_s),
-        prefixes=prefixes,
     )
     return experts, jnp.sum(total(lost), dtype=jnp.int32)
+
+
+def reseeded(state: Failures | None, key: Array) -> Failures | None:
+    """Returns the same state with another future, for a world that is set back to it; None where none fails."""
+    return None if state is None else state.replace(seed=jax.random.bits(key, state.seed.shape, jnp.uint32))
 
 
 def _sojourns_s(seed: Array, number: Array, mean_s: Array) -> Array:

@@ -148,9 +148,10 @@ def replay_many(
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
     ]
+    requests_rows = [of_requests for of_requests, _ in positions]
     results = [
         _in_trace_order(experts, *args)
-        for args in zip(fleet_logs, traces, assignments, [position for position, _ in positions], strict=True)
+        for args in zip(fleet_logs, traces, assignments, requests_rows, failures, strict=True)
     ]
     if failures is never:
         return results
@@ -198,7 +199,12 @@ def _sort_into_lanes(
 
 
 def _in_trace_order(
-    experts: ExpertProfile, log: LaneLog, trace: RequestTrace, assignment: np.ndarray, position: np.ndarray
+    experts: ExpertProfile,
+    log: LaneLog,
+    trace: RequestTrace,
+    assignment: np.ndarray,
+    position: np.ndarray,
+    failures: Sequence[np.ndarray],
 ) -> ReplayResult:
     """Returns the logs of the lanes in the order of the trace, and the standby without that after the run."""
     sent = assignment >= 0
@@ -212,7 +218,11 @@ def _in_trace_order(
     last_token_s = np.full(len(log.standby_s), -np.inf)
     np.fmax.at(last_token_s, assignment[sent], finish_s[sent])
     end_s = run_end_s(trace, requests) if len(sent) else 0.0
-    standby_s = log.standby_s - np.maximum(last_token_s + experts.standby_s - end_s, 0.0)
+    standby_ends_s = last_token_s + experts.standby_s
+    for expert, fails_s in enumerate(failures):
+        later_s = fails_s[fails_s > last_token_s[expert]]
+        standby_ends_s[expert] = np.minimum(standby_ends_s[expert], later_s.min(initial=np.inf))
+    standby_s = log.standby_s - np.maximum(standby_ends_s - end_s, 0.0)
     return ReplayResult(requests, log.busy_s, standby_s, log.kv_block_s)
 
 

@@ -8,13 +8,15 @@ As in ``sim.prefix_cache``, counters stand for the free queue of blocks. A finis
 the end of that queue, and each block that is taken later shortens what is left, from the end of the context on. Three
 things are simpler than in an engine: a finished request counts as finished at the next arrival, when the block that it
 did not fill lies at the head of the queue again; what a turn finds is decided when it arrives, and not lost while it
-waits; and a turn that does not wait for the answer before it finds nothing of that.
+waits; and a turn that does not wait for the answer before it finds nothing of that. An answer belongs to the context
+from the moment its request is sent, also if a failure ends it.
 
 Shapes: ``N`` experts, ``K`` places, ``S`` slots of an expert.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -119,18 +121,32 @@ def keep_finished(profile: ExpertProfile, experts: ExpertState) -> ExpertState:
     at, nowhere = slots.payload.session, prefixes.number.shape[-1]
     rows = jnp.arange(at.place.shape[0])[:, None]
 
-    def put(old: Array, place: Array, new: Array) -> Array:
-        # By a maximum, as two turns of one conversation may have finished and the order of writes is not defined.
-        lowest, new = jnp.iinfo(jnp.int32).min, jnp.broadcast_to(new, place.shape)
-        return old.at[rows, place].set(lowest, mode="drop").at[rows, place].max(new, mode="drop")
+    def highest(old: Array, place: Array, new: Array) -> Array:
+        # The order of writes is not defined, and several turns of one place may have finished.
+        return old.at[rows, place].max(jnp.broadcast_to(new, place.shape), mode="drop")
 
     place = jnp.where(slots.finished, at.place, nowhere)
-    number = put(prefixes.number, place, at.number)
+    number = highest(prefixes.number, place, at.number)
     place = jnp.where(at.number == number[rows, at.place], place, nowhere)  # not of a conversation that is over
+    known_blocks = jnp.where(number == prefixes.number, prefixes.blocks, 0)
+    lowest = prefixes.taken_at.at[rows, place].set(jnp.iinfo(jnp.int32).min, mode="drop")
     return experts.replace(
         prefixes=CachedPrefixes(
-            number, put(prefixes.blocks, place, blocks), put(prefixes.taken_at, place, end_of_queue[:, None])
+            number, highest(known_blocks, place, blocks), highest(lowest, place, end_of_queue[:, None])
         )
+    )
+
+
+def forget(experts: ExpertState, which: Array) -> ExpertState:
+    """Returns the experts, of which ``which`` [N] bool have an empty cache, also of what has just finished."""
+    if experts.prefixes is None:
+        return experts
+    slots = experts.slots
+    session = slots.payload.session
+    number = jnp.where(which[:, None], -1, session.number)
+    return experts.replace(
+        slots=slots.replace(payload=slots.payload.replace(session=session.replace(number=number))),
+        prefixes=jax.tree.map(lambda x: jnp.where(which[:, None], jnp.full_like(x, -1), x), experts.prefixes),
     )
 
 

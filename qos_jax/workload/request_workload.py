@@ -15,6 +15,8 @@ from qos_jax.workload.content import RequestContent, SampledContent
 from qos_jax.workload.prediction import Predictions
 from qos_jax.workload.session_law import SessionLaw
 
+_TURN = 0x7475726E  # folded into a key for a stream of its own
+
 
 @struct.dataclass
 class RecordedLengths:
@@ -79,7 +81,7 @@ class RequestWorkload:
             predicted_score=predicted_score,
             predicted_tokens=predicted_tokens,
             limits=sampled.limits,
-            turn=None if self.sessions is None else self.sessions.sample(jax.random.fold_in(key, 1)),
+            turn=None if self.sessions is None else self.sessions.sample(jax.random.fold_in(key, _TURN)),
         )
         return gap_s, request, state
 

@@ -23,7 +23,7 @@ class SessionLaw:
 
     num_open: Array  # [] int32
     mean_turns: Array  # []
-    max_prompt_tokens: Array  # [] int32 tokens, context included
+    max_prompt_tokens: Array  # [] int32 tokens, context included, beyond which a conversation begins anew
 
     def sample(self, key: Array) -> Turn:
         """Samples the part of a request in its conversation."""
@@ -42,6 +42,8 @@ def check_sessions(text: str) -> tuple[int, float, int]:
         InputError: the text is not of that form, or a number is out of range.
     """
     try:
+        if not set(text) <= set("0123456789.:"):
+            raise ValueError  # int and float would take underscores and the digits of other scripts
         opened, turns, tokens = text.split(":")
         numbers = int(opened), float(turns), int(tokens)
         if 1 <= numbers[0] <= MAX_SESSIONS and 1.0 <= numbers[1] <= 1e6 and 1 <= numbers[2] <= MAX_LENGTH:
@@ -50,7 +52,7 @@ def check_sessions(text: str) -> tuple[int, float, int]:
         pass  # raises the same error as numbers out of range
     raise InputError(
         f"sessions {text!r} must be OPEN:TURNS:TOKENS: conversations open at a time (1 to {MAX_SESSIONS}), their mean "
-        f"number of turns (1 to 1e6), and the most tokens of a prompt with its context (1 to {MAX_LENGTH})"
+        f"number of turns (1 to 1e6), and the tokens of a prompt beyond which one begins anew (1 to {MAX_LENGTH})"
     )
 
 

@@ -29,7 +29,7 @@ from qos_jax.worlds.failure_law import check_failures
 
 TRACE_PARTS = ("all", "first", "second")
 TABLE_PARTS = ("all", "train", "test")
-NO_SESSIONS = "none"
+NONE = "none"  # of a law that the preset has
 _SPLIT_SEED = 0  # of a table's parts, the same in all programs
 
 
@@ -63,7 +63,7 @@ class WorldConfig:
     allow_drop: bool | None = None
     observe: str | None = None  # engine or proxy
     scrape_s: float | None = None  # s
-    failures: str | None = None  # UP:DOWN, see ``parse_failures``
+    failures: str | None = None  # UP:DOWN, see ``parse_failures``; ``none`` lifts the preset's
     sessions: str | None = None  # see ``parse_sessions``; ``none`` lifts the preset's
 
     def __post_init__(self) -> None:
@@ -92,9 +92,9 @@ class WorldConfig:
                 raise InputError(
                     f"--{one}={getattr(self, one)} and --{other}={getattr(self, other)} are both given: give one"
                 )
-        if self.sessions not in (None, NO_SESSIONS):
+        if self.sessions not in (None, NONE):
             check_sessions(self.sessions)
-        if self.failures is not None:
+        if self.failures not in (None, NONE):
             check_failures(self.failures)
         self._check_trace()
         if self.predictor is not None and self.fleet is None and self.quality_table is None:
@@ -103,7 +103,7 @@ class WorldConfig:
     def _check_trace(self) -> None:
         if self.trace_lengths and self.trace is None:
             raise InputError("trace_lengths is True, must be False without a trace")
-        if self.trace_lengths and self.sessions not in (None, NO_SESSIONS):
+        if self.trace_lengths and self.sessions not in (None, NONE):
             raise InputError(f"--sessions={self.sessions} and --trace_lengths are both given: give one")
         if self.trace_lengths and self.predictor is not None:
             raise InputError(f"--predictor={self.predictor} predicts for the table's prompts, not with --trace_lengths")
@@ -140,7 +140,7 @@ class WorldConfig:
     def has_preset_fleet(self) -> bool:
         """Experts and answers are the preset's, and so is the saturation rate, which is written down there."""
         same_engine = self.engine in (None, self.base.engine)
-        sessions = None if self.sessions == NO_SESSIONS else self.sessions or self.base.sessions
+        sessions = None if self.sessions == NONE else self.sessions or self.base.sessions
         same_lengths = not self.trace_lengths and sessions == self.base.sessions
         unchanged = self.experts is None and not self.tables and same_engine and same_lengths
         return unchanged and self.base.saturation_per_s is not None
@@ -157,8 +157,10 @@ class WorldConfig:
         for name in ("engine", "arrivals", "prediction", "sessions", "failures", *limits, *views):
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
-        if self.sessions == NO_SESSIONS or self.trace_lengths:  # a trace's prompts hold their contexts already
+        if self.sessions == NONE or self.trace_lengths:  # a trace's prompts hold their contexts already
             overrides["sessions"] = None
+        if self.failures == NONE:
+            overrides["failures"] = None
         if self.experts is not None:
             overrides["experts"] = self.pairs
         if self.trace is not None:

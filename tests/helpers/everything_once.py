@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,16 +17,18 @@ from qos_jax.agent.recipes import Recipe
 ROUTERS = ("shortest_queue", "power_of_two", "impact_greedy")
 
 
-def tiny_world() -> tuple[Environment, EnvParams]:
+def tiny_world(**fields: Any) -> tuple[Environment, EnvParams]:
     """A world of two experts with places for four requests each."""
     experts = (("alpaca-native", "A40"), ("chatglm-6b", "A40"))
-    env, params = qos_jax.make("paper-3", experts=experts, max_running=2, max_waiting=2, rate_per_s=5.0)
+    env, params = qos_jax.make("paper-3", experts=experts, max_running=2, max_waiting=2, rate_per_s=5.0, **fields)
     return env, params.replace(saturation_per_s=8.0)  # about right; measuring it would compile the engine once more
 
 
 def tiny_agent(name: str) -> AgentConfig:
     """An agent that trains on a few requests."""
     sizes = {"num_envs": 2, "chunk": 2, "updates": 1, "batch_size": 4, "capacity": 8, "warm_up": 2, "probes": 1}
+    if AGENTS[name].copies > 1:
+        sizes["copies"] = 2
     return dataclasses.replace(AGENTS[name], **sizes)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qos_jax import make
 from qos_jax.sim.engine import EngineSpec
-from qos_jax.sim.failures import FailureLaw, Failures, all_up, next_interval
+from qos_jax.sim.failures import FailureLaw, Failures, all_up, next_interval, reseeded
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import Observation, Request, RequestTrace, Turn
 from qos_jax.sim.world import World, WorldSpec, advance, collect, dispatch, empty_world, observe
@@ -80,8 +80,8 @@ def test_a_failure_takes_the_cache_and_an_expert_that_is_down_takes_nothing() ->
     world = empty_world(spec, experts, 0.0, law(NEVER, NEVER), jax.random.key(0))
     world, obs, _ = sent(world, 0)
     assert obs.arrived.cached_tokens.tolist() == [96, 0, 0]
-    fails = world.replace(failures=world.failures.replace(left_s=jnp.array([1.0, NEVER, NEVER])))
-    after, obs, _ = sent(fails, N)
+    fails = world.replace(failures=world.failures.replace(left_s=jnp.array([7.0, NEVER, NEVER])))
+    after, obs, _ = sent(fails, 0)  # finishes before the failure
     assert obs.arrived.cached_tokens.tolist() == [0, 0, 0]
     assert obs.action_mask.tolist() == [False, True, True, True]
     assert [bool(sent(after, n)[2]) for n in range(N)] == [True, False, False]
@@ -110,6 +110,29 @@ def test_a_replay_after_a_failure_is_one_of_the_later_requests_alone(fails_s: fl
     lost = failing.log.lost
     assert lost is not None and lost.sum() >= open_still.sum() - 4  # an iteration that has begun is finished
     assert not lost[~open_still].any() and failing.log.dropped[lost].all()
+
+
+def test_standby_ends_with_a_failure() -> None:
+    experts = jax.tree.map(np.asarray, small_experts(N, standby_s=17.5))
+    trace, alone = RequestTrace(np.array([0.0, 10.0]), np.array([9, 9]), np.full((2, N), 4)), np.array([0, 1])
+    never = np.zeros(0)
+    (whole,), (cut,) = (
+        replay_many(experts, [trace], [alone], failures=[[fails_s, never, never]])
+        for fails_s in (never, np.array([5.0]))
+    )
+    end_s = whole.log.finish_s[1]
+    assert whole.standby_s[0] == pytest.approx(end_s - whole.log.finish_s[0])
+    assert cut.standby_s[0] == pytest.approx(5.0 - whole.log.finish_s[0])
+    assert cut.standby_s[1] == whole.standby_s[1]
+
+
+def test_worlds_that_are_set_back_have_other_failures_to_come() -> None:
+    state = all_up(law(5.0, 1e6), jax.random.key(0))
+    other = reseeded(state, jax.random.key(1))
+    assert other is not None and reseeded(None, jax.random.key(1)) is None
+    np.testing.assert_array_equal(state.left_s, other.left_s)
+    (_, one), (_, two) = (next_interval(each, jnp.float32(1e3)) for each in (state, other))
+    assert (one.left_s != two.left_s).any()
 
 
 def test_a_world_says_how_experts_fail() -> None:

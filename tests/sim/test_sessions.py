@@ -148,6 +148,28 @@ def test_no_more_is_cached_than_was_said() -> None:
     assert served(shorter, asked, 0)[1].cached_tokens.tolist() == [2 * BLOCK, 0]
 
 
+def test_a_late_turn_of_a_conversation_that_is_over_takes_nothing_from_the_next() -> None:
+    """It began before, on a slow expert, and ends after the first turn of the next conversation has."""
+    (request, _), *_ = turns(np.random.default_rng(0), 1)
+    assert request.turn is not None
+
+    def turn(begins: bool, answer: int) -> Request:
+        asked = request.turn.replace(place=jnp.int32(0), begins=jnp.bool_(begins), max_prompt_tokens=jnp.int32(900))
+        return request.replace(prompt_tokens=jnp.int32(100), output_tokens=jnp.full(N, answer, jnp.int32), turn=asked)
+
+    @jax.jit
+    def sent(world: Any, request: Request, duration_s: float) -> Any:
+        world, _ = dispatch(SPEC, EXPERTS, world, request, 0)
+        return collect(EXPERTS, advance(SPEC, EXPERTS, world, jnp.float32(duration_s)))[0]
+
+    world = sent(empty_world(SPEC, EXPERTS), turn(True, 400), 0.1)  # of conversation 1, and so long that it goes on
+    world = sent(world, turn(True, 3), 2.0)
+    cached = observe(SPEC, EXPERTS, world, turn(False, 1)).arrived.cached_tokens
+    world, _ = collect(EXPERTS, advance(SPEC, EXPERTS, world, jnp.float32(60.0)))
+    assert int(world.experts.slots.live.sum()) == 0
+    assert cached.tolist() == observe(SPEC, EXPERTS, world, turn(False, 1)).arrived.cached_tokens.tolist() == [96, 0]
+
+
 def test_a_proxy_knows_what_an_expert_had_but_not_what_it_has_lost() -> None:
     spec = dataclasses.replace(SPEC, observe="proxy")
     (request, _), *_ = turns(np.random.default_rng(0), 1)

@@ -64,7 +64,7 @@ class TestSessions:
         np.testing.assert_array_equal(request.prompt_tokens, alone.prompt_tokens)
 
     @pytest.mark.parametrize(
-        "text", ["", "8", "8:4", "0:4:100", "8:0.5:100", "8:4:0", "8:4:x", "9999:4:100", "8:nan:9"]
+        "text", ["", "8", "8:4", "0:4:100", "8:0.5:100", "8:4:0", "8:4:x", "9999:4:100", "8:nan:9", "1_0:4:9"]
     )
     def test_a_law_that_is_none_is_refused(self, text):
         with pytest.raises(InputError, match="must be OPEN:TURNS:TOKENS: conversations open at a time"):

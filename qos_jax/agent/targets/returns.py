@@ -39,6 +39,7 @@ from qos_jax.errors import InputError
 from qos_jax.impact.estimate import expert_in_flight_qos, impact
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.env import EnvParams, EnvState, axis_of_environments
+from qos_jax.sim.failures import FAILURES, reseeded
 from qos_jax.sim.world import advance, collect, dispatch, empty_world
 
 
@@ -157,7 +158,7 @@ class Returns:
     ) -> tuple[Inputs, CriticLoss]:
         """Returns the squared errors of the values and of the advantages, the latter by expert and in total."""
         num_experts = batch.price.shape[-1]
-        taken = (jnp.arange(num_experts) == batch.action[:, None]).astype(batch.policy.dtype)
+        taken = (jnp.arange(num_experts)[None] == batch.action[:, None]).astype(batch.policy.dtype)
         surprise = (taken - batch.policy[:, :-1])[:, None]  # [B, 1, N]
 
         def loss(heads: Heads) -> Array:
@@ -187,6 +188,7 @@ def lambda_returns(reward: Array, discount: Array, value: Array, decay: Array | 
         found = reward + discount * (value + decay * (following - value))
         return found, found
 
+    reward, discount = reward.astype(value.dtype), discount.astype(value.dtype)  # gaps may have 64 bits
     _, returns = lax.scan(step, value[-1], (reward, discount, value[1:]), reverse=True)
     return returns
 
@@ -199,8 +201,8 @@ def opportunity_cost(advantage: Array, legal: Array, log_alpha: Array) -> Array:
       legal: [A] bool.
       log_alpha: [] logarithm of the temperature.
     """
-    num_actions = advantage.shape[-1]
-    other = legal & ~jnp.eye(num_actions, dtype=bool)[:-1]
+    num_actions, advantage = advantage.shape[-1], advantage[None]
+    other = legal[None] & ~jnp.eye(num_actions, dtype=bool)[:-1]
     share = jax.nn.softmax(jnp.where(other, advantage / jnp.exp(log_alpha), -1e9))
     return jnp.sum(share * jnp.where(other, advantage, 0.0), -1)
 
@@ -247,7 +249,7 @@ def _stretch(
     value = jnp.concatenate([steps.value, jnp.mean(_values(heads), -2)[None]])
     potential = jnp.concatenate([steps.potential, expert_in_flight_qos(obs)[None]])
     gain = steps.earned + hyper.weights.potential * hyper.weights.score * jnp.diff(potential, axis=0)
-    taken = jnp.arange(num_experts) == steps.row.action[:, None]
+    taken = jnp.arange(num_experts)[None] == steps.row.action[:, None]
     net = gain - hyper.opportunity_cost * jnp.where(taken, steps.row.price, 0.0)
     reward = jnp.concatenate([net, jnp.sum(gain, -1, keepdims=True)], -1)
     return state, steps, lambda_returns(reward, steps.discount, value, hyper.trace_decay), steps.value
@@ -295,7 +297,9 @@ def _restarted(
         is_empty = (chance > 1.0 - hyper.empty_prob).reshape(shape)
         return jnp.where(is_warm, warm, jnp.where(is_empty, empty, state))
 
-    return jax.tree.map(chosen, states, warm_states, states.replace(world=empty.replace(failures=failures)))
+    restarted = jax.tree.map(chosen, states, warm_states, states.replace(world=empty.replace(failures=failures)))
+    failures = reseeded(restarted.world.failures, jax.random.fold_in(jax.random.clone(key), FAILURES))
+    return restarted.replace(world=restarted.world.replace(failures=failures))
 
 
 def _repeated(x: Array, copies: int) -> Array:
