@@ -115,7 +115,7 @@ class Completions(struct.PyTreeNode):
     standby_s: Array  # [N] s
     kv_block_s: Array  # [N] blocks x s
     passes: Array  # [] int32 passes through the engine's loops
-    lost: Array  # [] int32 requests that a failure ended, and which did not finish
+    lost: Array | int = 0  # [] int32 requests that a failure ended, and which did not finish
 
 
 def empty_world(
@@ -302,10 +302,11 @@ def observe(
     else:
         experts, requests = _stale_view(world.telemetry.snapshots, staleness_s)
     experts = experts.replace(profile=profile)
-    turn = turn_of(profile, world, request)
+    turn, cached_tokens = turn_of(profile, world, request), None
     prompt_tokens = whole_prompt(request, turn)
     if turn is not None:
         known_blocks = turn.cached_blocks if world.telemetry.scrape is None else turn.sent_blocks
+        cached_tokens = known_blocks * BLOCK_SIZE_TOKENS
     arrived = ArrivedView(
         prompt_tokens,
         request.latency_limit_s,
@@ -313,7 +314,7 @@ def observe(
         request.predicted_tokens,
         world.telemetry.arrivals / jnp.array(RATE_WINDOWS_S, world.telemetry.arrivals.dtype),
         request.limits,
-        None if turn is None else known_blocks * BLOCK_SIZE_TOKENS,
+        cached_tokens,
     )
     fits = fits_in_memory(profile, prompt_tokens, 1, spec.engine.block_size)
     legal = fits & (experts.waiting < profile.max_waiting)

@@ -163,6 +163,7 @@ def test_decisions_and_qos_are_those_of_the_environment() -> None:
     are_those_of_the_environment([plain_runs()[router.name, SEEDS[0]] for router in routers], *world())
 
 
+@pytest.mark.slow
 def test_so_they_are_with_sessions_whose_prompts_depend_on_who_answered() -> None:
     env, params = world(engine="vllm", sessions="6:4:2000")
     # Answers come before the next turn, as a rule.

@@ -31,6 +31,7 @@ FILES = {"results.json", "summary.csv", "summary.tex", "report.html"}
 FILES |= {f"{name}{ending}" for name in PICTURES for ending in ENDINGS}
 TABLE_EXPERTS = "--experts=alpaca-7b@A40,chatglm2-6b@A40"
 PLAIN = ("--preset=paper-3", "--routers=round_robin,shortest_queue", "--load=0.5", "--requests=200", "--seeds=2")
+OF_OTHER_WORLDS = {"lost_rate", "cached_share"}  # metrics of worlds with failures and sessions
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_every_row_names_every_metric(results: dict[str, Any]) -> None:
         (router, seed) for router in ("round_robin", "shortest_queue") for seed in (1000, 1001)
     ]
     for row in rows:
-        assert set(row) == {*labels, *METRICS}
+        assert set(row) == {*labels, *METRICS} - OF_OTHER_WORLDS
         assert (row["kind"], row["load"], row["requests"]) == ("heuristic", 0.5, 180)
         assert 0.6 < row["qos"] <= row["score"] < 0.8
         assert row["drop_rate"] == 0.0
@@ -83,7 +84,7 @@ def test_every_row_names_every_metric(results: dict[str, Any]) -> None:
 
 
 def test_the_summary_is_the_mean_of_the_rows(results: dict[str, Any]) -> None:
-    assert len(results["summary"]) == 2 * len(METRICS)
+    assert len(results["summary"]) == 2 * len(METRICS.keys() - OF_OTHER_WORLDS)
     for entry in results["summary"]:
         assert set(entry) == {"router", "kind", "load", "rate_per_s", "metric", "mean", "low", "high"}
         values = [row[entry["metric"]] for row in results["rows"] if row["router"] == entry["router"]]

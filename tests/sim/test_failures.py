@@ -44,6 +44,7 @@ def test_an_expert_of_infinite_mean_never_fails() -> None:
         assert np.isfinite(interval.until_s).all() and (np.asarray(interval.rest_s) >= 0).all()
 
 
+@pytest.mark.slow
 def test_every_request_is_finished_lost_refused_or_there_still() -> None:
     env, params = small_env(N, failures=True), small_params(N, rate_per_s=20.0)
     params = params.replace(failure_law=law(3.0, 1.0))
