@@ -27,7 +27,6 @@ from qos_jax.routers.base import Router
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.sim.failures import FAILURES
 from qos_jax.sim.replay import ReplayResult, replay_many
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation, Request, RequestTrace
 from qos_jax.sim.validation import MAX_SEED, checked_whole
@@ -124,7 +123,7 @@ def route_requests(
       params: the world; its workload is not used.
       gaps_s: [J] s before each request.
       requests: predictions and ground truth, leaves [J, ...].
-      key: for routers that sample actions.
+      key: for routers that sample actions, and for failures, which are the same for all routers.
 
     Returns:
       The actions [J] int32, ``num_experts`` is a drop; and ``Routed``.
@@ -169,10 +168,7 @@ def route_by(
         world, _ = dispatch(spec, params.experts, world, request, action)
         return (world, memory), (action, routed, look(obs))
 
-    failures_key = (
-        jax.random.fold_in(jax.random.clone(key), FAILURES) if spec.failures else None
-    )  # the same for all routers
-    world = empty_world(spec, params.experts, params.scrape_s, params.failure_law, failures_key)
+    world = empty_world(spec, params.experts, params.scrape_s, params.failure_law, key)
     start = (world, memory)
     return lax.scan(decide, start, (gaps_s, requests, jax.random.split(key, gaps_s.shape[0])))[1]
 

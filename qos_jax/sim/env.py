@@ -22,7 +22,7 @@ from jax.experimental import checkify
 
 from qos_jax.errors import InputError
 from qos_jax.sim.cost import blocks_of
-from qos_jax.sim.failures import FAILURES, FailureLaw
+from qos_jax.sim.failures import FailureLaw
 from qos_jax.sim.spaces import Discrete, space_class, space_of
 from qos_jax.sim.types import ExpertProfile, Observation, Preferences, Request, Workload
 from qos_jax.sim.validation import of_one_type
@@ -225,9 +225,7 @@ class Environment:
         return world, completions, dropped
 
     def _begin(self, key: Array, request: Request, workload: Any, params: EnvParams) -> tuple[Observation, EnvState]:
-        # The key has decided about requests by now, which failures do not depend on.
-        failures_key = jax.random.fold_in(jax.random.clone(key), FAILURES) if self.spec.failures else None
-        world = empty_world(self.spec, params.experts, params.scrape_s, params.failure_law, failures_key)
+        world = empty_world(self.spec, params.experts, params.scrape_s, params.failure_law, key)
         state = EnvState(jnp.int32(0), world, request, workload)
         return self.observe(state, params), state
 

@@ -18,7 +18,7 @@ from qos_jax.sim.engine_state import EngineSpec, ExpertState, total
 from qos_jax.sim.sessions import forget
 from qos_jax.sim.types import ExpertProfile
 
-FAILURES = 0x6661696C  # folded into a key for a stream of its own: small numbers give those of ``jax.random.split``
+_STREAM = 0x6661696C  # folded into a key for a stream of its own: small numbers give those of ``jax.random.split``
 
 
 class FailureLaw(struct.PyTreeNode):
@@ -53,9 +53,9 @@ def all_up(law: FailureLaw, key: Array) -> Failures:
 
     Args:
       law: of N experts.
-      key: random key, which decides about all failures to come.
+      key: random key, which decides about all failures to come; it may have other uses.
     """
-    seed = jax.random.bits(key, (), jnp.uint32)
+    seed = _seed(key, ())
     zeros = jnp.zeros_like(law.mean_up_s)
     left_s = _sojourns_s(seed, jnp.int32(0), law.mean_up_s)
     return Failures(law, seed, jnp.int32(0), left_s, zeros > 0, zeros + jnp.inf, jnp.int32(0))
@@ -104,7 +104,11 @@ def without_requests(experts: ExpertState, which: Array) -> tuple[ExpertState, A
 
 def reseeded(state: Failures | None, key: Array) -> Failures | None:
     """Returns the same state with another future, for a world that is set back to it; None where none fails."""
-    return None if state is None else state.replace(seed=jax.random.bits(key, state.seed.shape, jnp.uint32))
+    return None if state is None else state.replace(seed=_seed(key, state.seed.shape))
+
+
+def _seed(key: Array, shape: tuple[int, ...]) -> Array:
+    return jax.random.bits(jax.random.fold_in(jax.random.clone(key), _STREAM), shape, jnp.uint32)
 
 
 def _sojourns_s(seed: Array, number: Array, mean_s: Array) -> Array:

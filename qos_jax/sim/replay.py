@@ -44,7 +44,7 @@ class LaneRequests(struct.PyTreeNode):
     prompt_tokens: AnyArray  # [J, L] int32
     output_tokens: AnyArray  # [J, L] int32, 0 for padding
     shared_tokens: AnyArray  # [J, L] int32, of the prompt
-    fails: AnyArray  # [J, L] bool: no request, but a failure in which the lane loses all of its own
+    fails: AnyArray | None  # [J, L] bool: no request, but a failure in which the lane loses all; None if none fails
 
 
 class LaneLog(struct.PyTreeNode):
@@ -143,6 +143,8 @@ def replay_many(
     )
     lanes = [_sort_into_lanes(*args, length) for args in zip(traces, assignments, positions, failures, strict=True)]
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *lanes)
+    if failures is never:
+        requests = requests.replace(fails=None)
     fleets = jax.tree.map(lambda x: np.concatenate([x] * len(traces)), experts)
     log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype)
     fleet_logs = [
@@ -297,9 +299,8 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) ->
     def arrive(carry: tuple[ExpertState, Array], request: LaneRequests) -> tuple[Any, Array]:
         state, index = carry
         state = engine.advance(spec, experts, state, request.gap_s)
-        state = lax.cond(
-            jnp.any(request.fails), lambda state: without_requests(state, request.fails)[0], lambda state: state, state
-        )
+        if request.fails is not None:
+            state, _ = without_requests(state, request.fails)
         not_padding = request.output_tokens > 0
         admissible = engine.admissible(spec, experts, state, request.prompt_tokens, request.output_tokens)
         dropped = not_padding & ~admissible

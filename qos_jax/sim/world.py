@@ -132,11 +132,12 @@ def empty_world(
       profile: of the experts.
       scrape_s: [] s between two readings of the engines' metrics, where routers observe what a proxy does.
       failure_law: of the experts, where they fail.
-      key: random key of the failures; None where none fails.
+      key: random key of the failures, which may have other uses; needed with a law.
     """
     world = _without_failures(spec, profile, scrape_s)
-    if failure_law is None or key is None:
+    if not spec.failures or failure_law is None:
         return world
+    assert key is not None
     return world.replace(failures=all_up(failure_law, key))
 
 

@@ -29,7 +29,6 @@ from qos_jax import (
 from qos_jax.evaluation.evaluate import RouterRun
 from qos_jax.evaluation.metrics import qos_of
 from qos_jax.sim.env import Environment
-from qos_jax.sim.failures import FAILURES
 from qos_jax.sim.world import advance, collect, dispatch, empty_world
 from tests.helpers.small_env import small_env
 
@@ -335,9 +334,7 @@ def test_where_experts_fail_the_replay_loses_what_the_routed_world_lost() -> Non
     env, params = world(failures="2:0.5")
     spec, sent = env.spec, (*(make_router(name, env) for name in ("round_robin", "impact_greedy")), heedless())
     gaps_s, requests = sample_requests(params.workload, jax.random.key(SEEDS[0]), REQUESTS)
-    key = jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(SEEDS[0]), 1), FAILURES
-    )  # of the failures, for every router
+    key = jax.random.fold_in(jax.random.key(SEEDS[0]), 1)  # also of the failures, for every router
 
     @jax.jit
     def by_hand(assignment: Array) -> Any:

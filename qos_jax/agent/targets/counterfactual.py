@@ -22,7 +22,7 @@ from qos_jax.agent.sac import Hyperparameters, LearnerState
 from qos_jax.agent.targets.base import Agent, CriticLoss
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.env import EnvParams, axis_of_environments
-from qos_jax.sim.failures import FAILURES, reseeded
+from qos_jax.sim.failures import reseeded
 
 
 class CounterfactualTarget(struct.PyTreeNode):
@@ -65,7 +65,7 @@ class Counterfactual:
         key_reset, key_envs = jax.random.split(key)
         reset = jax.random.bernoulli(key_reset, hyper.reset_prob, (config.num_envs,))
         envs = _where(reset, state.warm_state, state.envs[1])
-        failures = reseeded(envs.world.failures, jax.random.fold_in(jax.random.clone(key_reset), FAILURES))
+        failures = reseeded(envs.world.failures, key_reset)
         envs = envs.replace(world=envs.world.replace(failures=failures))
         probes = state.beside.replace(valid=state.beside.valid & ~reset[:, None])
 

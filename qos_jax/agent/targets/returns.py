@@ -39,7 +39,7 @@ from qos_jax.errors import InputError
 from qos_jax.impact.estimate import expert_in_flight_qos, impact
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.env import EnvParams, EnvState, axis_of_environments
-from qos_jax.sim.failures import FAILURES, reseeded
+from qos_jax.sim.failures import reseeded
 from qos_jax.sim.world import advance, collect, dispatch, empty_world
 
 
@@ -298,7 +298,7 @@ def _restarted(
         return jnp.where(is_warm, warm, jnp.where(is_empty, empty, state))
 
     restarted = jax.tree.map(chosen, states, warm_states, states.replace(world=empty.replace(failures=failures)))
-    failures = reseeded(restarted.world.failures, jax.random.fold_in(jax.random.clone(key), FAILURES))
+    failures = reseeded(restarted.world.failures, key)
     return restarted.replace(world=restarted.world.replace(failures=failures))
 
 
