@@ -88,6 +88,7 @@ def test_a_failure_takes_the_cache_and_an_expert_that_is_down_takes_nothing() ->
     assert [bool(sent(after, n)[2]) for n in range(N)] == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_s", [0.3, 1.7, 4.0])
 def test_a_replay_after_a_failure_is_one_of_the_later_requests_alone(fails_s: float) -> None:
     rng = np.random.default_rng(0)

@@ -109,6 +109,7 @@ class TestOneAtATime:
         assert set(np.unique(excess)) <= {0, 1}
         assert np.mean(excess) < 0.05
 
+    @pytest.mark.slow
     def test_experts_without_a_prefix_cache_find_nothing(self) -> None:
         experts = EXPERTS.replace(prefix_cache=jnp.array([False, True]))
         (request, _), *_ = turns(np.random.default_rng(0), 1)
@@ -148,6 +149,7 @@ def test_no_more_is_cached_than_was_said() -> None:
     assert served(shorter, asked, 0)[1].cached_tokens.tolist() == [2 * BLOCK, 0]
 
 
+@pytest.mark.slow
 def test_a_late_turn_of_a_conversation_that_is_over_takes_nothing_from_the_next() -> None:
     """It began before, on a slow expert, and ends after the first turn of the next conversation has."""
     (request, _), *_ = turns(np.random.default_rng(0), 1)
