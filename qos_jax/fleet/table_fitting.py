@@ -5,6 +5,8 @@ run in tiles, so their times rise in steps that no line follows. Of the measured
 do not imply. Attention is linear in sums over the requests (``ATTENTION_TERMS``), and its coefficients are fitted to
 the rest of the time by relative least squares. All kinds of iterations weigh the same, and no coefficient is negative,
 so that no iteration gets faster by what is added to it.
+
+Where whole iterations of an engine were timed and not its kernels, all of it is fitted at once.
 """
 
 from __future__ import annotations
@@ -50,6 +52,35 @@ def fit_tables(tables: KernelTables, iterations: Iterations, num_layers: int) ->
     )
 
 
+def fit_whole(iterations: Iterations) -> IterationTables:
+    """Fits the tables of one expert to iterations of an engine, with what its host did in them.
+
+    The matrix kernels are a line with knots at powers of two, up to the largest iteration. What requests add to them is
+    in the attention, so the head takes no time.
+
+    Args:
+      iterations: timed as a whole, of all kinds, with 1 to many requests.
+
+    Returns:
+      Tables with N = 1.
+    """
+    tokens = np.asarray(iterations.prompt_tokens + iterations.decodes, float)
+    knots = np.append(2.0 ** np.arange(np.ceil(np.log2(max(tokens.max(), 2.0)))), tokens.max())
+    pieces = np.clip(tokens[:, None] - knots[:-1], 0.0, np.diff(knots))
+    columns = np.concatenate([np.ones((len(tokens), 1)), pieces, _terms(iterations)], 1)
+    found = _robust_nnls(columns, iterations.time_s, iterations)
+    base_s, slopes, attention_s = np.split(found, [1, len(knots)])
+    return IterationTables(
+        dense_tokens=knots[None],
+        dense_s=(base_s + np.append(0.0, np.cumsum(slopes * np.diff(knots))))[None],
+        head_requests=_NO_HEAD[0][None],
+        head_s=_NO_HEAD[1][None],
+        attention_s=attention_s[None],
+        host_s=np.zeros(1),
+        host_per_sequence_s=np.zeros(1),
+    )
+
+
 def _sum_of(curves: Iterable[tuple[int, Curve]]) -> Curve:
     """Returns the sum of curves, each as often as stated, at all points within the range of all of them."""
     curves = list(curves)
@@ -85,20 +116,33 @@ def _fit_attention(iterations: Iterations, kernels_s: np.ndarray) -> np.ndarray:
 
     But without a mixed batch that goes on with a prompt, such a batch counts as one that begins it.
     """
-    from scipy.optimize import nnls  # slow to import
-
-    batch = iterations.batch
-    terms = np.asarray(attention_terms(Batch(**{name: np.asarray(x, float) for name, x in vars(batch).items()})), float)
-    scale = np.where(terms.max(0) > 0, terms.max(0), 1.0)
-    _, kind, size = np.unique(iterations.kind, return_inverse=True, return_counts=True)
-    equal = 1 / (iterations.time_s * np.sqrt(size[kind]))
-    weight = equal
-    for _ in range(_PASSES):
-        solution, _ = nnls(terms / scale * weight[:, None], (iterations.time_s - kernels_s) * weight)
-        error = np.abs((terms / scale) @ solution + kernels_s - iterations.time_s) / iterations.time_s
-        weight = equal / np.sqrt(np.maximum(error / _LARGE_ERROR, 1.0))
-    coefficients = solution / scale
+    terms = _terms(iterations)
+    coefficients = _robust_nnls(terms, iterations.time_s - kernels_s, iterations)
     mixed, chunked = ATTENTION_TERMS.index("mixed"), ATTENTION_TERMS.index("mixed_chunked")
     if not terms[:, chunked].any():
         coefficients[chunked] = coefficients[mixed]
     return coefficients
+
+
+def _terms(iterations: Iterations) -> np.ndarray:
+    """Returns what multiplies the coefficients of ``ATTENTION_TERMS``, [R, 12]."""
+    fields = {name: np.asarray(x, float) for name, x in vars(iterations.batch).items()}
+    return np.asarray(attention_terms(Batch(**fields)), float)
+
+
+def _robust_nnls(columns: np.ndarray, target_s: np.ndarray, iterations: Iterations) -> np.ndarray:
+    """Returns the non-negative coefficients of columns [R, C] that give targets [R], in errors of the whole time.
+
+    All kinds of iterations weigh the same, and those with a large error less with each pass.
+    """
+    from scipy.optimize import nnls  # slow to import
+
+    scale = np.where(columns.max(0) > 0, columns.max(0), 1.0)
+    _, kind, size = np.unique(iterations.kind, return_inverse=True, return_counts=True)
+    equal = 1 / (iterations.time_s * np.sqrt(size[kind]))
+    weight = equal
+    for _ in range(_PASSES):
+        solution, _ = nnls(columns / scale * weight[:, None], target_s * weight)
+        error = np.abs((columns / scale) @ solution - target_s) / iterations.time_s
+        weight = equal / np.sqrt(np.maximum(error / _LARGE_ERROR, 1.0))
+    return np.asarray(solution / scale)
