@@ -22,6 +22,7 @@ from qos_jax.sim.types import ATTENTION_TERMS, IterationTables
 _KNOT_TOLERANCE = 0.01  # largest relative error of a measured point that is left out
 _LARGE_ERROR = 0.1  # beyond, an iteration pulls no more: one long context beside few others, which no sum can tell
 _PASSES = 12
+_ROUNDS = 4  # of a fit whose errors are relative to what the round before it gave
 _NO_HEAD: Curve = (np.array([1.0, 2.0]), np.zeros(2))
 
 
@@ -68,7 +69,10 @@ def fit_whole(iterations: Iterations) -> IterationTables:
     knots = np.append(2.0 ** np.arange(np.ceil(np.log2(max(tokens.max(), 2.0)))), tokens.max())
     pieces = np.clip(tokens[:, None] - knots[:-1], 0.0, np.diff(knots))
     columns = np.concatenate([np.ones((len(tokens), 1)), pieces, _terms(iterations)], 1)
-    found = _robust_nnls(columns, iterations.time_s, iterations)
+    expected_s = iterations.time_s
+    for _ in range(_ROUNDS):  # in errors of a time that scatters, the least squares would be too short
+        found = _robust_nnls(columns, iterations.time_s, iterations.kind, expected_s)
+        expected_s = columns @ found
     base_s, slopes, attention_s = np.split(found, [1, len(knots)])
     return IterationTables(
         dense_tokens=knots[None],
@@ -117,7 +121,7 @@ def _fit_attention(iterations: Iterations, kernels_s: np.ndarray) -> np.ndarray:
     But without a mixed batch that goes on with a prompt, such a batch counts as one that begins it.
     """
     terms = _terms(iterations)
-    coefficients = _robust_nnls(terms, iterations.time_s - kernels_s, iterations)
+    coefficients = _robust_nnls(terms, iterations.time_s - kernels_s, iterations.kind, iterations.time_s)
     mixed, chunked = ATTENTION_TERMS.index("mixed"), ATTENTION_TERMS.index("mixed_chunked")
     if not terms[:, chunked].any():
         coefficients[chunked] = coefficients[mixed]
@@ -130,19 +134,19 @@ def _terms(iterations: Iterations) -> np.ndarray:
     return np.asarray(attention_terms(Batch(**fields)), float)
 
 
-def _robust_nnls(columns: np.ndarray, target_s: np.ndarray, iterations: Iterations) -> np.ndarray:
-    """Returns the non-negative coefficients of columns [R, C] that give targets [R], in errors of the whole time.
+def _robust_nnls(columns: np.ndarray, target_s: np.ndarray, kind: np.ndarray, whole_s: np.ndarray) -> np.ndarray:
+    """Returns the non-negative coefficients [C] of columns [R, C] that give targets [R], in errors of ``whole_s`` [R].
 
-    All kinds of iterations weigh the same, and those with a large error less with each pass.
+    All kinds [R] of iterations weigh the same, and those with a large error less with each pass.
     """
     from scipy.optimize import nnls  # slow to import
 
     scale = np.where(columns.max(0) > 0, columns.max(0), 1.0)
-    _, kind, size = np.unique(iterations.kind, return_inverse=True, return_counts=True)
-    equal = 1 / (iterations.time_s * np.sqrt(size[kind]))
+    _, number, size = np.unique(kind, return_inverse=True, return_counts=True)
+    equal = 1 / (whole_s * np.sqrt(size[number]))
     weight = equal
     for _ in range(_PASSES):
         solution, _ = nnls(columns / scale * weight[:, None], target_s * weight)
-        error = np.abs((columns / scale) @ solution - target_s) / iterations.time_s
+        error = np.abs((columns / scale) @ solution - target_s) / whole_s
         weight = equal / np.sqrt(np.maximum(error / _LARGE_ERROR, 1.0))
     return np.asarray(solution / scale)

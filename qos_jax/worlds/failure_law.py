@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from qos_jax.errors import InputError
+from qos_jax.io.text_files import parse_number
 from qos_jax.sim.constants import MAX_SOJOURN_S
 from qos_jax.sim.failures import FailureLaw
 
@@ -16,7 +17,7 @@ def check_failures(text: str) -> tuple[float, float]:
       InputError: the text is not of that form, or a number is out of range.
     """
     try:
-        up_s, down_s = map(float, text.split(":"))
+        up_s, down_s = map(parse_number, text.split(":"))
         if 0 < up_s <= MAX_SOJOURN_S and 0 < down_s <= MAX_SOJOURN_S:
             return up_s, down_s
     except ValueError:

@@ -142,6 +142,6 @@ def test_a_world_says_how_experts_fail() -> None:
     assert env.spec.failures
     assert params.failure_law.mean_up_s.tolist() == [600.0] * 3
     assert params.failure_law.mean_down_s.tolist() == [30.0] * 3
-    for text in ("600", "0:30", "600:x", "1e10:1", "1:2:3"):
+    for text in ("600", "0:30", "600:x", "1e10:1", "1:2:3", "6_0:30"):
         with pytest.raises(ValueError, match="must be UP:DOWN, mean seconds above 0"):
             make("paper-3", rate_per_s=1.0, failures=text)
