@@ -19,6 +19,7 @@ def found() -> dict[str, Any]:
     return compare(RUNS)
 
 
+@pytest.mark.slow
 def test_its_own_iterations_take_as_long_as_the_tables_say(found: dict[str, Any]) -> None:
     """To 1 % in three runs of four; between the fourth and the profile the machine got faster by 4.5 %."""
     errors = sorted(abs(run["tables"]["iterations"]) for run in found["runs"].values())
@@ -26,6 +27,7 @@ def test_its_own_iterations_take_as_long_as_the_tables_say(found: dict[str, Any]
     assert errors[3] < 0.05
 
 
+@pytest.mark.slow
 def test_latencies_are_as_measured(found: dict[str, Any]) -> None:
     """End to end 8 % at each load at the speed of the run, and without that at all loads but 1.0."""
     e2e = {
@@ -38,6 +40,7 @@ def test_latencies_are_as_measured(found: dict[str, Any]) -> None:
     assert abs(e2e["tables"]["load-0.8"]) < abs(e2e["coefficients"]["load-0.8"])
 
 
+@pytest.mark.slow
 def test_the_profile_shows_what_the_coefficients_leave_out(found: dict[str, Any]) -> None:
     """They have no term for prompts that go on; single times scatter by 10 %, so the bias is what tells."""
     bias = {form: found["profile"][form]["chunked"]["bias"] for form in ("tables", "coefficients")}
