@@ -278,7 +278,8 @@ def poisson(
         request.arrival_s = at_s
         at_s += lot.expovariate(rate_per_s)
     engine.clock_s = 0.0
-    waiting, iterations, ticks = list(reversed(requests)), [], []
+    waiting, iterations = list(reversed(requests)), []
+    ticks: list[tuple[float, ...]] = []
     prompts = tokens = 0
     while waiting or engine.requests:
         if not engine.requests:

@@ -174,7 +174,8 @@ STUDIES = {
     ),
     "edge": Study(
         "The edge of today",
-        "Who earns most on boards and cards of 2026 with LLMs of 4 to 16 bits, where memory binds?",
+        "Who earns most on boards and cards of 2026 with LLMs of 4 to 16 bits, where memory binds? Three training "
+        "seeds, on half of the recipe's requests.",
         _everywhere(_EDGE, Poisson={}),
         metrics=("score", "ttft_p95_s", "violation_rate", "drop_rate", "kv_utilisation", "preemptions"),
     ),
