@@ -17,7 +17,7 @@ from absl import flags
 
 from qos_jax.errors import InputError
 from qos_jax.fleet.profiles import expert_profile
-from qos_jax.io.text_files import CsvTable, json_lines, parse_number, read_text, shown
+from qos_jax.io.text_files import CsvTable, finite_number, json_lines, read_text, shown
 from qos_jax.programs.app import FlagGroup, run_program
 from qos_jax.sim.replay import replay
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RequestLog, RequestTrace
@@ -90,7 +90,7 @@ def measured_runs(path: pathlib.Path) -> dict[tuple[str, str], np.ndarray]:
     for where, (gpu, setup, tokens) in CsvTable(read_text(path), path).rows(("gpu", "setup", "tokens_per_s")):
         if setup not in _SETUPS:
             raise InputError(f"{where}: setup is {shown(setup)}, must be one of {', '.join(_SETUPS)}")
-        runs[gpu, setup].append(_number(tokens, "tokens_per_s", where))
+        runs[gpu, setup].append(finite_number(tokens, "tokens_per_s", where))
     return {run: np.array(tokens) for run, tokens in runs.items()}
 
 
@@ -109,7 +109,7 @@ def simulated_run(path: pathlib.Path, llm: str, gpu: str, engines: int, limit: i
     """
     requests = read_block_ids(path)
     arrival_s, output_tokens = (
-        np.array([_number(row.get(name), name, where) for where, row in json_lines(read_text(path), path)])
+        np.array([finite_number(row.get(name), name, where) for where, row in json_lines(read_text(path), path)])
         for name in ("arrival_s", "output_toks")
     )
     in_turn = np.arange(len(arrival_s)) % engines
@@ -121,13 +121,6 @@ def simulated_run(path: pathlib.Path, llm: str, gpu: str, engines: int, limit: i
     )
     experts = expert_profile([(llm, gpu)] * engines, limit, 10**6, "vllm")
     return trace, replay(experts, trace, in_turn)
-
-
-def _number(value: object, name: str, where: str) -> float:
-    try:
-        return parse_number(value)
-    except ValueError:
-        raise InputError(f"{where}: {name} is {shown(value)}, must be a finite number") from None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from qos_jax.fleet.profile_fitting import Iterations, fit_timing, predicted_s, r
 from qos_jax.fleet.table_fitting import fit_whole
 from qos_jax.io.files import writable_folder, write_whole
 from qos_jax.io.provenance import plain, versions
-from qos_jax.io.text_files import CsvTable, parse_number, read_text, shown
+from qos_jax.io.text_files import CsvTable, finite_number, read_text
 from qos_jax.programs.app import FlagGroup, run_program
 
 
@@ -105,7 +105,7 @@ def read_iterations(path: pathlib.Path) -> Iterations:
         path = path.with_name(f"{path.name}.gz")
     names = [field.name for field in dataclasses.fields(Iterations) if field.name != "kind"]
     rows = [
-        [_number(cell, name, where) for name, cell in zip(names, cells, strict=True)]
+        [finite_number(cell, name, where) for name, cell in zip(names, cells, strict=True)]
         for where, cells in CsvTable(read_text(path), path).rows(names)
     ]
     if not rows:
@@ -116,13 +116,6 @@ def read_iterations(path: pathlib.Path) -> Iterations:
         [column["prefix_tokens"] > 0, prompt == 0, decodes == 0], ["chunked", "decode", "prefill"], "mixed"
     )
     return Iterations(kind=kind, **column)
-
-
-def _number(value: str, name: str, where: str) -> float:
-    try:
-        return parse_number(value)
-    except ValueError:
-        raise InputError(f"{where}: {name} is {shown(value)}, must be a finite number") from None
 
 
 if __name__ == "__main__":

@@ -149,6 +149,23 @@ def parse_number(value: Any) -> float:
     return number
 
 
+def finite_number(value: Any, name: str, where: str) -> float:
+    """Returns a number of JSON or of a text, see ``parse_number``.
+
+    Args:
+      value: the number.
+      name: of its field, for the message.
+      where: the file and line, for the message.
+
+    Raises:
+      InputError: it is none.
+    """
+    try:
+        return parse_number(value)
+    except ValueError:
+        raise InputError(f"{where}: {name} is {shown(value)}, must be a finite number") from None
+
+
 def number_or_nan(value: Any) -> float:
     """Returns a number of JSON or TOML; NaN, which fails every check of a range, for texts and other values."""
     try:
