@@ -203,7 +203,7 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
         none_wait = ~jnp.any(state.slots.waiting, -1)  # then a completion admits no request
 
         def decode(carry: tuple[ExpertState, Array]) -> tuple[ExpertState, Array]:
-            state, decodes_on = _decode_stretch(spec, experts, *carry, horizon_s)
+            state, decodes_on = decode_stretch(spec, experts, *carry, horizon_s)
             return state, decodes_on & none_wait
 
         return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, (state, steady & busy(state)))[0]
@@ -336,7 +336,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     return state, admits_none & (unsteady == 0)
 
 
-def _decode_stretch(
+def decode_stretch(
     spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array, horizon_s: Array
 ) -> tuple[ExpertState, Array]:
     """Runs the ``active`` [L] lanes to the next completion, to the horizon, or until the KV memory is full.

@@ -1,12 +1,14 @@
 """Replay: the outcome of each request of a known trace under a fixed assignment to experts.
 
-Experts do not interact, so each expert replays its own requests, and all experts run side by side as lanes of one
-program. The requests of a lane are processed in chunks. After each chunk, the finished requests are collected and the
-slots are compacted.
+Experts do not interact, so each is a lane that replays its own requests. On a CPU a few lanes run side by side in each
+of several threads; other devices run all of them at once. When a lane has no free slot left, the finished requests of
+all are collected and their slots are compacted.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,8 +26,11 @@ from qos_jax.sim.failures import without_requests
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestLog, RequestTrace
 from qos_jax.sim.validation import MAX_SIZE, checked_assignment, checked_experts, checked_trace, checked_whole
 
-_CHUNK = 64  # requests of one lane between two compactions
-_MIN_LIVE = 64  # requests on one expert, for which slots are allocated first
+_MIN_LIVE = 32  # requests on one expert, for which slots are allocated first, and as many for finished ones
+_MIN_ROWS = 64  # requests of one lane, for which a program is compiled
+_SHARED_ROWS = 4096  # no more rows are compiled than needed for the sake of sharing a program
+_CPU_LANES = 16  # side by side: few, so that their state stays in cache and that one slow lane delays few
+_NEVER_S = 1e30  # s
 
 
 class ReplayResult(struct.PyTreeNode):
@@ -146,7 +151,9 @@ def replay_many(
     if failures is never:
         requests = requests.replace(fails=None)
     fleets = jax.tree.map(lambda x: np.concatenate([x] * len(traces)), experts)
-    log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype)
+    # Another assignment of the same requests does not recompile.
+    min_rows = min(max((len(trace.arrival_s) for trace in traces), default=1), _SHARED_ROWS)
+    log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype, min_rows=min_rows)
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
     ]
@@ -234,6 +241,7 @@ def replay_lanes(
     *,
     block_size: int = BLOCK_SIZE_TOKENS,
     dtype: Any = np.float64,
+    min_rows: int = 1,
 ) -> LaneLog:
     """Replays every lane to its end.
 
@@ -244,6 +252,7 @@ def replay_lanes(
       requests: of each lane.
       block_size: tokens per KV block.
       dtype: of the engine's times.
+      min_rows: requests for which a program is compiled at least, so that similar runs share it.
 
     Returns:
       The log of each lane.
@@ -254,87 +263,141 @@ def replay_lanes(
     if dtype not in (np.float64, np.float32):
         raise InputError(f"dtype is {dtype!r}, must be np.float64 or np.float32")
     length, lanes = requests.gap_s.shape
-    chunks = 1 << (-(-length // _CHUNK) - 1).bit_length()  # powers of two, so that few shapes are compiled
-    requests = jax.tree.map(lambda x: _split_into_chunks(x, chunks), requests)
-    max_live = _MIN_LIVE
-    while True:
-        spec = EngineSpec(max_live + _CHUNK, block_size)
-        with jax.enable_x64(np.dtype(dtype) == np.float64):
-            rows, dropped, integrals, overflow = _replay(spec, experts, requests)
-        if not overflow:
-            break
-        max_live *= 2
-    rows = jax.tree.map(np.asarray, rows)
-    finished = rows["index"] >= 0
-    index, lane = rows["index"][finished], np.broadcast_to(np.arange(lanes)[:, None], finished.shape)[finished]
-    finish_s, first_token_s = np.full((2, length, lanes), np.nan)
-    preemptions = np.zeros((length, lanes), np.int32)
-    finish_s[index, lane] = rows["finish_s"][finished]
-    first_token_s[index, lane] = rows["first_token_s"][finished]
-    preemptions[index, lane] = rows["preemptions"][finished]
-    dropped = np.asarray(dropped).reshape(-1, lanes)[:length]
-    busy_s, standby_s, kv_block_s = (np.asarray(x, np.float64).sum(0) for x in integrals)
-    return LaneLog(finish_s, first_token_s, preemptions, dropped, busy_s, standby_s, kv_block_s)
+    rows = 1 << (max(length, min_rows, _MIN_ROWS) - 1).bit_length()  # powers of two, so that few shapes are compiled
+    used = requests.output_tokens > 0 if requests.fails is None else (requests.output_tokens > 0) | requests.fails
+    counts = used.sum(0).astype(np.int32)
+    width = _CPU_LANES if jax.default_backend() == "cpu" else lanes
+    order = np.argsort(-counts, kind="stable")  # lanes of about one length end together
+    groups = [order[i : i + width] for i in range(0, lanes, width)]
+
+    def run(group: np.ndarray) -> tuple[Any, ...]:
+        lane, missing = np.resize(group, width), np.arange(width) >= len(group)
+        part = jax.tree.map(lambda x: np.pad(x[:, lane], ((0, rows - length), (0, 0))), requests)
+        fleet, max_live = jax.tree.map(lambda x: x[lane], experts), _MIN_LIVE
+        while True:
+            spec = EngineSpec(2 * max_live, block_size)
+            with jax.enable_x64(np.dtype(dtype) == np.float64):
+                *found, overflow = _replay(spec, fleet, part, np.where(missing, 0, counts[lane]))
+            if not overflow:
+                return jax.tree.map(lambda x: np.asarray(x)[..., : len(group)], tuple(found))
+            max_live *= 2
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(run, groups))
+    log, integrals = jax.tree.map(lambda *parts: np.concatenate(parts, -1)[..., np.argsort(order)], *found)
+    log = {name: values[:length] for name, values in log.items()}
+    return LaneLog(**log, **{name: values.astype(np.float64) for name, values in integrals.items()})
 
 
-def _split_into_chunks(values: np.ndarray, chunks: int) -> np.ndarray:
-    """Returns ``values`` [J, L] padded with 0 and reshaped to [chunks, _CHUNK, L]."""
-    padding = chunks * _CHUNK - len(values)
-    return np.pad(values, ((0, padding), (0, 0))).reshape(chunks, _CHUNK, -1)
+class _Progress(struct.PyTreeNode):
+    """How far each of L lanes is."""
+
+    state: ExpertState
+    arrived: Array  # [L] int32 requests
+    until_s: Array  # [L] s from now until the next one, ``_NEVER_S`` after the last
+    steady: Array  # [L] bool: the lane only decodes until a request finishes or arrives
+    dropped: Array  # [J, L] bool
+
+    @property
+    def busy(self) -> Array:
+        """[L] bool: an iteration starts before the next request arrives."""
+        return (self.state.clock_s < self.until_s) & jnp.any(self.state.slots.live, -1)
 
 
 @partial(jax.jit, static_argnums=0)
-def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests) -> Any:
-    """Scans over the chunks of requests [chunks, _CHUNK, L].
+def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, counts: Array) -> tuple[Any, Any, Array]:
+    """Replays the first ``counts`` [L] requests of each lane.
+
+    Lanes do not wait for each other: in each pass of the loop every lane runs an iteration and a stretch of decoding,
+    or its next request arrives.
 
     Returns:
-      The finished requests after each chunk [chunks + 1, L, S], which requests were dropped [chunks, _CHUNK, L], the
-      integrals of each chunk [chunks + 1, L], and [] bool: the slots did not suffice.
+      The fields [J, L] of ``LaneLog``, those [L], and [] bool: the slots did not suffice.
     """
     dtype = jnp.result_type(float)
     experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), experts)
     requests = requests.replace(gap_s=requests.gap_s.astype(dtype))
-    lanes = requests.gap_s.shape[2:]
+    shape, lane = requests.gap_s.shape, jnp.arange(len(counts))[:, None]
 
-    def arrive(carry: tuple[ExpertState, Array], request: LaneRequests) -> tuple[Any, Array]:
-        state, index = carry
-        state = engine.advance(spec, experts, state, request.gap_s)
+    def done(at: _Progress) -> Array:
+        return ~at.busy & (at.arrived >= counts)
+
+    def step(at: _Progress) -> _Progress:
+        return _arrive(spec, experts, requests, counts, _run(spec, experts, at))
+
+    def collect(carry: tuple[_Progress, Any, Any, Array]) -> tuple[_Progress, Any, Any, Array]:
+        at, log, integrals, _ = carry
+        at = lax.while_loop(lambda at: ~jnp.all(done(at)) & ~jnp.any(engine.needs_compact(at.state)), step, at)
+        state, slots = at.state, at.state.slots
+        row = jnp.where(slots.finished, slots.payload, shape[0])  # others are beyond the end, where nothing is written
+        log = {name: values.at[row, lane].set(getattr(slots, name), mode="drop") for name, values in log.items()}
+        integrals = {name: values + getattr(state, name) for name, values in integrals.items()}
+        state = engine.compact(spec, state.replace(**jax.tree.map(jnp.zeros_like, integrals)))
+        return at.replace(state=state), log, integrals, jnp.any(engine.needs_compact(state))
+
+    def unfinished(carry: tuple[_Progress, Any, Any, Array]) -> Array:
+        return ~jnp.all(done(carry[0])) & ~carry[-1]
+
+    nan, none = jnp.full(shape, jnp.nan, dtype), jnp.zeros(len(counts), dtype)
+    log = {"finish_s": nan, "first_token_s": nan, "preemptions": jnp.zeros(shape, jnp.int32)}
+    integrals = {"busy_s": none, "standby_s": none, "kv_block_s": none}
+    at = _Progress(
+        state=engine.init_state(spec, (len(counts),), jnp.int32(0), dtype),
+        arrived=jnp.zeros(len(counts), jnp.int32),
+        until_s=jnp.where(counts > 0, requests.gap_s[0], _NEVER_S),
+        steady=none > 0,
+        dropped=jnp.zeros(shape, bool),
+    )
+    at, log, integrals, overflow = lax.while_loop(unfinished, collect, (at, log, integrals, jnp.bool_(False)))
+    integrals["standby_s"] += at.state.standby_left_s  # that after the last token
+    return log | {"dropped": at.dropped}, integrals, overflow
+
+
+def _run(spec: EngineSpec, experts: ExpertProfile, at: _Progress) -> _Progress:
+    """Runs one iteration on each busy lane that is not steady, then the steady ones up to a completion."""
+    before, fresh = at.state, at.busy & ~at.steady
+    state, steady = lax.cond(
+        jnp.any(fresh), lambda: engine.iterate(spec, experts, before, fresh), lambda: (before, jnp.zeros_like(fresh))
+    )
+    at = at.replace(state=state)
+    decodes = (steady | at.steady) & at.busy
+    state, decodes_on = engine.decode_stretch(spec, experts, state, decodes, at.until_s)
+    left_s = jnp.where(state.clock_s > before.clock_s, experts.standby_s, before.standby_left_s)
+    # Where requests wait, a completion may admit one.
+    steady = decodes & decodes_on & ~jnp.any(state.slots.waiting, -1)
+    return at.replace(state=state.replace(standby_left_s=left_s), steady=steady)
+
+
+def _arrive(
+    spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, counts: Array, at: _Progress
+) -> _Progress:
+    """Lets the next request of each lane arrive that has run up to it."""
+    arrives = ~at.busy & (at.arrived < counts)
+    length, lane = len(requests.gap_s), jnp.arange(len(counts))
+    request = jax.tree.map(lambda x: x[jnp.minimum(at.arrived, length - 1), lane], requests)
+    is_request = arrives if request.fails is None else arrives & ~request.fails
+
+    def arrived() -> tuple[ExpertState, Array]:
+        state = at.state
+        standby_s = jnp.where(arrives, jnp.clip(at.until_s - state.clock_s, 0.0, state.standby_left_s), 0.0)
+        state = engine.rebase(state, jnp.where(arrives, at.until_s, 0.0)).replace(
+            standby_left_s=state.standby_left_s - standby_s, standby_s=state.standby_s + standby_s
+        )
         if request.fails is not None:
-            state, _ = without_requests(state, request.fails)
-        not_padding = request.output_tokens > 0
+            state, _ = without_requests(state, arrives & request.fails)
         admissible = engine.admissible(spec, experts, state, request.prompt_tokens, request.output_tokens)
-        dropped = not_padding & ~admissible
         shared_blocks = jnp.where(experts.prefix_cache, request.shared_tokens // spec.block_size, 0)
         tokens = request.prompt_tokens, request.output_tokens
-        state = engine.push(state, not_padding & ~dropped, *tokens, index, shared_blocks)
-        return (state, index + 1), dropped
+        return engine.push(state, is_request & admissible, *tokens, at.arrived, shared_blocks), ~admissible
 
-    def chunk(carry: Any, requests: LaneRequests) -> tuple[Any, Any]:
-        state, index, overflow = carry
-        (state, index), dropped = lax.scan(arrive, (state, index), requests)
-        rows, integrals, state = _collect(state)
-        state = engine.compact(spec, state)
-        overflow |= jnp.any(jnp.sum(state.slots.live, -1) > spec.slots - _CHUNK)
-        return (state, index, overflow), (rows, dropped, integrals)
-
-    start = (engine.init_state(spec, lanes, jnp.int32(0), dtype), jnp.zeros(lanes, jnp.int32), jnp.bool_(False))
-    (state, _, overflow), (rows, dropped, integrals) = lax.scan(chunk, start, requests)
-    last_rows, last_integrals, _ = _collect(engine.drain(spec, experts, state))
-    rows, integrals = jax.tree.map(
-        lambda x, last: jnp.concatenate([x, last[None]]), (rows, integrals), (last_rows, last_integrals)
+    state, refused = lax.cond(jnp.any(arrives), arrived, lambda: (at.state, jnp.zeros_like(arrives)))
+    row = jnp.where(is_request & refused, at.arrived, length)  # others are beyond the end, where nothing is written
+    after = at.arrived + arrives
+    next_gap_s = requests.gap_s[jnp.minimum(after, length - 1), lane]
+    until_s = jnp.where(after < counts, next_gap_s, _NEVER_S)
+    return at.replace(
+        state=state,
+        arrived=after,
+        until_s=jnp.where(arrives, until_s, at.until_s),
+        dropped=at.dropped.at[row, lane].set(True, mode="drop"),
     )
-    return rows, dropped, integrals, overflow
-
-
-def _collect(state: ExpertState) -> tuple[dict[str, Array], tuple[Array, Array, Array], ExpertState]:
-    """Returns the finished requests by slot (index -1 in other slots), the integrals, and the state with these at 0."""
-    slots = state.slots
-    rows = {
-        "index": jnp.where(slots.finished, slots.payload, -1),
-        "finish_s": slots.finish_s,
-        "first_token_s": slots.first_token_s,
-        "preemptions": slots.preemptions,
-    }
-    zero = jnp.zeros_like(state.busy_s)
-    integrals = state.busy_s, state.standby_s, state.kv_block_s
-    return rows, integrals, state.replace(busy_s=zero, standby_s=zero, kv_block_s=zero)
