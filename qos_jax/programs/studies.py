@@ -120,9 +120,9 @@ TRAINED = {
     "mvr": Trained(),
     "mvr_paper_6": Trained("paper-6"),
     "mvr_edge_8": Trained("edge-8"),
-    "mvr_jetson_4": Trained("jetson-4", share=0.5, seeds=3),
-    "mvr_edge_2026": Trained("edge-2026", share=0.5, seeds=3),
-    "mvr_campus_16": Trained("campus-16", share=0.5, seeds=3),
+    "mvr_jetson_4": Trained("jetson-4"),
+    "mvr_edge_2026": Trained("edge-2026"),
+    "mvr_campus_16": Trained("campus-16"),
     "mvr_stale": Trained(flags=_STALE_METRICS),
     "mvr_paper_6_stale": Trained("paper-6", flags=_STALE_METRICS),
     "mvr_edge_8_stale": Trained("edge-8", flags=_STALE_METRICS),
@@ -174,8 +174,7 @@ STUDIES = {
     ),
     "edge": Study(
         "The edge of today",
-        "Who earns most on boards and cards of 2026 with LLMs of 4 to 16 bits, where memory binds? Three training "
-        "seeds, on half of the recipe's requests.",
+        "Who earns most on boards and cards of 2026 with LLMs of 4 to 16 bits, where memory binds?",
         _everywhere(_EDGE, Poisson={}),
         metrics=("score", "ttft_p95_s", "violation_rate", "drop_rate", "kv_utilisation", "preemptions"),
     ),
