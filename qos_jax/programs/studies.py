@@ -74,9 +74,9 @@ class Study:
     hindsight: bool = False  # a plan of who knows the whole trace, and a bound on all plans, take part
 
 
-_MVR = {"paper-3": ("mvr",), "paper-6": ("mvr_paper_6",), "edge-8": ("mvr_edge_8",)}
+_MVR = {"paper-3": ("mvr",), "paper-6": ("mvr_paper_6",), "edge-8": ("mvr_edge_8", "mvr_edge_8_long")}
 _EDGE = {name: (f"mvr_{name.replace('-', '_')}",) for name in ("jetson-4", "edge-2026", "campus-16")}
-_STALE = {preset: (name, f"{name}_stale") for preset, (name,) in _MVR.items()}
+_STALE = {preset: (names[0], f"{names[0]}_stale") for preset, names in _MVR.items()}
 _NEVER_REFUSING = ("round_robin", "shortest_queue", "bert_router", "vllm_dp", "power_of_two")
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
@@ -94,12 +94,6 @@ _ABLATIONS = {
     "no_impact_features": Trained(agent="mvr_no_impact"),
     "no_rates": Trained(agent="mvr_no_rates"),
     "no_residual": Trained(agent="mvr_no_residual"),
-    "sac": Trained(agent="sac", share=0.2),
-    "sac_joint": Trained(agent="sac_joint", share=0.2),
-    "sac_td0": Trained(agent="sac_td0", share=0.2),
-    "sac_paper_reward": Trained(agent="sac_paper_reward", share=0.2),
-    "paper": Trained(agent="paper", share=0.2),
-    "baseline_rl": Trained(agent="baseline_rl", share=0.2),
     "never_drops": Trained(flags=("--noallow_drop",)),
 }
 _LEARNERS = {
@@ -120,6 +114,7 @@ TRAINED = {
     "mvr": Trained(),
     "mvr_paper_6": Trained("paper-6"),
     "mvr_edge_8": Trained("edge-8"),
+    "mvr_edge_8_long": Trained("edge-8", flags=("--set=updates=10",), share=2.0),  # the recipe of earlier figures
     "mvr_jetson_4": Trained("jetson-4"),
     "mvr_edge_2026": Trained("edge-2026"),
     "mvr_campus_16": Trained("campus-16"),
@@ -296,7 +291,7 @@ STUDIES = {
                 routers=(*_NEVER_REFUSING, "impact_greedy"),
                 share_of_seeds=2.0,
             ),
-            World("edge-8", "edge-8", ("mvr_edge_8",)),
+            World("edge-8", "edge-8", _MVR["edge-8"]),
         ),
         routers=(
             *_NEVER_REFUSING,

@@ -1,7 +1,7 @@
 """Routers in the manner of serving systems of 2026, each reduced to what one decision at a time can express.
 
-They see what every router sees. What was simplified stands in each docstring. Their parameters are first guesses, not
-tuned yet: ``python -m experiments.tune_routers`` tries as many for each, on training seeds.
+They see what every router sees. What was simplified stands in each docstring. Their parameters were tuned on paper-3,
+edge-8 and edge-2026 by ``python -m experiments.tune_routers``, with as many trials for each, on training seeds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def without_drop(router: Router) -> Router:
     return Router(f"{router.name}+no_drop", router.kind, router.init, act, router.information)
 
 
-def route_balance(latency_weight: float = 0.1, least_probability: float = 0.5) -> Router:
+def route_balance(latency_weight: float = 0.3, least_probability: float = 0.5) -> Router:
     """Takes the best predicted score less weighted latency, among experts that are likely enough in time.
 
     After RouteBalance (arXiv 2606.17949). Its filters on the distributions of TTFT and TPOT are one on the probability
@@ -68,7 +68,7 @@ def route_balance(latency_weight: float = 0.1, least_probability: float = 0.5) -
     return by_value("route_balance", value)
 
 
-def multi_factor(tolerance: float = 0.02, most_kv: float = 0.9) -> Router:
+def multi_factor(tolerance: float = 0.1, most_kv: float = 0.9) -> Router:
     """Takes, below hard ceilings, the least loaded of the experts whose predicted scores are nearly the best.
 
     After the multi_factor selection of vLLM's semantic router: ceilings first, then quality, then load, each only among
@@ -89,7 +89,7 @@ def multi_factor(tolerance: float = 0.02, most_kv: float = 0.9) -> Router:
     return by_value("multi_factor", value)
 
 
-def score_threshold(threshold: float = 0.03) -> Router:
+def score_threshold(threshold: float = 0.08) -> Router:
     """Takes the expert with the best predicted score if it leads the cheapest one by a threshold, else the cheapest.
 
     After RouteLLM, which decides between a strong and a weak LLM without regard to load. The weak one is here the
@@ -110,7 +110,7 @@ def score_threshold(threshold: float = 0.03) -> Router:
     return by_value("score_threshold", value)
 
 
-def prefix_affinity(least_share: float = 0.5, most_ahead: int = 8) -> Router:
+def prefix_affinity(least_share: float = 0.6, most_ahead: int = 4) -> Router:
     """Takes the expert that has most of the prompt cached, or the one with the fewest requests.
 
     After SGLang's cache-aware router: where enough of the prompt is cached and loads are balanced it follows the cache,
@@ -139,7 +139,7 @@ class LatencyModel(struct.PyTreeNode):
     factors: Array  # [4]
 
 
-def latency_scorer(least_headroom: bool = False, admit_all: bool = False, rate: float = 0.02) -> Router:
+def latency_scorer(least_headroom: bool = False, admit_all: bool = False, rate: float = 0.1) -> Router:
     """Takes an expert by its headroom to the limit, predicted by a model that learns from answers under way.
 
     After the latency scorer of llm-d, whose models of TTFT and TPOT are trained online from finished answers of equal
