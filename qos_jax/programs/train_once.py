@@ -98,8 +98,8 @@ def _is_done(path: pathlib.Path, asked: Sequence[str]) -> bool:
 
 
 def _resolved(folder: RunFolder, training: dict) -> dict:
-    """Returns a configuration with the rate clip of the run, where that is left to follow from the worlds."""
-    network = training["agent"]["network"]
-    if network["rate_clip_per_s"] is None:
-        network["rate_clip_per_s"] = folder.training.agent.network.rate_clip_per_s
+    """Returns a configuration with what training derives, from the worlds and from what differs in them, of the run."""
+    network, of_run = training["agent"]["network"], folder.training.agent.network
+    for name in ("rate_clip_per_s", "with_preferences", "with_sessions"):
+        network[name] = network[name] or getattr(of_run, name)
     return training
