@@ -19,6 +19,7 @@ at once instead of being converted to selects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -51,6 +52,8 @@ from qos_jax.sim.engine_state import (
 from qos_jax.sim.prefix_cache import find_own_blocks, keep_cached, not_yet_taken
 from qos_jax.sim.types import ExpertProfile
 
+_LARGE_FLEET = 32  # experts, of which so few are busy at a time that moving them is worth it
+_SHARE_OF_LANES = 4
 NEVER_TAKEN = 2**30  # blocks; a run takes fewer
 
 
@@ -194,22 +197,55 @@ def _over_lanes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
     """Runs every iteration that starts before ``horizon_s`` [L], and standby up to there; now stays unchanged."""
+    # Of tables of kernels too much would be moved.
+    is_large = state.clock_s.ndim > 0 and state.clock_s.shape[-1] >= _LARGE_FLEET and experts.kernels is None
+    run = _run_busy_lanes if is_large else _run_lanes
+    return _stand_by(experts, state, run(spec, experts, state, horizon_s), horizon_s)
 
-    def busy(state: ExpertState) -> Array:
-        return (state.clock_s < horizon_s) & jnp.any(state.slots.live, -1)
+
+def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
+    """Runs ``_run_lanes``, where few lanes are busy on a part of the lanes only: the others would be copied."""
+    shape = state.clock_s.shape
+    lanes, few = math.prod(shape), math.prod(shape) // _SHARE_OF_LANES
+    is_busy = _busy(state, horizon_s).reshape(-1)
+
+    def in_a_row(x: Array) -> Array:
+        return jnp.reshape(x, (lanes, *jnp.shape(x)[len(shape) :]))
+
+    def run_few() -> ExpertState:
+        chosen = jnp.argsort(~is_busy, stable=True)[:few]
+        profile = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), experts)
+        before = state.replace(prefixes=None)  # which the engine neither reads nor writes
+        part = jax.tree.map(lambda x: in_a_row(x)[chosen], (profile, before, horizon_s))
+        after = _run_lanes(spec, *part)
+        after = jax.tree.map(lambda x, new: in_a_row(x).at[chosen].set(new).reshape(jnp.shape(x)), before, after)
+        return after.replace(prefixes=state.prefixes)
+
+    return lax.cond(
+        jnp.sum(is_busy, dtype=jnp.int32) <= few, run_few, lambda: _run_lanes(spec, experts, state, horizon_s)
+    )
+
+
+def _busy(state: ExpertState, horizon_s: Array) -> Array:
+    """Returns [L] bool: an iteration starts before the horizon."""
+    return (state.clock_s < horizon_s) & jnp.any(state.slots.live, -1)
+
+
+def _run_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
+    """Runs every iteration that starts before ``horizon_s`` [L]."""
 
     def schedule_then_decode(state: ExpertState) -> ExpertState:
-        state, steady = iterate(spec, experts, state, busy(state))
+        state, steady = iterate(spec, experts, state, _busy(state, horizon_s))
         none_wait = ~jnp.any(state.slots.waiting, -1)  # then a completion admits no request
 
         def decode(carry: tuple[ExpertState, Array]) -> tuple[ExpertState, Array]:
             state, decodes_on = decode_stretch(spec, experts, *carry, horizon_s)
             return state, decodes_on & none_wait
 
-        return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, (state, steady & busy(state)))[0]
+        start = (state, steady & _busy(state, horizon_s))
+        return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, start)[0]
 
-    after = lax.while_loop(lambda state: jnp.any(busy(state)), schedule_then_decode, state)
-    return _stand_by(experts, state, after, horizon_s)
+    return lax.while_loop(lambda state: jnp.any(_busy(state, horizon_s)), schedule_then_decode, state)
 
 
 def _stand_by(experts: ExpertProfile, before: ExpertState, after: ExpertState, horizon_s: Array) -> ExpertState:
