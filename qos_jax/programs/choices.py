@@ -131,6 +131,7 @@ RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
 STUDIES = (
     "load",
     "edge",
+    "edge_arrivals",
     "arrivals",
     "stale",
     "staleness",

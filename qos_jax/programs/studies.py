@@ -80,6 +80,11 @@ _STALE = {preset: (names[0], f"{names[0]}_stale") for preset, names in _MVR.item
 _NEVER_REFUSING = ("round_robin", "shortest_queue", "bert_router", "vllm_dp", "power_of_two")
 _FEW = ("shortest_queue", "round_robin", "bert_router", "bert_router_feasible", "impact_greedy", "oracle_impact")
 _AZURE = "AzureLLMInferenceTrace_{}_first_half.csv"
+_MEASURED: dict[str, Mapping[str, Any]] = {
+    "Azure_conversations": {"trace": _AZURE.format("conv")},
+    "Azure_code": {"trace": _AZURE.format("code")},
+    "ServeGen_clients": {"trace": "servegen_deepseek-r1.npz"},
+}
 _SHARES_OF_SEEDS = {"paper-3": 4.0, "paper-6": 2.0}  # where GPUs are equal gains are small
 _FAMILIAR = PRESETS["edge-8"].pairs
 _TWELVE = (*_FAMILIAR, *PRESETS["paper-6"].pairs[:3], ("llama-7b-hf-baize-lora-bf16", "RTX 4090"))
@@ -180,10 +185,14 @@ STUDIES = {
             _MVR,
             gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},
             drifting_rate={"fields": {"arrivals": "sinusoidal:0.5:120"}},
-            Azure_conversations={"trace": _AZURE.format("conv")},
-            Azure_code={"trace": _AZURE.format("code")},
-            ServeGen_clients={"trace": "servegen_deepseek-r1.npz"},
+            **_MEASURED,
         ),
+    ),
+    "edge_arrivals": Study(
+        "The edge of today under real arrivals",
+        "Does that hold with arrivals that were measured, and never trained on?",
+        _everywhere(_EDGE, **_MEASURED),
+        metrics=("score", "ttft_p95_s", "violation_rate", "drop_rate"),
     ),
     "stale": Study(
         "Stale metrics",
