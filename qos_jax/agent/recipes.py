@@ -15,9 +15,8 @@ EQUAL_GPUS_MAX_EXTERNALITY = 0.35  # reward units; see docs/decisions
 """On equal GPUs the cost of a placement to later requests is overestimated: a reactive router would drop one of them.
 On unequal ones it is real, since one request too many on a slow expert delays many others."""
 
-_UNEQUAL_GPUS_UPDATES = 40  # per chunk; the critics learn as much from half as many requests as with ten
-_STEPS = {"paper-6": 1_000_000}
-_DEFAULT_STEPS = 200_000
+_STEPS = {"paper-3": 200_000, "paper-6": 1_000_000}
+_DEFAULT_STEPS = 400_000
 _WITH_VALUES = ("returns", "temporal_difference")  # targets that bootstrap: values must travel the discount's horizon,
 _STEPS_OF_VALUES = {"paper-3": 1_000_000}  # which is more requests in larger fleets
 _DEFAULT_STEPS_OF_VALUES = 2_000_000
@@ -53,8 +52,6 @@ def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr
     config = agent if isinstance(agent, AgentConfig) else configs.named(agent)
     if len({gpu for _, gpu in world.pairs}) == 1:
         config = dataclasses.replace(config, hyper=config.hyper.replace(max_externality=EQUAL_GPUS_MAX_EXTERNALITY))
-    elif config.targets == "counterfactual" and not isinstance(agent, AgentConfig):
-        config = dataclasses.replace(config, updates=_UNEQUAL_GPUS_UPDATES)
     if world.has_preset_fleet:  # of another fleet the saturation rate is simulated, once, by training
         clip_per_s = rate_clip_per_s(*WorldConfig(world.preset, world.fleet).build())
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, rate_clip_per_s=clip_per_s))

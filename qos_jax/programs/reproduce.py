@@ -49,6 +49,7 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import ExpertProfile
 from qos_jax.training.load import load_router
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.workload.client_arrivals import read_clients, superposition
 from qos_jax.workload.trace_files import read_trace
 from qos_jax.workload.traces import with_gaps
@@ -116,7 +117,7 @@ class _Maker:
     def cell(self, study: str, world: World) -> list[dict[str, Any]]:
         """Returns what every router made of a world at each load and seed: one row each."""
         asked = dataclasses.asdict(world) | dataclasses.asdict(self.budget) | {"study": _asked(STUDIES[study])}
-        asked |= {"trained": {name: dataclasses.asdict(_trained(name)) for name in world.trained}}
+        asked |= {"trained": {name: self._training(name) for name in self.trained(world)}}
         asked = plain(asked | {name: DIALS[name] for name in world.trained if name in DIALS})
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
         if path.exists():
@@ -193,6 +194,10 @@ class _Maker:
             path = self.folder / "runs" / run
             self.known[name, seed, ""] = load_router(path, seed=seed, name=f"{name} {seed}", preferences=preferences)
         return self.known[name, seed, ""]
+
+    def _training(self, name: str) -> dict[str, Any]:
+        """Returns the configuration of the run of a router: a cell of another recipe is not this one."""
+        return RunFolder.reopen(self.folder / "runs" / _run_of(name)).training.to_dict()
 
     def _seeds(self, name: str) -> int:
         return min(_trained(name).seeds, self.budget.most_training_seeds)

@@ -111,13 +111,6 @@ class TestRecipes:
         mixed = WorldConfig(experts=("alpaca-native@A40", "koala-7B-HF@A100"))
         assert qos_jax.recipe(mixed).agent.hyper.max_externality == named("mvr").hyper.max_externality
 
-    def test_more_is_learned_from_a_row_where_gpus_differ(self) -> None:
-        updates = {preset: qos_jax.recipe(preset).agent.updates for preset in ("paper-3", "paper-6", "edge-8")}
-        assert updates == {"paper-3": 10, "paper-6": 10, "edge-8": 40}
-        own = dataclasses.replace(named("mvr"), updates=3)
-        assert qos_jax.recipe("edge-8", own).agent.updates == 3
-        assert qos_jax.recipe("edge-8", "sac").agent.updates == named("sac").updates
-
     def test_rates_are_clipped_at_the_greatest_load_of_training(self) -> None:
         clips = {preset: qos_jax.recipe(preset).agent.network.rate_clip_per_s for preset in ("paper-3", "edge-8")}
         assert clips == {"paper-3": 10.7, "edge-8": 11.9}
