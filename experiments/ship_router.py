@@ -50,13 +50,14 @@ def main(values: flags.FlagValues) -> None:
     by_load: dict[float, list[float]] = {}
     for row in rows:
         by_load.setdefault(row["load"], []).append(row["qos"])
-    # Whoever reads it has no use for where the folder was.
+    # Whoever reads them has no use for where the folders were.
     command = re.sub(r"--out=\S+", f"--out=runs/{run.path.name}", run.config["command"])
+    evaluated = re.sub(r"[^ ,=]*/(?=[^/ ,]+(?:[ ,]|$))", "runs/", found["command"])
     card = {
         "trained": command,
         "seed": seed,
         "steps": run.latest,
-        "evaluated": found["command"],
+        "evaluated": evaluated,
         "versions": found["versions"],
         "seeds": found["config"]["seeds"],
         "requests": found["config"]["requests"],
