@@ -40,11 +40,14 @@ class StudyResult:
         """Labels of the worlds, in order."""
         return list(dict.fromkeys(row["world"] for row in self.rows))
 
-    @property
+    @cached_property
     def kinds(self) -> dict[str, str]:
         """Kind of each router by name, ordered by decreasing mean QoS, with oracles last."""
         kinds = {row["router"]: row["kind"] for row in self.rows}
-        means = {name: np.mean([row["qos"] for row in self.rows if row["router"] == name]) for name in kinds}
+        values: dict[str, list[float]] = {name: [] for name in kinds}
+        for row in self.rows:
+            values[row["router"]].append(row["qos"])
+        means = {name: np.mean(of_router) for name, of_router in values.items()}
         return {name: kinds[name] for name in sorted(kinds, key=lambda name: (kinds[name] == "oracle", -means[name]))}
 
     def loads(self, world: str) -> list[float]:
@@ -164,13 +167,19 @@ class StudyResult:
         grids = {name: self._grid(world, load, name, "qos") for name, kind in self.kinds.items() if kind == "heuristic"}
         return max(grids.items(), key=lambda item: item[1].mean() if item[1].size else -1.0, default=("", np.empty(0)))
 
+    @cached_property
+    def _runs(self) -> dict[tuple[str, float, str], list[ResultRow]]:
+        """The rows of each world, load and router, in the order of their seeds."""
+        runs: dict[tuple[str, float, str], list[ResultRow]] = {}
+        for row in sorted(self.rows, key=lambda row: row["seed"]):
+            runs.setdefault((row["world"], row["load"], row["router"]), []).append(row)
+        return runs
+
     def _grid(self, world: str, load: float, router: str, metric: str) -> np.ndarray:
         """Returns the values of a metric [training seeds, seeds]."""
-        asked = {"world": world, "load": load, "router": router}
-        rows = [row for row in self.rows if metric in row and all(row[name] == value for name, value in asked.items())]
-        training_seeds = sorted({row["training_seed"] for row in rows})
-        values = [
-            [row[metric] for row in sorted(rows, key=lambda row: row["seed"]) if row["training_seed"] == training_seed]
-            for training_seed in training_seeds
-        ]
+        by_seed: dict[int, list[Any]] = {}
+        for row in self._runs.get((world, load, router), ()):
+            if metric in row:
+                by_seed.setdefault(row["training_seed"], []).append(row[metric])
+        values = [by_seed[training_seed] for training_seed in sorted(by_seed)]
         return np.array(values, np.float64)  # None becomes NaN
