@@ -3,7 +3,8 @@
 The analytic form applies the simulator's cost model to predicted lengths, in O(slots):
 
 * The expected number of tokens left grows with the tokens already emitted, because predictions are weak and a request
-  beyond its prediction is usually long. A place that becomes free is assumed to be taken by another request.
+  beyond its prediction is usually long. A place that becomes free is assumed to be taken by another request. Its prompt
+  stalls the batch, which is left out unless ``later_prompts`` is set: it matters where prompts are dear.
 * The latency of a request is a one-time delay (wait for a place, prefill) plus a time for each token. The request meets
   its limit if the time per token does, with a logistic in place of the step, and if it has enough tokens to spread the
   delay over. For a lognormal length, that probability is close to a logistic in the logarithm of the length.
@@ -62,12 +63,17 @@ class _Load(struct.PyTreeNode):
     wait: Array  # [N] iterations until a place and memory are free for one more request
     ahead: Array  # [N] iterations that are scheduled already, and which the arrived request cannot join
     share: Array  # [N] of the requests that are in the batch at a time
+    later_prompts_s: Array  # [N] s for each iteration, of prompts that take the places of finished requests
     stall_before_s: Array  # [N] s of outstanding prefill
     stall_after_s: Array  # [N] s of outstanding prefill, with the arrived request
 
 
 def impact(
-    obs: Observation, width_s: Array | float = WIDTH_S, length_cv: float = LENGTH_CV, form: ImpactForm = "analytic"
+    obs: Observation,
+    width_s: Array | float = WIDTH_S,
+    length_cv: float = LENGTH_CV,
+    form: ImpactForm = "analytic",
+    later_prompts: bool = False,
 ) -> Impact:
     """Returns the predicted impact of each placement.
 
@@ -76,12 +82,15 @@ def impact(
       width_s: width of the logistic that converts a margin to the limit [s/token] into a probability.
       length_cv: coefficient of variation of an output length given its prediction; above 0 in the analytic form.
       form: "analytic" for the closed form, "rollout" for two runs of the simulator; see the module.
+      later_prompts: the closed form counts the prompts of the requests that take the places of those on the expert.
 
     Raises:
       InputError: the observation is a batch, or its arrays do not belong together.
     """
     _check_one(obs)
-    return (_by_rollout if form == "rollout" else _by_formula)(obs, width_s, length_cv)
+    if form == "rollout":
+        return _by_rollout(obs, width_s, length_cv)
+    return _by_formula(obs, width_s, length_cv, later_prompts)
 
 
 def in_flight_qos(obs: Observation, width_s: Array | float = WIDTH_S, length_cv: float = LENGTH_CV) -> Array:
@@ -114,8 +123,8 @@ def _check_one(obs: Observation) -> None:
     check_shapes(arrays, N=num_experts, S=slots)
 
 
-def _by_formula(obs: Observation, width_s: Array | float, length_cv: float) -> Impact:
-    load = _load(obs, length_cv)
+def _by_formula(obs: Observation, width_s: Array | float, length_cv: float, later_prompts: bool) -> Impact:
+    load = _load(obs, length_cv, later_prompts)
     latency_per_token_s, delay_per_token_s = _own_latency(obs, load)
     margin_s = obs.arrived.latency_limit_s - (latency_per_token_s - delay_per_token_s)
     spread = jnp.log(jnp.maximum(margin_s, 1e-6) / jnp.maximum(delay_per_token_s, 1e-9))
@@ -185,7 +194,7 @@ def _simulate(obs: Observation, length_cv: float) -> Slots:
     return jax.vmap(partial(engine.drain, spec, profile))(pair).slots
 
 
-def _load(obs: Observation, length_cv: float) -> _Load:
+def _load(obs: Observation, length_cv: float, later_prompts: bool = False) -> _Load:
     requests, experts, profile = obs.requests, obs.experts, obs.experts.profile
     present = requests.running | requests.waiting
     emitted = _real(requests.generated_tokens)
@@ -208,6 +217,8 @@ def _load(obs: Observation, length_cv: float) -> _Load:
     wait_for_memory = jnp.sum(blocks * left, -1) * excess / (jnp.maximum(held, 1.0) * kv_blocks)
     memory_share = (kv_blocks - own_blocks) / jnp.maximum(held, 1.0)
     share = jnp.minimum((max_running - 1.0) / divisor, memory_share)
+    # Each place takes a new prompt, here as long as its last one, once in a request's length of iterations.
+    prompts_s = _prefill_s(profile, _real(requests.prompt_tokens)) / jnp.maximum(emitted + left, 1.0)
     return _Load(
         present=present,
         left=left,
@@ -216,6 +227,7 @@ def _load(obs: Observation, length_cv: float) -> _Load:
         wait=jnp.maximum(wait_for_place, wait_for_memory),
         ahead=jnp.where(profile.async_scheduling & (count > 0), 1.0, 0.0),
         share=jnp.clip(share, 0.0, 1.0),
+        later_prompts_s=jnp.sum(jnp.where(present & later_prompts, prompts_s, 0.0), -1),
         stall_before_s=_prefill_s(profile, prefill_tokens),
         stall_after_s=_prefill_s(profile, prefill_tokens + _real(_uncached_tokens(obs))),
     )
@@ -236,9 +248,9 @@ def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:
     # A request that finishes is replaced by one with the same cost. If the replacement had the mean cost of all, the
     # estimate would fall when a cheap request joins a batch that is not full.
     growth_s = profile.per_kv_token_s * jnp.sum(jnp.where(load.present, stay * (stay - 1.0) / 2.0, 0.0), -1)
-    others_s = horizon * all_cost_s + growth_s
+    others_s = horizon * (all_cost_s + load.later_prompts_s) + growth_s
     own_s = profile.per_sequence_s * tokens + profile.per_kv_token_s * (tokens - 1.0) * (prompt + (tokens - 2.0) / 2.0)
-    iteration_s = profile.step_base_s + load.share * all_cost_s
+    iteration_s = profile.step_base_s + load.share * (all_cost_s + load.later_prompts_s)
     lag_s = load.stall_after_s + load.ahead * iteration_s
     latency_s = lag_s + horizon * profile.step_base_s + load.share * others_s + own_s + profile.network_s
     delay_s = lag_s + load.wait * iteration_s
@@ -249,7 +261,8 @@ def _effect_on_others(obs: Observation, load: _Load) -> tuple[Array, Array]:
     """Returns each request's margin to its limit, and the reduction of the margin by the placement, [N, S] s/token."""
     requests, profile = obs.requests, obs.experts.profile
     all_cost_s = jnp.sum(load.cost_s, -1)
-    iteration_s = _over_slots(profile.step_base_s + load.share * all_cost_s) - _over_slots(load.share) * load.cost_s
+    all_s = profile.step_base_s + load.share * (all_cost_s + load.later_prompts_s)
+    iteration_s = _over_slots(all_s) - _over_slots(load.share) * load.cost_s
     queue_share = jnp.cumsum(_real(requests.waiting), -1) / _over_slots(_real(obs.experts.waiting + 1))
     end = jnp.where(requests.waiting, _over_slots(load.wait) * queue_share, 0.0) + load.left  # iterations from now
     own_s = load.left * (load.cost_s + _over_slots(profile.per_kv_token_s) * (load.left - 1.0) / 2.0)
@@ -272,16 +285,18 @@ def _effect_on_others(obs: Observation, load: _Load) -> tuple[Array, Array]:
 
 
 def _prefill_s(profile: ExpertProfile, tokens: Array) -> Array:
-    """Returns the time [N] s that ``tokens`` [N] of prefill add to iterations that would otherwise only decode."""
+    """Returns the time s that ``tokens`` [N] or [N, S] of prefill add to iterations that would else only decode."""
+    step_base_s, base_s, per_token_s, budget = (
+        jnp.reshape(x, (-1, *[1] * (tokens.ndim - 1)))
+        for x in (profile.step_base_s, profile.prefill_base_s, profile.prefill_per_token_s, _real(profile.token_budget))
+    )
 
-    def step_s(tokens: Array | int) -> Array:
-        prefill_s = profile.prefill_base_s + profile.prefill_per_token_s * tokens
-        return jnp.maximum(profile.step_base_s, jnp.where(jnp.asarray(tokens) > 0, prefill_s, 0.0))
+    def step_s(tokens: Array) -> Array:
+        return jnp.maximum(step_base_s, jnp.where(tokens > 0, base_s + per_token_s * tokens, 0.0))
 
-    budget = _real(profile.token_budget)
     full = jnp.maximum(jnp.ceil(tokens / budget) - 1.0, 0.0)  # iterations that use the whole budget
     last = jnp.maximum(tokens - full * budget, 0.0)
-    return full * step_s(budget) + step_s(last) - profile.step_base_s
+    return full * step_s(budget) + step_s(last) - step_base_s
 
 
 def _real(numbers: Array) -> Array:

@@ -46,6 +46,7 @@ ARENA_ROUTERS = (
     "prefix_affinity",
     "bert_router_feasible",
     "impact_greedy",
+    "impact_greedy_later_prompts",
     "oracle_impact",
 )
 """The baselines of the arena."""

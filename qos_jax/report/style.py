@@ -83,6 +83,7 @@ _NAMES = {
     "bert_router_feasible": "BERT router (feasible)",
     "impact_greedy": "impact-greedy",
     "impact_greedy_equal_gpus": "impact-greedy (equal GPUs)",
+    "impact_greedy_later_prompts": "impact-greedy (later prompts)",
     "impact_greedy_no_drop": "impact-greedy (no drops)",
     "oracle_score": "score oracle",
     "oracle_impact": "impact oracle",

@@ -45,6 +45,7 @@ _ROUTERS: dict[str, Callable[[], Router]] = {
     "impact_greedy": impact_greedy,
     # Tuned on paper-3 alone, by ``python -m experiments.tune_impact``: the best values differ where GPUs are equal.
     "impact_greedy_equal_gpus": partial(impact_greedy, "impact_greedy_equal_gpus", width_s=1.5e-3, price=0.1),
+    "impact_greedy_later_prompts": partial(impact_greedy, "impact_greedy_later_prompts", later_prompts=True),
     "impact_greedy_no_drop": partial(impact_greedy, "impact_greedy_no_drop", price=-math.inf),
     "oracle_score": partial(heuristics.bert_router, "oracle_score", kind="oracle", information="true_scores"),
     "oracle_impact": partial(

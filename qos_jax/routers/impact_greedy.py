@@ -24,6 +24,7 @@ def impact_greedy(
     length_cv: float = LENGTH_CV,
     price: float = PRICE,
     temperature: float = TEMPERATURE,
+    later_prompts: bool = False,
     **fields: Any,
 ) -> Router:
     """Takes the placement that adds most to the expected QoS of all requests.
@@ -36,11 +37,12 @@ def impact_greedy(
         router never drops.
       temperature: QoS. With stale metrics the router samples from softmax(added QoS / temperature), in which the drop
         is worth ``price``.
+      later_prompts: see ``impact``.
       **fields: other fields of ``Router``.
     """
 
     def act(key: Array, obs: Observation, memory: tuple[()]) -> tuple[Array, tuple[()]]:
-        net = impact(obs, width_s, length_cv).net
+        net = impact(obs, width_s, length_cv, later_prompts=later_prompts).net
         value = jnp.append(net, price) + gumbel_if_stale(key, obs, temperature)
         best = jnp.max(jnp.where(obs.action_mask[:-1], value[:-1], -jnp.inf))
         drop = (best < value[-1]) & obs.action_mask[-1]

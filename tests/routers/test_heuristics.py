@@ -22,7 +22,13 @@ NUM_EXPERTS = 4
 DROP = NUM_EXPERTS
 ENV = small_env(NUM_EXPERTS)
 ROUTERS = {name: make_router(name, ENV) for name in router_names(ENV)}
-BY_IMPACT = {"impact_greedy", "impact_greedy_equal_gpus", "impact_greedy_no_drop", "oracle_impact"}
+BY_IMPACT = {
+    "impact_greedy",
+    "impact_greedy_equal_gpus",
+    "impact_greedy_later_prompts",
+    "impact_greedy_no_drop",
+    "oracle_impact",
+}
 MAY_REFUSE = {*BY_IMPACT, "latency_scorer"}
 SINGLES = {f"expert_{i}" for i in range(NUM_EXPERTS)}
 IDLE: list[list[Any]] = [[]] * NUM_EXPERTS
@@ -261,6 +267,7 @@ def values(obs: Observation) -> dict[str, jax.Array]:
         "oracle_score": obs.arrived.predicted_score,
         "impact_greedy": net,
         "impact_greedy_equal_gpus": impact(obs, 1.5e-3).net,
+        "impact_greedy_later_prompts": impact(obs, later_prompts=True).net,
         "impact_greedy_no_drop": net,
     }
 
