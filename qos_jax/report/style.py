@@ -198,7 +198,8 @@ def looks(kinds: Mapping[str, str], width: Width = FULL, panels: Sequence[Collec
         elif kind == "learned":
             number = learned[name]
             colour = LEARNED_COLOURS[number % len(LEARNED_COLOURS)]
-            marker = _LEARNED_MARKERS[number % len(_LEARNED_MARKERS)]
+            # With another marker each time round the colours, so that no two routers look alike.
+            marker = _LEARNED_MARKERS[(number + number // len(LEARNED_COLOURS)) % len(_LEARNED_MARKERS)]
             look = {"color": colour, "linewidth": 1.8 if number else 2.6, "marker": marker, "zorder": 5}
         elif _base(name) in colours:
             look = {"color": colours[_base(name)], "linewidth": 1.6, "zorder": 4}

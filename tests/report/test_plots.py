@@ -311,6 +311,11 @@ def test_a_rule_with_admission_is_dashed_in_the_colour_of_the_rule() -> None:
     assert len(style.legend_entries(style.looks(kinds))) == 3
 
 
+def test_no_two_learned_routers_look_alike():
+    looks = style.looks({f"router {number}": "learned" for number in range(15)}).values()
+    assert len({(look["color"], look["marker"]) for look in looks}) == 15
+
+
 def test_learned_routers_of_different_panels_have_one_entry() -> None:
     kinds = dict.fromkeys(("mvr", "never_drops", "mvr_edge_8"), "learned")
     looks = style.looks(kinds, panels=[{name} for name in kinds])
