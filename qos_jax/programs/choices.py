@@ -74,6 +74,7 @@ ROUTERS = (
     "route_balance",
     "latency_scorer",
     "prefix_affinity",
+    "impact_greedy_later_prompts",
     "oracle_score",
     "rollout",
 )

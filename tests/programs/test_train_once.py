@@ -16,7 +16,7 @@ from qos_jax.training.run import training_run
     "flags",
     [
         ["--preset=edge-2026"],  # whose network reads cached prefixes
-        ["--preset=edge-8", "--randomise=load,preferences"],  # ... and here preferences
+        pytest.param(["--preset=edge-8", "--randomise=load,preferences"], marks=pytest.mark.slow),
         ["--preset=paper-3", "--load=0.7"],  # whose rate clip follows from the load
     ],
 )

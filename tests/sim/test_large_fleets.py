@@ -57,7 +57,7 @@ def played(run: Any, experts: Any, key: jax.Array, gap_s: jax.Array) -> tuple[Ex
     return jax.lax.scan(step, engine.init_state(SPEC, shape), jax.random.split(key, STEPS))
 
 
-@pytest.mark.parametrize("gap_s", [0.01, 0.2])
+@pytest.mark.parametrize("gap_s", [0.01, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_the_outcome_is_that_of_all_lanes(gap_s: float) -> None:
     experts = fleet()
     few, busy = played(engine._run_busy_lanes, experts, jax.random.key(1), jnp.float32(gap_s))
