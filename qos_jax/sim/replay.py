@@ -266,7 +266,7 @@ def replay_lanes(
     rows = 1 << (max(length, min_rows, _MIN_ROWS) - 1).bit_length()  # powers of two, so that few shapes are compiled
     used = requests.output_tokens > 0 if requests.fails is None else (requests.output_tokens > 0) | requests.fails
     counts = used.sum(0).astype(np.int32)
-    width = _CPU_LANES if jax.default_backend() == "cpu" else lanes
+    width = min(lanes, _CPU_LANES) if jax.default_backend() == "cpu" else lanes
     order = np.argsort(-counts, kind="stable")  # lanes of about one length end together
     groups = [order[i : i + width] for i in range(0, lanes, width)]
 
