@@ -169,6 +169,7 @@ def crowd(requests: int, latency_limit_s: float, max_running: int = 16) -> tuple
     return workloads.profile(step_base_s=[0.02, 1.0], per_sequence_s=0.001, max_running=max_running), trace
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_optimum_where_iterations_get_too_long() -> None:
     world = crowd(10, latency_limit_s=0.02801)
     assert plan(*world).qos == pytest.approx(0.8)

@@ -141,6 +141,7 @@ def clients_file(folder: pathlib.Path, first_per_s: float = 2.0) -> pathlib.Path
     return folder / "clients.npz"
 
 
+@pytest.mark.slow
 def test_sessions_are_lifted_where_a_trace_has_whole_prompts(tmp_path: pathlib.Path) -> None:
     log = tmp_path / "log.csv"
     log.write_text("arrival_s,prompt_tokens,output_tokens\n0,9,9\n1,9,9\n2,9,9\n3,9,9\n")
