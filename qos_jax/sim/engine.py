@@ -207,7 +207,7 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
     """Runs ``_run_lanes``, where few lanes are busy on a part of the lanes only: the others would be copied."""
     shape = state.clock_s.shape
     lanes, few = math.prod(shape), math.prod(shape) // _SHARE_OF_LANES
-    is_busy = _busy(state, horizon_s).reshape(-1)
+    is_busy = busy(state, horizon_s).reshape(-1)
 
     def in_a_row(x: Array) -> Array:
         return jnp.reshape(x, (lanes, *jnp.shape(x)[len(shape) :]))
@@ -226,7 +226,7 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
     )
 
 
-def _busy(state: ExpertState, horizon_s: Array) -> Array:
+def busy(state: ExpertState, horizon_s: Array) -> Array:
     """Returns [L] bool: an iteration starts before the horizon."""
     return (state.clock_s < horizon_s) & jnp.any(state.slots.live, -1)
 
@@ -235,17 +235,17 @@ def _run_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
     """Runs every iteration that starts before ``horizon_s`` [L]."""
 
     def schedule_then_decode(state: ExpertState) -> ExpertState:
-        state, steady = iterate(spec, experts, state, _busy(state, horizon_s))
+        state, steady = iterate(spec, experts, state, busy(state, horizon_s))
         none_wait = ~jnp.any(state.slots.waiting, -1)  # then a completion admits no request
 
         def decode(carry: tuple[ExpertState, Array]) -> tuple[ExpertState, Array]:
             state, decodes_on = decode_stretch(spec, experts, *carry, horizon_s)
             return state, decodes_on & none_wait
 
-        start = (state, steady & _busy(state, horizon_s))
+        start = (state, steady & busy(state, horizon_s))
         return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, start)[0]
 
-    return lax.while_loop(lambda state: jnp.any(_busy(state, horizon_s)), schedule_then_decode, state)
+    return lax.while_loop(lambda state: jnp.any(busy(state, horizon_s)), schedule_then_decode, state)
 
 
 def _stand_by(experts: ExpertProfile, before: ExpertState, after: ExpertState, horizon_s: Array) -> ExpertState:

@@ -301,7 +301,7 @@ class _Progress(struct.PyTreeNode):
     @property
     def busy(self) -> Array:
         """[L] bool: an iteration starts before the next request arrives."""
-        return (self.state.clock_s < self.until_s) & jnp.any(self.state.slots.live, -1)
+        return engine.busy(self.state, self.until_s)
 
 
 @partial(jax.jit, static_argnums=0)
