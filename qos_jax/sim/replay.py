@@ -286,6 +286,8 @@ def replay_lanes(
         found = list(pool.map(run, groups))
     log, integrals = jax.tree.map(lambda *parts: np.concatenate(parts, -1)[..., np.argsort(order)], *found)
     log = {name: values[:length] for name, values in log.items()}
+    for name in ("finish_s", "first_token_s"):  # the loop has no NaN, which JAX's debugging takes for a fault
+        log[name] = np.where(np.isinf(log[name]), np.nan, log[name])
     return LaneLog(**log, **{name: values.astype(np.float64) for name, values in integrals.items()})
 
 
@@ -312,7 +314,8 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, co
     or its next request arrives.
 
     Returns:
-      The fields [J, L] of ``LaneLog``, those [L], and [] bool: the slots did not suffice.
+      The fields [J, L] of ``LaneLog``, with infinity for what never happened; those [L]; and [] bool: the slots did
+      not suffice.
     """
     dtype = jnp.result_type(float)
     experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), experts)
@@ -338,8 +341,8 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, co
     def unfinished(carry: tuple[_Progress, Any, Any, Array]) -> Array:
         return ~jnp.all(done(carry[0])) & ~carry[-1]
 
-    nan, none = jnp.full(shape, jnp.nan, dtype), jnp.zeros(len(counts), dtype)
-    log = {"finish_s": nan, "first_token_s": nan, "preemptions": jnp.zeros(shape, jnp.int32)}
+    never, none = jnp.full(shape, jnp.inf, dtype), jnp.zeros(len(counts), dtype)
+    log = {"finish_s": never, "first_token_s": never, "preemptions": jnp.zeros(shape, jnp.int32)}
     integrals = {"busy_s": none, "standby_s": none, "kv_block_s": none}
     at = _Progress(
         state=engine.init_state(spec, (len(counts),), jnp.int32(0), dtype),
@@ -392,7 +395,7 @@ def _arrive(
 
     state, refused = lax.cond(jnp.any(arrives), arrived, lambda: (at.state, jnp.zeros_like(arrives)))
     row = jnp.where(is_request & refused, at.arrived, length)  # others are beyond the end, where nothing is written
-    after = at.arrived + arrives
+    after = at.arrived + arrives.astype(jnp.int32)
     next_gap_s = requests.gap_s[jnp.minimum(after, length - 1), lane]
     until_s = jnp.where(after < counts, next_gap_s, _NEVER_S)
     return at.replace(
