@@ -55,6 +55,7 @@ class NetworkConfig:
     actor: bool = False  # a separate policy head; without it the policy is soft-optimal for the critics
     value: bool = False  # critics of the state, and of each placement's advantage over a drop, for targets ``returns``
     with_impact: bool = True  # the impact estimate is among the features
+    later_prompts: bool = False  # that estimate counts prompts that take freed places, see ``impact``
     with_rates: bool = True  # the recent arrival rates are among the features; always in the flat view
     with_preferences: bool = False  # the weights of the reward are among the features, and differ in training
     with_sessions: bool = False  # the cached share of the prompt is among the features; never in the flat view
@@ -227,6 +228,7 @@ def _graph_network(config: NetworkConfig) -> tuple[Features, nn.Module]:
         return graph_features(
             obs,
             with_impact=config.with_impact,
+            later_prompts=config.later_prompts,
             with_rates=config.with_rates,
             with_preferences=config.with_preferences,
             with_sessions=config.with_sessions,

@@ -58,6 +58,7 @@ def graph_features(
     obs: Observation,
     *,
     with_impact: bool = True,
+    later_prompts: bool = False,
     with_rates: bool = True,
     with_preferences: bool = False,
     with_sessions: bool = False,
@@ -80,6 +81,7 @@ def graph_features(
     Args:
       obs: the observation.
       with_impact: adds ``IMPACT_FEATURES`` to the experts.
+      later_prompts: their estimate counts the prompts that take freed places, see ``impact``.
       with_rates: adds the recent arrival rates to the arrived request.
       with_preferences: adds ``preference_features`` to the arrived request.
       with_sessions: adds ``SESSION_FEATURES`` to the experts, which are 0 in a world without sessions.
@@ -99,7 +101,7 @@ def graph_features(
         experts["cached_prompt"] = jnp.broadcast_to(share, obs.experts.running.shape)
         expert_names += SESSION_FEATURES
     if with_impact:
-        experts |= _impact_columns(obs)
+        experts |= _impact_columns(obs, later_prompts)
         expert_names += IMPACT_FEATURES
     running, waiting = obs.requests.running, obs.requests.waiting
     present = running | waiting
@@ -132,10 +134,11 @@ def preference_features(obs: Observation) -> Array:
     return _stacked(columns | costs, PREFERENCE_FEATURES)
 
 
-def _impact_columns(obs: Observation) -> dict[str, Array]:
+def _impact_columns(obs: Observation, later_prompts: bool) -> dict[str, Array]:
     # The estimate divides by the number of predicted tokens.
     tokens = jnp.maximum(obs.arrived.predicted_tokens, 1.0)
-    estimate = impact(obs.replace(arrived=obs.arrived.replace(predicted_tokens=tokens)))
+    obs = obs.replace(arrived=obs.arrived.replace(predicted_tokens=tokens))
+    estimate = impact(obs, later_prompts=later_prompts)
     return {
         "own_latency": estimate.latency_per_token_s / arrived_limit_s(obs),
         "in_time": estimate.in_time,

@@ -84,6 +84,7 @@ AGENT_FIELDS = (
     "network.actor",
     "network.value",
     "network.with_impact",
+    "network.later_prompts",
     "network.with_rates",
     "network.with_preferences",
     "network.with_sessions",

@@ -48,7 +48,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
 
 _LATER: dict[str, Any] = {
     "copies": 1,
-    "network": {"value": False, "with_preferences": False, "with_sessions": False},
+    "network": {"value": False, "later_prompts": False, "with_preferences": False, "with_sessions": False},
     "hyper": {
         "empty_prob": 0.0,
         "discount_s": 1e9,

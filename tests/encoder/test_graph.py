@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -24,8 +25,9 @@ from qos_jax.encoder.graph import (
 from qos_jax.impact.estimate import impact
 from tests.helpers.encoder_worlds import nodes_of_batch, observations_of, one_of, quick_jit
 from tests.helpers.observations import observation, observations, running, waiting
+from tests.helpers.small_env import small_experts
 
-nodes_of = quick_jit(graph_features, static_argnames=("with_impact", "slots"))
+nodes_of = quick_jit(graph_features, static_argnames=("with_impact", "later_prompts", "slots"))
 
 
 def columns(features: object, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -76,6 +78,16 @@ def test_experts_carry_the_flat_columns_and_the_impact_estimate() -> None:
     np.testing.assert_allclose(np.expm1(of_expert["violations_change"]), estimate.violations_change, atol=1e-6)
     assert of_expert["qos_change"][0] < 0 and of_expert["qos_change"][1] == 0
     assert of_expert["net"][0] < of_expert["net"][1]
+
+
+def test_the_estimate_may_count_prompts_that_take_freed_places() -> None:
+    profile = small_experts(2, prefill_per_token_s=5e-4)
+    obs = two_experts(prompt_tokens=500)
+    obs = obs.replace(experts=obs.experts.replace(profile=profile))
+    estimate = quick_jit(partial(impact, later_prompts=True))(obs)
+    found = columns(nodes_of(obs, later_prompts=True).experts, EXPERT_FEATURES + IMPACT_FEATURES)
+    np.testing.assert_allclose(found["own_latency"], estimate.latency_per_token_s / 0.05, rtol=1e-5)
+    assert estimate.latency_per_token_s[0] > quick_jit(impact)(obs).latency_per_token_s[0]
 
 
 @settings(max_examples=40, deadline=None)
