@@ -4,19 +4,27 @@ Three processes run on this machine: fake engines that answer at a steady pace, 
 requests at random times. A request tells when it was sent, and so does each piece of an answer, by the one clock of the
 machine. What the gateway adds is the time on both ways to the first token, less that of requests that went straight to
 the engines.
+
+With ``GATEWAY_LITELLM=/path/to/litellm`` in the environment, the proxy of LiteLLM takes the gateway's place in the same
+run. It chooses among the engines at random, its default, and keeps no record of a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
 import random
+import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +48,9 @@ _NUM_ENGINES, _TOKENS, _STEP_S = 4, 12, 0.05
 _RATE_PER_S = float(os.environ.get("GATEWAY_RATE", 300))  # at 12 tokens of 50 ms, 180 to 200 streams are open
 _MEMORY_ROWS = 5  # readings of the memory over a run
 _DECISIONS = 2000
+_LITELLM = os.environ.get("GATEWAY_LITELLM")  # its command
+_START_S = 120.0  # that a process may take to start
+_STAMPS = re.compile(rb'"content": ?"([0-9.]+)/([0-9.]+) ')  # of the first word of an answer
 
 
 def rows(num_requests: int) -> Iterator[dict[str, Any]]:
@@ -48,19 +59,36 @@ def rows(num_requests: int) -> Iterator[dict[str, Any]]:
     Args:
       num_requests: of each.
     """
-    with _Process("engines") as engines, _Process("gateway", engines.port) as gateway:
-        straight = asyncio.run(_clients([f"/{i}" for i in range(_NUM_ENGINES)], engines.port, num_requests, []))
-        readings: list[int] = []
-        before_s = gateway.cpu_s
-        through = asyncio.run(_clients([""], gateway.port, num_requests, readings, gateway.pid))
-        cpu_s = gateway.cpu_s - before_s
-    for case, found in (("straight", straight), ("through the gateway", through)):
-        yield {"case": case, "requests": found["ok"], "failed": found["failed"], "streams": found["streams"],
-               **_quantiles(found["way_s"])}  # fmt: skip
-    added = {name: _quantiles(through["way_s"])[name] - value for name, value in _quantiles(straight["way_s"]).items()}
+    module = (sys.executable, "-m", "experiments.benchmarks.gateway")
+    with _Process([*module, "engines"]) as engines, contextlib.ExitStack() as stack:
+        paths = [f"/{i}" for i in range(_NUM_ENGINES)]
+        straight = asyncio.run(_clients(paths, engines.port, num_requests))
+        yield {"case": "straight", **_row(straight)}
+        proxies = {"gateway": stack.enter_context(_Process([*module, "gateway", str(engines.port)]))}
+        if _LITELLM is not None:
+            proxies["LiteLLM"] = stack.enter_context(_litellm(_LITELLM, engines.port))
+        for name, proxy in proxies.items():
+            yield from _through(name, proxy, straight, num_requests)
+
+
+def _through(name: str, proxy: _Process, straight: dict[str, Any], num_requests: int) -> Iterator[dict[str, Any]]:
+    """Measures requests through a proxy, and what it adds to those that went straight."""
+    readings: list[int] = []
+    before_s = proxy.cpu_s
+    found = asyncio.run(_clients([""], proxy.port, num_requests, readings, proxy.pid))
+    cpu_s = proxy.cpu_s - before_s
+    yield {"case": f"through {name}", **_row(found)}
+    if not found["ok"]:
+        return
+    added = {key: _quantiles(found["way_s"])[key] - value for key, value in _quantiles(straight["way_s"]).items()}
     first, last = readings[1], readings[-1]  # the first reading is before the first request
     memory = {"memory_mb": last / 2**20, "growth_kb_per_1000": (last - first) / 1024 / (num_requests / 1000)}
-    yield {"case": "added by the gateway", **added, "cpu_ms_per_request": 1e3 * cpu_s / num_requests, **memory}
+    yield {"case": f"added by {name}", **added, "cpu_ms_per_request": 1e3 * cpu_s / num_requests, **memory}
+
+
+def _row(found: dict[str, Any]) -> dict[str, Any]:
+    quantiles = _quantiles(found["way_s"]) if found["ok"] else {}
+    return {"requests": found["ok"], "failed": found["failed"], "streams": found["streams"], **quantiles}
 
 
 def decisions() -> Iterator[dict[str, Any]]:
@@ -94,13 +122,16 @@ def _quantiles(times_s: list[float]) -> dict[str, float]:
 class _Process:
     """One of the processes, from its first to its last moment."""
 
-    def __init__(self, role: str, *arguments: Any) -> None:
-        self._command = [sys.executable, "-m", "experiments.benchmarks.gateway", role, *map(str, arguments)]
+    def __init__(self, command: Sequence[str], port: int | None = None) -> None:
+        """Takes the command, and the port that it will listen to; without one, its first line tells that."""
+        self._command, self.port = command, port or 0
 
     def __enter__(self) -> _Process:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self._process.stdout is not None
-        self.pid, self.port = self._process.pid, int(self._process.stdout.readline())
+        output = subprocess.DEVNULL if self.port else subprocess.PIPE
+        self._process = subprocess.Popen(self._command, stdout=output, stderr=subprocess.DEVNULL, text=True)
+        self.pid = self._process.pid
+        if self._process.stdout is not None:
+            self.port = int(self._process.stdout.readline())
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -114,26 +145,59 @@ class _Process:
         return (int(fields[11]) + int(fields[12])) / 100
 
 
+@contextlib.contextmanager
+def _litellm(command: str, engines_port: int) -> Iterator[_Process]:
+    """Runs the proxy of LiteLLM before the engines, without its records, with one worker as the gateway has."""
+    engines = [
+        {
+            "model_name": "auto",
+            "litellm_params": {
+                "model": f"openai/m{i}", "api_base": f"http://127.0.0.1:{engines_port}/{i}/v1", "api_key": "none",
+            },
+        }
+        for i in range(_NUM_ENGINES)
+    ]  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        config = pathlib.Path(folder, "config.yaml")  # JSON is YAML
+        settings = {
+            "model_list": engines,
+            "litellm_settings": {"telemetry": False},
+            "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},  # no key, as at the gateway
+        }
+        config.write_text(json.dumps(settings))
+        arguments = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+        with _Process([command, *arguments], port) as process:
+            for _ in range(int(_START_S)):
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health/liveliness", timeout=5).close()
+                    break
+                time.sleep(1.0)
+            yield process
+
+
 def _resident_bytes(pid: int) -> int:
     return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 async def _clients(
-    prefixes: list[str], port: int, num_requests: int, readings: list[int], pid: int | None = None
+    prefixes: list[str], port: int, num_requests: int, readings: list[int] | None = None, pid: int | None = None
 ) -> dict[str, Any]:
     """Sends requests at random times, each on a connection of its own, and returns what came of them."""
     lot, loop = random.Random(0), asyncio.get_running_loop()
     found: dict[str, Any] = {"way_s": [], "failed": 0, "open": 0, "streams": 0, "ok": 0}
     due_s, tasks = loop.time(), set()
     for number in range(num_requests):
-        if pid is not None and number % (num_requests // _MEMORY_ROWS) == 0:
+        if readings is not None and pid is not None and number % (num_requests // _MEMORY_ROWS) == 0:
             readings.append(_resident_bytes(pid))
         due_s += lot.expovariate(_RATE_PER_S)
         await asyncio.sleep(max(due_s - loop.time(), 0))
         tasks.add(task := asyncio.create_task(_client(prefixes[number % len(prefixes)], port, found)))
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
-    if pid is not None:
+    if readings is not None and pid is not None:
         readings.append(_resident_bytes(pid))
     return found
 
@@ -144,16 +208,19 @@ async def _client(prefix: str, port: int, found: dict[str, Any]) -> None:
     found["streams"] = max(found["streams"], found["open"])
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        value = {"model": "auto", "prompt": "tell me a story " * 8, "max_tokens": _TOKENS, "stream": True}
-        body = json.dumps(value | {"user": str(time.monotonic())})
-        head = f"POST {prefix}/v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}"
+        messages = [{"role": "user", "content": f"{time.monotonic()} " + "tell me a story " * 8}]
+        body = json.dumps({"model": "auto", "messages": messages, "max_tokens": _TOKENS, "stream": True})
+        head = (
+            f"POST {prefix}/v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}"
+        )
         writer.write(f"{head}\r\n\r\n{body}".encode())
         content, way_s = b"", None
         while piece := await reader.read(65536):
             content += piece
-            if way_s is None and b'"sent_s": ' in content and content.endswith(b"\n\r\n"):
-                event = json.loads(content[content.index(b"data: ") + 6 :].split(b"\n")[0])
-                way_s = event["there_s"] + time.monotonic() - event["sent_s"]
+            if way_s is None and (stamps := _STAMPS.search(content)):
+                sent_s, there_s = map(float, stamps.groups())
+                way_s = there_s + time.monotonic() - sent_s
         writer.close()
     except OSError:
         content, way_s = b"", None

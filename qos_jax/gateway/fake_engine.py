@@ -65,8 +65,9 @@ class FakeEngine:
           index: see ``profile``.
           kind: whose names its metrics have: vllm, sglang or llama.cpp.
           speed: it is so many times as fast as its profile says.
-          stamps: each event tells when it was sent, ``sent_s`` of the monotonic clock, and how long after the time in
-            its field ``user`` the request was there, ``there_s``.
+          stamps: each word of a streamed chat is ``SENT/WAY``, the time at which it was sent by the monotonic clock
+            and how long after the time with which its message begins the request was there, both in s. Texts pass any
+            proxy.
         """
         self.name, self.kind, self.speed, self.stamps = name, kind, speed, stamps
         self.fault = "none"
@@ -121,14 +122,14 @@ class FakeEngine:
         return StreamingResponse(self._whole(job, is_chat), media_type="application/json")
 
     async def _stream(self, job: _Job, is_chat: bool, body: dict[str, Any]) -> AsyncIterator[bytes]:
-        there_s = time.monotonic() - float(body["user"]) if self.stamps else 0.0
+        there_s = time.monotonic() - float(body["messages"][-1]["content"].split()[0]) if self.stamps else 0.0
         try:
             for number in range(job.output_tokens):
-                word = _word(await job.tokens.get())
+                made = await job.tokens.get()
+                word = f"{time.monotonic():.6f}/{there_s:.6f} " if self.stamps else _word(made)
                 choice = {"delta": {"content": word}} if is_chat else {"text": word}
                 last = "length" if number + 1 == job.output_tokens else None
                 more: dict[str, Any] = {"padding": self.padding} if self.padding else {}
-                more |= {"sent_s": time.monotonic(), "there_s": there_s} if self.stamps else {}
                 yield self._event([{"index": 0, **choice, "finish_reason": last}], is_chat, **more)
                 if self.fault == "break_stream":
                     raise ConnectionError("a fault was asked for")
