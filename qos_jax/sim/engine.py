@@ -213,13 +213,17 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
         return jnp.reshape(x, (lanes, *jnp.shape(x)[len(shape) :]))
 
     def run_few() -> ExpertState:
-        chosen = jnp.argsort(~is_busy, stable=True)[:few]
+        place = jnp.where(is_busy, jnp.cumsum(is_busy, dtype=jnp.int32) - 1, few)  # sorting would take longer
+        chosen = jnp.full(few, lanes).at[place].set(jnp.arange(lanes), mode="drop")  # beyond the end where none is left
         profile = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), experts)
         before = state.replace(prefixes=None)  # which the engine neither reads nor writes
         part = jax.tree.map(lambda x: in_a_row(x)[chosen], (profile, before, horizon_s))
         after = _run_lanes(spec, *part)
-        after = jax.tree.map(lambda x, new: in_a_row(x).at[chosen].set(new).reshape(jnp.shape(x)), before, after)
-        return after.replace(prefixes=state.prefixes)
+
+        def with_new(x: Array, new: Array) -> Array:
+            return in_a_row(x).at[chosen].set(new, mode="drop").reshape(jnp.shape(x))
+
+        return jax.tree.map(with_new, before, after).replace(prefixes=state.prefixes)
 
     return lax.cond(
         jnp.sum(is_busy, dtype=jnp.int32) <= few, run_few, lambda: _run_lanes(spec, experts, state, horizon_s)
