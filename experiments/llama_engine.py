@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import numpy as np
+
+from experiments.servers import free_port, wait_until_up
 
 _BYTES = 256
 _WORDS = 745  # further tokens of the vocabulary
@@ -76,9 +76,7 @@ class LlamaEngine:
 
     def __init__(self, model: pathlib.Path, name: str, *, slots: int = 4) -> None:
         """Starts nothing yet."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.name, self._command = name, [sys.executable, "-m", __name__, str(model), str(self.port), name, str(slots)]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -93,14 +91,7 @@ class LlamaEngine:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(self._command, cwd=root, env=environment, stdout=quiet, stderr=quiet)
-        for _ in range(600):
-            assert self._process.poll() is None, f"{self.name} has ended"
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise TimeoutError(f"{self.name} does not answer")
+        wait_until_up(self._process, f"{self.url}/health", self.name)
 
     def kill(self) -> None:
         """Kills it."""

@@ -18,18 +18,17 @@ import os
 import pathlib
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.servers import free_port, wait_until_up
 from qos_jax.gateway.app import make_app
 from qos_jax.gateway.core import Gateway
 from qos_jax.gateway.decision import AVAILABLE, NUM_EXPERT_ROWS, TOKENS, Decider, program_of
@@ -49,7 +48,7 @@ _RATE_PER_S = float(os.environ.get("GATEWAY_RATE", 300))  # at 12 tokens of 50 m
 _MEMORY_ROWS = 5  # readings of the memory over a run
 _DECISIONS = 2000
 _LITELLM = os.environ.get("GATEWAY_LITELLM")  # its command
-_START_S = 120.0  # that a process may take to start
+_START_S = 120.0  # that LiteLLM may take to start
 _STAMPS = re.compile(rb'"content": ?"([0-9.]+)/([0-9.]+) ')  # of the first word of an answer
 
 
@@ -62,8 +61,8 @@ def rows(num_requests: int) -> Iterator[dict[str, Any]]:
     module = (sys.executable, "-m", "experiments.benchmarks.gateway")
     with _Process([*module, "engines"]) as engines, contextlib.ExitStack() as stack:
         paths = [f"/{i}" for i in range(_NUM_ENGINES)]
-        straight = asyncio.run(_clients(paths, engines.port, num_requests))
-        yield {"case": "straight", **_row(straight)}
+        straight = _row(asyncio.run(_clients(paths, engines.port, num_requests)))
+        yield {"case": "straight", **straight}
         proxies = {"gateway": stack.enter_context(_Process([*module, "gateway", str(engines.port)]))}
         if _LITELLM is not None:
             proxies["LiteLLM"] = stack.enter_context(_litellm(_LITELLM, engines.port))
@@ -73,15 +72,14 @@ def rows(num_requests: int) -> Iterator[dict[str, Any]]:
 
 def _through(name: str, proxy: _Process, straight: dict[str, Any], num_requests: int) -> Iterator[dict[str, Any]]:
     """Measures requests through a proxy, and what it adds to those that went straight."""
-    readings: list[int] = []
     before_s = proxy.cpu_s
-    found = asyncio.run(_clients([""], proxy.port, num_requests, readings, proxy.pid))
-    cpu_s = proxy.cpu_s - before_s
-    yield {"case": f"through {name}", **_row(found)}
+    found = asyncio.run(_clients([""], proxy.port, num_requests, proxy.pid))
+    cpu_s, row = proxy.cpu_s - before_s, _row(found)
+    yield {"case": f"through {name}", **row}
     if not found["ok"]:
         return
-    added = {key: _quantiles(found["way_s"])[key] - value for key, value in _quantiles(straight["way_s"]).items()}
-    first, last = readings[1], readings[-1]  # the first reading is before the first request
+    added = {key: row[key] - straight[key] for key in row if key.endswith("_ms")}
+    first, last = found["memory"][1], found["memory"][-1]  # the first reading is before the first request
     memory = {"memory_mb": last / 2**20, "growth_kb_per_1000": (last - first) / 1024 / (num_requests / 1000)}
     yield {"case": f"added by {name}", **added, "cpu_ms_per_request": 1e3 * cpu_s / num_requests, **memory}
 
@@ -128,15 +126,15 @@ class _Process:
 
     def __enter__(self) -> _Process:
         output = subprocess.DEVNULL if self.port else subprocess.PIPE
-        self._process = subprocess.Popen(self._command, stdout=output, stderr=subprocess.DEVNULL, text=True)
-        self.pid = self._process.pid
-        if self._process.stdout is not None:
-            self.port = int(self._process.stdout.readline())
+        self.popen = subprocess.Popen(self._command, stdout=output, stderr=subprocess.DEVNULL)
+        self.pid = self.popen.pid
+        if self.popen.stdout is not None:
+            self.port = int(self.popen.stdout.readline())
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self.popen.kill()
+        self.popen.communicate()
 
     @property
     def cpu_s(self) -> float:
@@ -157,9 +155,7 @@ def _litellm(command: str, engines_port: int) -> Iterator[_Process]:
         }
         for i in range(_NUM_ENGINES)
     ]  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         config = pathlib.Path(folder, "config.yaml")  # JSON is YAML
         settings = {
@@ -170,11 +166,7 @@ def _litellm(command: str, engines_port: int) -> Iterator[_Process]:
         config.write_text(json.dumps(settings))
         arguments = ["--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
         with _Process([command, *arguments], port) as process:
-            for _ in range(int(_START_S)):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health/liveliness", timeout=5).close()
-                    break
-                time.sleep(1.0)
+            wait_until_up(process.popen, f"http://127.0.0.1:{port}/health/liveliness", "LiteLLM", _START_S)
             yield process
 
 
@@ -182,23 +174,25 @@ def _resident_bytes(pid: int) -> int:
     return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
-async def _clients(
-    prefixes: list[str], port: int, num_requests: int, readings: list[int] | None = None, pid: int | None = None
-) -> dict[str, Any]:
-    """Sends requests at random times, each on a connection of its own, and returns what came of them."""
+async def _clients(prefixes: list[str], port: int, num_requests: int, pid: int | None = None) -> dict[str, Any]:
+    """Sends requests at random times, each on a connection of its own.
+
+    Returns:
+      What came of them, with readings of the memory of process ``pid``, if one is given.
+    """
     lot, loop = random.Random(0), asyncio.get_running_loop()
-    found: dict[str, Any] = {"way_s": [], "failed": 0, "open": 0, "streams": 0, "ok": 0}
+    found: dict[str, Any] = {"way_s": [], "failed": 0, "open": 0, "streams": 0, "ok": 0, "memory": []}
     due_s, tasks = loop.time(), set()
     for number in range(num_requests):
-        if readings is not None and pid is not None and number % (num_requests // _MEMORY_ROWS) == 0:
-            readings.append(_resident_bytes(pid))
+        if pid is not None and number % (num_requests // _MEMORY_ROWS) == 0:
+            found["memory"].append(_resident_bytes(pid))
         due_s += lot.expovariate(_RATE_PER_S)
         await asyncio.sleep(max(due_s - loop.time(), 0))
         tasks.add(task := asyncio.create_task(_client(prefixes[number % len(prefixes)], port, found)))
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
-    if readings is not None and pid is not None:
-        readings.append(_resident_bytes(pid))
+    if pid is not None:
+        found["memory"].append(_resident_bytes(pid))
     return found
 
 
