@@ -250,7 +250,9 @@ def test_all_bits_of_a_seed_count(vector_env: RouterVectorEnv) -> None:
 
 
 def test_gymnasiums_vector_wrappers_take_the_environments() -> None:
-    unhurried = small_params(rate_per_s=1.0, max_steps_in_episode=STEPS_IN_EPISODE)  # answers end before the next arrival
+    unhurried = small_params(
+        rate_per_s=1.0, max_steps_in_episode=STEPS_IN_EPISODE
+    )  # answers end before the next arrival
     for mode in AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP:
         env: Any = RouterVectorEnv(small_env(), unhurried, NUM_ENVS, autoreset_mode=mode)
         env = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)

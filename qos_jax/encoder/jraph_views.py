@@ -78,8 +78,10 @@ def _node_table(obs: Observation, expert_of: np.ndarray, slot: np.ndarray) -> di
             column[rows] = getattr(view, name)[at]
 
     put(kind == 0, obs.arrived, ["prompt_tokens", "latency_limit_s"])
-    put(kind == 1, obs.experts, [name for name in _names(ExpertView) if name != "profile"])
-    put(kind == 1, obs.experts.profile, [name for name in _names(ExpertProfile) if name != "kernels"])
+    put(kind == 1, obs.experts, [name for name in _names(ExpertView) if name not in ("profile", "load_left_s")])
+    put(kind == 1, obs.experts.profile, [name for name in _names(ExpertProfile) if name not in ("kernels", "cards")])
+    if obs.experts.load_left_s is not None:
+        put(kind == 1, obs.experts, ["load_left_s"])
     others = ("running", "waiting", "limits", "first_token_s")
     put(kind == 2, obs.requests, [name for name in _names(RequestView) if name not in others], (expert_of, slot))
     if obs.requests.limits is not None:

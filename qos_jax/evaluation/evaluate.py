@@ -34,6 +34,7 @@ from qos_jax.sim.world import (
     World,
     WorldSpec,
     advance,
+    closed,
     collect,
     dispatch,
     empty_world,
@@ -178,8 +179,8 @@ class Routed(NamedTuple):
 
     prompt_tokens: Array | None  # [J] int32, with the context of the session; None without sessions, as for the next
     cached_tokens: Array | None  # [J, N] int32, of these in the cache of each expert
-    failed_after_s: Array | None  # [J, N] s since the arrival before, inf for none; None where none fails, as for down
-    down: Array | None  # [J, N] bool
+    failed_after_s: Array | None  # [J, N] s since the arrival before, inf for none; None where none fails
+    closed: Array | None  # [J, N] bool: it took no request; None where all do, but for full queues and memory
 
     def trace(self, trace: RequestTrace, assignment: np.ndarray) -> RequestTrace:
         """Returns a trace with these prompts, and what an assignment [J] finds of them in the cache."""
@@ -189,10 +190,10 @@ class Routed(NamedTuple):
         return trace.replace(prompt_tokens=np.asarray(self.prompt_tokens), shared_tokens=cached, turn=None)
 
     def assignment(self, actions: np.ndarray, num_experts: int) -> np.ndarray:
-        """Returns the expert of each request [J], -1 where it was dropped or the expert was down."""
+        """Returns the expert of each request [J], -1 where it was dropped or the expert was closed."""
         refused = actions == num_experts
-        if self.down is not None:
-            refused |= select_assigned(np.asarray(self.down), np.where(refused, 0, actions)) & ~refused
+        if self.closed is not None:
+            refused |= select_assigned(np.asarray(self.closed), np.where(refused, 0, actions)) & ~refused
         return np.where(refused, -1, actions)
 
     def failures_s(self, trace: RequestTrace) -> list[np.ndarray]:
@@ -209,7 +210,7 @@ def routed_of(experts: ExpertProfile, world: World, request: Request) -> Routed:
         None if turn is None else whole_prompt(request, turn),
         None if turn is None else turn.cached_blocks * BLOCK_SIZE_TOKENS,
         None if failures is None else failures.failed_after_s,
-        None if failures is None else failures.down,
+        None if failures is None and world.loaded is None else closed(world),
     )
 
 

@@ -285,7 +285,7 @@ def _expert(run: MeasuredRun, timing: Mapping[str, Any]) -> ExpertProfile:
     fields: dict[str, Any] = {name: timing[name] for name in TIMING_UNITS}
     fields |= {"kv_blocks": run.kv_blocks, "max_running": run.max_running, "max_waiting": _UNLIMITED}
     fields |= {name: getattr(run, name) for name in ("token_budget", "async_scheduling", "prefix_cache")}
-    arrays = {name: np.array([value]) for name, value in fields.items()}
+    arrays: dict[str, Any] = {name: np.array([value]) for name, value in fields.items()}
     return ExpertProfile(**arrays, kernels=timing.get("kernels"))
 
 

@@ -83,8 +83,10 @@ def plan(
       progress: called with the best plan so far after each sweep.
 
     Raises:
-      InputError: a field of the arguments is not usable.
+      InputError: a field of the arguments is not usable, or LLMs share a card: plans move one request at a time.
     """
+    if experts.cards is not None:
+        raise InputError("experts.cards is given, must be None: plans in hindsight know no shared cards")
     restarts, seed = checked_whole("restarts", restarts, 0), checked_whole("seed", seed, 0, MAX_SEED)
     search = _Search(experts, trace, block_size)
     best = max((search.evaluated(start) for start in (*starts, search.best_scores())), key=lambda plan: plan.qos)

@@ -51,10 +51,13 @@ def outcome_of(env: Environment, params: EnvParams, run: RouterRun, *, warmup: i
       removals: number of replays with one request removed; these requests are spread evenly over those that count.
 
     Raises:
-      InputError: the router sent no counted request to an expert, or the world has sessions or failures.
+      InputError: the router sent no counted request to an expert, or the world has sessions, failures or
+        shared cards.
     """
     if env.spec.failures:
         raise InputError("failures are True, must be False: replays without a request know no failures")
+    if env.spec.shared_cards:
+        raise InputError("shared_cards are True, must be False: a request may change which LLM is loaded")
     if env.spec.sessions:
         raise InputError(f"sessions are {env.spec.sessions}, must be 0: a request changes the prompts after it")
     experts = jax.tree.map(np.asarray, params.experts)

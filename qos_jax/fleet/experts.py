@@ -31,6 +31,8 @@ class Expert:
     model: str | None = None  # what the real engine calls its LLM; ``llm_name`` by default
     api_key_env: str | None = None  # environment variable with the key of the real engine
     profile: str | None = None  # file of fitted timing, instead of what the catalogue knows
+    card: str | None = None  # name of a card that several LLMs share; None for a card of its own
+    load_s: float = 0.0  # s to load its LLM in place of another one on the card
 
     @property
     def name(self) -> str:

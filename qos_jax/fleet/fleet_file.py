@@ -42,6 +42,7 @@ from qos_jax.sim.constants import MAX_AGE_S, MAX_HISTORY, MAX_LENGTH, MAX_QUEUE,
 
 FORMAT = 1
 MAX_EXPERTS = 64
+MAX_LOAD_S = 1e4  # s to load an LLM
 CONTENTS = ("mix-instruct", "sharegpt-run", "quality")
 
 
@@ -123,7 +124,9 @@ def load_fleet(path: str | os.PathLike[str]) -> Fleet:
         raise InputError(f"{path}: experts is missing, must be one or more tables [[experts]]")
     top.done()
     _check_labels(rows)
-    found = [(table, expert) for table, row in enumerate(rows) for expert in _replicas(row, shared)] * copies
+    found = [(table, expert) for table, row in enumerate(rows) for expert in _replicas(row, shared)]
+    _check_cards(rows, found)
+    found = [(table, _of_copy(expert, copy)) for copy in range(copies) for table, expert in found]
     tables, experts = zip(*found, strict=True)
     if len(experts) > MAX_EXPERTS:
         raise InputError(f"{path}: experts are {len(experts)} with all replicas, must be at most {MAX_EXPERTS}")
@@ -137,6 +140,22 @@ def _check_labels(rows: list[Section]) -> None:
             if label in labels:
                 raise row.error("name", label, f"another one than that of {labels[label]}")
             labels[label] = row.place
+
+
+def _check_cards(rows: list[Section], found: list[tuple[int, Expert]]) -> None:
+    """Checks that the LLMs of a card are on one device."""
+    first: dict[str, Expert] = {}
+    for table, expert in found:
+        if expert.card is not None:
+            other = first.setdefault(expert.card, expert)
+            if expert.device != other.device:
+                legal = f"another card, as that of {other.name} is a {other.device_name}"
+                raise rows[table].error("card", expert.card, legal)
+
+
+def _of_copy(expert: Expert, copy: int) -> Expert:
+    """Returns the expert in a copy of the fleet, which has cards of its own."""
+    return expert if copy == 0 or expert.card is None else dataclasses.replace(expert, card=f"{expert.card}-{copy + 1}")
 
 
 def _replicas(row: Section, shared: EngineSettings) -> list[Expert]:
@@ -162,7 +181,15 @@ def _replicas(row: Section, shared: EngineSettings) -> list[Expert]:
         answers_of=row.text("answers"),
         link_delay_s=row.number("link_delay_s", 0.0, high=1e3),
         profile=profile,
+        card=row.text("card"),
+        load_s=row.number("load_s", 0.0, high=MAX_LOAD_S),
     )
+    if expert.card is None and "load_s" in row:
+        raise row.error("load_s", expert.load_s, "left out: the expert has no card that it shares")
+    if expert.card is not None:
+        row.required(row.value("load_s"), "load_s")
+        if count != 1:
+            raise row.error("count", count, "1: an expert with a card is not several")
     row.done()
     try:
         _ = expert.kv_blocks, expert.timing()  # fits its device, and its profile can be read

@@ -17,7 +17,7 @@ from qos_jax.fleet.engines import ENGINES, EngineSettings
 from qos_jax.fleet.experts import Expert, experts_of
 from qos_jax.fleet.profile_fitting import tables_from_json
 from qos_jax.io.text_files import shown
-from qos_jax.sim.types import ExpertProfile, IterationTables
+from qos_jax.sim.types import ExpertProfile, IterationTables, SharedCards
 from qos_jax.sim.validation import checked_tables
 
 
@@ -51,7 +51,8 @@ def profile_of(experts: Sequence[Expert]) -> ExpertProfile:
 
     Returns:
         The profile, fields are NumPy arrays [N]. `kernels` holds the tables of all experts, if all of them have some:
-        those whose kernels were measured, and those whose timing follows from the law of scaling.
+        those whose kernels were measured, and those whose timing follows from the law of scaling. Of LLMs that share a
+        card, the idle power is that of the first, and the others have what they take beyond it.
 
     Raises:
         InputError: there is no expert, or an LLM does not fit its device.
@@ -65,7 +66,12 @@ def profile_of(experts: Sequence[Expert]) -> ExpertProfile:
         if timing.kernels is not None
     ]
     block_bytes = np.array([expert.engine.block_size * float(expert.llm.kv_bytes_per_token) for expert in experts])
-    devices = [expert.device for expert in experts]
+    cards = _shared_cards(experts)
+    shares = np.zeros(len(experts), bool) if cards is None else cards.number < np.arange(len(experts))
+    power_w = {
+        name: np.array([getattr(expert.device, name) for expert in experts])
+        for name in ("idle_w", "busy_w", "standby_w")
+    }
     return ExpertProfile(
         **{name: np.array([timing.coefficients[name] for timing in timings]) for name in timings[0].coefficients},
         kernels=_side_by_side(tables) if len(tables) == len(experts) else None,
@@ -74,12 +80,22 @@ def profile_of(experts: Sequence[Expert]) -> ExpertProfile:
         max_waiting=np.array([expert.engine.max_waiting for expert in experts]),
         network_s=np.array([expert.link_delay_s for expert in experts]),
         **{
-            name: np.array([getattr(device, name) for device in devices])
-            for name in ("idle_w", "busy_w", "standby_w", "standby_s")
+            name: np.where(shares, np.maximum(watts - power_w["idle_w"], 0.0), watts) for name, watts in power_w.items()
         },
+        standby_s=np.array([expert.device.standby_s for expert in experts]),
+        cards=cards,
         kv_block_gb=block_bytes / 1e9,
         **engine_fields(experts),
     )
+
+
+def _shared_cards(experts: Sequence[Expert]) -> SharedCards | None:
+    """Returns which experts share a card: its number is that of its first expert."""
+    cards = [expert.card if expert.card is not None else number for number, expert in enumerate(experts)]
+    if len(set(cards)) == len(cards):
+        return None
+    number = np.array([cards.index(card) for card in cards], np.int32)
+    return SharedCards(number, np.array([expert.load_s for expert in experts]))
 
 
 def engine_fields(experts: Sequence[Expert], engine: str | None = None) -> dict[str, np.ndarray]:

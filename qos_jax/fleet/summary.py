@@ -36,6 +36,8 @@ class Derived:
     link_delay_ms: float
     idle_w: float
     busy_w: float
+    card: str | None = None  # which it shares
+    load_s: float = 0.0
 
 
 def derived(fleet: Fleet) -> list[Derived]:
@@ -89,6 +91,8 @@ def _row(expert: Expert, timing: Timing) -> Derived:
         link_delay_ms=1e3 * expert.link_delay_s,
         idle_w=expert.device.idle_w,
         busy_w=expert.device.busy_w,
+        card=expert.card,
+        load_s=expert.load_s,
     )
 
 
@@ -127,7 +131,8 @@ def as_text(fleet: Fleet, rows: Sequence[Derived]) -> str:
         lines.append(f"{row.name}: {row.origin} from {row.basis}")
         lines.append(f"    KV: {row.kv_blocks:,} blocks, {row.kv_tokens:,} tokens: {row.kv_from}")
         link = f"; link {row.link_delay_ms:g} ms" if row.link_delay_ms else ""
-        lines.append(f"    engine: {row.engine}; power {row.idle_w:g} to {row.busy_w:g} W{link}")
+        card = f"; shares {row.card}, loaded in {row.load_s:g} s" if row.card else ""
+        lines.append(f"    engine: {row.engine}; power {row.idle_w:g} to {row.busy_w:g} W{link}{card}")
     return "\n".join(lines)
 
 

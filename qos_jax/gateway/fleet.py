@@ -30,12 +30,14 @@ def backends_of(fleet: Fleet) -> tuple[Backend, ...]:
     """Returns the engines of a fleet file, in its order; replicas of one name get numbers behind it.
 
     Raises:
-      InputError: an expert has no usable URL or name.
+      InputError: an expert has no usable URL or name, or shares its card: which LLM is loaded is not known here.
     """
     names = [expert.name for expert in fleet.experts]
     backends = []
     for number, expert in enumerate(fleet.experts):
         where = f"{fleet.path}: expert {expert.name!r}"
+        if expert.card is not None:
+            raise InputError(f"{where}: card is {expert.card!r}, must be left out: a gateway knows no shared cards")
         copy = names[: number + 1].count(expert.name)
         name = expert.name if copy == 1 else f"{expert.name}-{copy}"
         if not _NAME.fullmatch(name):

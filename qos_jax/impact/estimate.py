@@ -5,6 +5,8 @@ The analytic form applies the simulator's cost model to predicted lengths, in O(
 * The expected number of tokens left grows with the tokens already emitted, because predictions are weak and a request
   beyond its prediction is usually long. A place that becomes free is assumed to be taken by another request. Its prompt
   stalls the batch, which is left out unless ``later_prompts`` is set: it matters where prompts are dear.
+* An LLM that is not loaded waits until the requests on its card have ended, and is loaded then. What its loading keeps
+  from later requests for the other LLMs is left out.
 * The latency of a request is a one-time delay (wait for a place, prefill) plus a time for each token. The request meets
   its limit if the time per token does, with a logistic in place of the step, and if it has enough tokens to spread the
   delay over. For a lognormal length, that probability is close to a logistic in the logarithm of the length.
@@ -24,11 +26,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from qos_jax.errors import InputError
 from qos_jax.impact.imagined_world import LENGTH_CV, expected_remaining_tokens, sample_belief, sample_request
 from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, Slots
 from qos_jax.sim.service_level import expected_margin_s
+from qos_jax.sim.shared_cards import wait_for_others_s
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation
 from qos_jax.sim.validation import check_shapes
 from qos_jax.sim.world import payload_of, slot_latency_per_token_s, slot_margin_s
@@ -66,6 +70,7 @@ class _Load(struct.PyTreeNode):
     later_prompts_s: Array  # [N] s for each iteration, of prompts that take the places of finished requests
     stall_before_s: Array  # [N] s of outstanding prefill
     stall_after_s: Array  # [N] s of outstanding prefill, with the arrived request
+    load_s: Array | float  # [N] s until its LLM is loaded, with the wait for those on its card
 
 
 def impact(
@@ -85,9 +90,12 @@ def impact(
       later_prompts: the closed form counts the prompts of the requests that take the places of those on the expert.
 
     Raises:
-      InputError: the observation is a batch, or its arrays do not belong together.
+      InputError: the observation is a batch, or its arrays do not belong together; or LLMs share a card, which the
+        rollout form does not know.
     """
     _check_one(obs)
+    if form == "rollout" and obs.experts.load_left_s is not None:
+        raise InputError('form is "rollout", must be "analytic" where LLMs share a card')
     if form == "rollout":
         return _by_rollout(obs, width_s, length_cv)
     return _by_formula(obs, width_s, length_cv, later_prompts)
@@ -219,17 +227,26 @@ def _load(obs: Observation, length_cv: float, later_prompts: bool = False) -> _L
     share = jnp.minimum((max_running - 1.0) / divisor, memory_share)
     # Each place takes a new prompt, here as long as its last one, once in a request's length of iterations.
     prompts_s = _prefill_s(profile, _real(requests.prompt_tokens)) / jnp.maximum(emitted + left, 1.0)
+    share, cost_s = jnp.clip(share, 0.0, 1.0), jnp.where(present, cost_s, 0.0)
+    wait, stall_before_s = jnp.maximum(wait_for_place, wait_for_memory), _prefill_s(profile, prefill_tokens)
+    load_s: Array | float = 0.0
+    if experts.load_left_s is not None:
+        iterations = jnp.max(left, -1) + jnp.where(experts.waiting > 0, wait, 0.0)
+        last_s = stall_before_s + iterations * (profile.step_base_s + share * jnp.sum(cost_s, -1))
+        load_s = experts.load_left_s + wait_for_others_s(profile.cards, jnp.where(count > 0, last_s, 0.0))
+        load_s = jnp.where(experts.running > 0, 0.0, load_s)
     return _Load(
         present=present,
         left=left,
         length=emitted + left,
-        cost_s=jnp.where(present, cost_s, 0.0),
-        wait=jnp.maximum(wait_for_place, wait_for_memory),
+        cost_s=cost_s,
+        wait=wait,
         ahead=jnp.where(profile.async_scheduling & (count > 0), 1.0, 0.0),
-        share=jnp.clip(share, 0.0, 1.0),
+        share=share,
         later_prompts_s=jnp.sum(jnp.where(present & later_prompts, prompts_s, 0.0), -1),
-        stall_before_s=_prefill_s(profile, prefill_tokens),
+        stall_before_s=stall_before_s,
         stall_after_s=_prefill_s(profile, prefill_tokens + _real(_uncached_tokens(obs))),
+        load_s=load_s,
     )
 
 
@@ -251,7 +268,7 @@ def _own_latency(obs: Observation, load: _Load) -> tuple[Array, Array]:
     others_s = horizon * (all_cost_s + load.later_prompts_s) + growth_s
     own_s = profile.per_sequence_s * tokens + profile.per_kv_token_s * (tokens - 1.0) * (prompt + (tokens - 2.0) / 2.0)
     iteration_s = profile.step_base_s + load.share * (all_cost_s + load.later_prompts_s)
-    lag_s = load.stall_after_s + load.ahead * iteration_s
+    lag_s = load.load_s + load.stall_after_s + load.ahead * iteration_s
     latency_s = lag_s + horizon * profile.step_base_s + load.share * others_s + own_s + profile.network_s
     delay_s = lag_s + load.wait * iteration_s
     return latency_s / tokens, delay_s / tokens
@@ -266,9 +283,10 @@ def _effect_on_others(obs: Observation, load: _Load) -> tuple[Array, Array]:
     queue_share = jnp.cumsum(_real(requests.waiting), -1) / _over_slots(_real(obs.experts.waiting + 1))
     end = jnp.where(requests.waiting, _over_slots(load.wait) * queue_share, 0.0) + load.left  # iterations from now
     own_s = load.left * (load.cost_s + _over_slots(profile.per_kv_token_s) * (load.left - 1.0) / 2.0)
-    remaining_s = _over_slots(load.stall_before_s + profile.network_s) + end * iteration_s + own_s
+    lag_s = load.load_s + load.stall_before_s + profile.network_s
+    remaining_s = _over_slots(lag_s) + end * iteration_s + own_s
     has_first = requests.generated_tokens > 0
-    before_first_s = _over_slots(load.stall_before_s + profile.network_s) + (end - load.left + 1.0) * iteration_s
+    before_first_s = _over_slots(lag_s) + (end - load.left + 1.0) * iteration_s
     ttft_s = requests.age_s + before_first_s
     if requests.first_token_s is not None:
         ttft_s = jnp.where(has_first, requests.first_token_s + _over_slots(profile.network_s), ttft_s)

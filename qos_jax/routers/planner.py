@@ -58,7 +58,8 @@ def rollout_planner(
 ) -> Router:
     """Takes the legal action with the highest return in sampled futures, if its gain over impact-greedy is clear.
 
-    In a world with sessions or failures its futures have none: each prompt is what the user adds, and nobody fails.
+    In a world with sessions, failures or shared cards its futures have none: each prompt is what the user adds, nobody
+    fails, and every LLM is loaded.
 
     Args:
       workload: the law of requests. Its rate is used only until a gap between arrivals has been observed.

@@ -40,9 +40,15 @@ def sample_requests(workload: Workload, key: Array, num_requests: int) -> tuple[
 def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert: int = 4000, seed: int = 0) -> float:
     """Returns the saturation rate of the fleet [requests/s], the sum of ``saturation_rates``.
 
-    At load rho, requests arrive at rho times this rate.
+    Of LLMs that share a card, the fastest counts. At load rho, requests arrive at rho times this rate.
     """
-    return sum(saturation_rates(env, params, requests_per_expert=requests_per_expert, seed=seed))
+    rates = saturation_rates(env, params, requests_per_expert=requests_per_expert, seed=seed)
+    if params.experts.cards is None:
+        return sum(rates)
+    fastest: dict[int, float] = {}
+    for card, rate in zip(np.asarray(params.experts.cards.number).tolist(), rates, strict=True):
+        fastest[card] = max(rate, fastest.get(card, 0.0))
+    return sum(fastest.values())
 
 
 def saturation_rates(
@@ -50,9 +56,10 @@ def saturation_rates(
 ) -> list[float]:
     """Returns the rate at which each expert finishes requests while its queue is never empty.
 
-    The rates are measured by simulation. Each expert is offered requests at twice the rate that it could finish without
-    prefill and KV reads, and drops those for which its queue has no place. The middle 80 % of its completions give its
-    rate. Sessions stay with one expert each, which finds their whole context in its cache.
+    The rates are measured by simulation, of each as if it had its card alone. Each expert is offered requests at twice
+    the rate that it could finish without prefill and KV reads, and drops those for which its queue has no place. The
+    middle 80 % of its completions give its rate. Sessions stay with one expert each, which finds their whole context in
+    its cache.
 
     Args:
       env: gives the number of experts and the engine's integers.
@@ -69,7 +76,7 @@ def saturation_rates(
     num_experts = env.spec.num_experts
     requests_per_expert = checked_whole("requests_per_expert", requests_per_expert, 2)
     seed = checked_whole("seed", seed, 0, MAX_SEED)
-    experts = checked_experts(params.experts)
+    experts = checked_experts(params.experts.replace(cards=None))
     count = requests_per_expert * num_experts
     _, requests = sample_requests(params.workload, jax.random.key(seed), count)
     output_tokens = np.asarray(requests.output_tokens)

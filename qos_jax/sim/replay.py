@@ -1,8 +1,9 @@
 """Replay: the outcome of each request of a known trace under a fixed assignment to experts.
 
-Experts do not interact, so each is a lane that replays its own requests. On a CPU a few lanes run side by side in each
-of several threads; other devices run all of them at once. When a lane has no free slot left, the finished requests of
-all are collected and their slots are compacted.
+Each expert is a lane that replays its own requests. On a CPU a few lanes run side by side in each of several threads;
+other devices run all of them at once. When a lane has no free slot left, the finished requests of all are collected and
+their slots are compacted. Experts do not interact, but for those that share a card: there a request for which an LLM is
+loaded waits until the lane of the LLM before it has ended.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from jax import Array, lax
 
 from qos_jax.errors import InputError
 from qos_jax.sim import engine
+from qos_jax.sim.cost import fits_in_memory
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.failures import without_requests
+from qos_jax.sim.shared_cards import CardTurns, card_turns
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestLog, RequestTrace
 from qos_jax.sim.validation import MAX_SIZE, checked_assignment, checked_experts, checked_trace, checked_whole
 
@@ -50,6 +53,7 @@ class LaneRequests(struct.PyTreeNode):
     output_tokens: AnyArray  # [J, L] int32, 0 for padding
     shared_tokens: AnyArray  # [J, L] int32, of the prompt
     fails: AnyArray | None  # [J, L] bool: no request, but a failure in which the lane loses all; None if none fails
+    turns: CardTurns | None = None  # [J, L] each; None where each expert has a card of its own
 
 
 class LaneLog(struct.PyTreeNode):
@@ -78,7 +82,8 @@ def replay(
     Args:
       experts: profile of the N experts, NumPy or JAX arrays [N].
       trace: J requests in order of arrival; only arrivals and tokens are read. An expert with a prefix cache does not
-        compute whole blocks of ``shared_tokens``; they never leave the cache, and count as memory of each request.
+        compute whole blocks of ``shared_tokens``; they never leave the cache, and count as memory of each request. On a
+        shared card, a request for an LLM that is leaving waits until it is loaded again.
       assignment: [J] int, expert of each request; -1 drops the request.
       token_budget: maximum tokens per iteration of all experts, 1 .. 2^24, in place of their own.
       block_size: tokens per KV block, 1 .. 2^24.
@@ -135,11 +140,18 @@ def replay_many(
         experts = experts.replace(token_budget=checked_whole("token_budget", token_budget, 1, MAX_SIZE))
     experts = checked_experts(experts)
     num_experts = len(experts.step_base_s)
+    if failures is not None and experts.cards is not None:
+        raise InputError("failures are given, must be None where experts share a card")
     traces = [checked_trace(trace, num_experts) for trace in traces]
     assignments = [
         checked_assignment(assignment, len(trace.arrival_s), num_experts)
         for trace, assignment in zip(traces, assignments, strict=True)
     ]
+    if experts.cards is not None:  # a request that never fits has no LLM loaded
+        assignments = [
+            _that_fit(experts, trace, assignment, block_size)
+            for trace, assignment in zip(traces, assignments, strict=True)
+        ]
     never = [[np.zeros(0)] * num_experts] * len(traces)
     failures = never if failures is None else failures
     positions = [_positions(*args) for args in zip(traces, assignments, failures, strict=True)]
@@ -147,13 +159,19 @@ def replay_many(
         (int(of.max(initial=-1)) for position in positions for of in (position[0], *position[1])), default=0
     )
     lanes = [_sort_into_lanes(*args, length) for args in zip(traces, assignments, positions, failures, strict=True)]
+    if experts.cards is not None:
+        lanes = [
+            lane.replace(turns=card_turns(experts.cards, trace.arrival_s, assignment, position, length))
+            for lane, trace, assignment, (position, _) in zip(lanes, traces, assignments, positions, strict=True)
+        ]
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *lanes)
     if failures is never:
         requests = requests.replace(fails=None)
     fleets = jax.tree.map(lambda x: np.concatenate([x] * len(traces)), experts)
     # Another assignment of the same requests does not recompile.
     min_rows = min(max((len(trace.arrival_s) for trace in traces), default=1), _SHARED_ROWS)
-    log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype, min_rows=min_rows)
+    together = None if experts.cards is None else num_experts
+    log = replay_lanes(fleets, requests, block_size=block_size, dtype=dtype, min_rows=min_rows, together=together)
     fleet_logs = [
         jax.tree.map(lambda x, i=i: x[..., i * num_experts : (i + 1) * num_experts], log) for i in range(len(traces))
     ]
@@ -172,6 +190,13 @@ def _with_losses(result: ReplayResult, assignment: np.ndarray) -> ReplayResult:
     log = result.log
     lost = (assignment >= 0) & ~log.dropped & np.isnan(log.finish_s)
     return result.replace(log=log.replace(dropped=log.dropped | lost, lost=lost))
+
+
+def _that_fit(experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, block_size: int) -> np.ndarray:
+    """Returns the assignment without the requests that never fit in the memory of their experts."""
+    tokens = trace.prompt_tokens[:, None], trace.output_tokens
+    fits = np.asarray(fits_in_memory(experts.replace(kernels=None, cards=None), *tokens, block_size))
+    return np.where(fits[np.arange(len(assignment)), assignment], assignment, -1)
 
 
 Rows = tuple[np.ndarray, list[np.ndarray]]
@@ -242,6 +267,7 @@ def replay_lanes(
     block_size: int = BLOCK_SIZE_TOKENS,
     dtype: Any = np.float64,
     min_rows: int = 1,
+    together: int | None = None,
 ) -> LaneLog:
     """Replays every lane to its end.
 
@@ -253,6 +279,7 @@ def replay_lanes(
       block_size: tokens per KV block.
       dtype: of the engine's times.
       min_rows: requests for which a program is compiled at least, so that similar runs share it.
+      together: lanes of one fleet, which follow each other; None where lanes do not wait for each other.
 
     Returns:
       The log of each lane.
@@ -266,8 +293,9 @@ def replay_lanes(
     rows = 1 << (max(length, min_rows, _MIN_ROWS) - 1).bit_length()  # powers of two, so that few shapes are compiled
     used = requests.output_tokens > 0 if requests.fails is None else (requests.output_tokens > 0) | requests.fails
     counts = used.sum(0).astype(np.int32)
-    width = min(lanes, _CPU_LANES) if jax.default_backend() == "cpu" else lanes
-    order = np.argsort(-counts, kind="stable")  # lanes of about one length end together
+    width = together or (min(lanes, _CPU_LANES) if jax.default_backend() == "cpu" else lanes)
+    # Lanes of about one length end together.
+    order = np.argsort(-counts, kind="stable") if together is None else np.arange(lanes)
     groups = [order[i : i + width] for i in range(0, lanes, width)]
 
     def run(group: np.ndarray) -> tuple[Any, ...]:
@@ -296,7 +324,7 @@ class _Progress(struct.PyTreeNode):
 
     state: ExpertState
     arrived: Array  # [L] int32 requests
-    until_s: Array  # [L] s from now until the next one, ``_NEVER_S`` after the last
+    until_s: Array  # [L] s from now to the next one; ``_NEVER_S`` after the last, and before one that has an LLM loaded
     steady: Array  # [L] bool: the lane only decodes until a request finishes or arrives
     dropped: Array  # [J, L] bool
 
@@ -319,7 +347,7 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, co
     """
     dtype = jnp.result_type(float)
     experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), experts)
-    requests = requests.replace(gap_s=requests.gap_s.astype(dtype))
+    requests = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), requests)
     shape, lane = requests.gap_s.shape, jnp.arange(len(counts))[:, None]
 
     def done(at: _Progress) -> Array:
@@ -347,7 +375,7 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, co
     at = _Progress(
         state=engine.init_state(spec, (len(counts),), jnp.int32(0), dtype),
         arrived=jnp.zeros(len(counts), jnp.int32),
-        until_s=jnp.where(counts > 0, requests.gap_s[0], _NEVER_S),
+        until_s=_until_s(requests, counts, jnp.zeros_like(counts)),
         steady=none > 0,
         dropped=jnp.zeros(shape, bool),
     )
@@ -378,14 +406,20 @@ def _arrive(
     arrives = ~at.busy & (at.arrived < counts)
     length, lane = len(requests.gap_s), jnp.arange(len(counts))
     request = jax.tree.map(lambda x: x[jnp.minimum(at.arrived, length - 1), lane], requests)
+    if request.turns is not None:
+        arrives &= request.turns.may_begin(at.arrived, at.state)
     is_request = arrives if request.fails is None else arrives & ~request.fails
 
     def arrived() -> tuple[ExpertState, Array]:
         state = at.state
-        standby_s = jnp.where(arrives, jnp.clip(at.until_s - state.clock_s, 0.0, state.standby_left_s), 0.0)
-        state = engine.rebase(state, jnp.where(arrives, at.until_s, 0.0)).replace(
+        standby_s = jnp.where(arrives, jnp.clip(request.gap_s - state.clock_s, 0.0, state.standby_left_s), 0.0)
+        state = engine.rebase(state, jnp.where(arrives, request.gap_s, 0.0)).replace(
             standby_left_s=state.standby_left_s - standby_s, standby_s=state.standby_s + standby_s
         )
+        if requests.turns is not None and experts.cards is not None:
+            before_s = jnp.where(at.arrived > 0, requests.turns.arrival_s[at.arrived - 1, lane], -_NEVER_S)
+            start_s = request.turns.start_s(before_s + at.state.clock_s) + experts.cards.load_s
+            state = state.replace(clock_s=jnp.where(arrives & request.turns.begins, start_s, state.clock_s))
         if request.fails is not None:
             state, _ = without_requests(state, arrives & request.fails)
         admissible = engine.admissible(spec, experts, state, request.prompt_tokens, request.output_tokens)
@@ -396,11 +430,18 @@ def _arrive(
     state, refused = lax.cond(jnp.any(arrives), arrived, lambda: (at.state, jnp.zeros_like(arrives)))
     row = jnp.where(is_request & refused, at.arrived, length)  # others are beyond the end, where nothing is written
     after = at.arrived + arrives.astype(jnp.int32)
-    next_gap_s = requests.gap_s[jnp.minimum(after, length - 1), lane]
-    until_s = jnp.where(after < counts, next_gap_s, _NEVER_S)
     return at.replace(
         state=state,
         arrived=after,
-        until_s=jnp.where(arrives, until_s, at.until_s),
+        until_s=jnp.where(arrives, _until_s(requests, counts, after), at.until_s),
         dropped=at.dropped.at[row, lane].set(True, mode="drop"),
     )
+
+
+def _until_s(requests: LaneRequests, counts: Array, arrived: Array) -> Array:
+    """Returns how long [L] s each lane runs, from the arrival of the last one of ``arrived`` requests."""
+    row, lane = jnp.minimum(arrived, len(requests.gap_s) - 1), jnp.arange(len(counts))
+    goes_on = arrived < counts
+    if requests.turns is not None:  # an LLM that is to be loaded again ends its requests before
+        goes_on &= ~requests.turns.begins[row, lane]
+    return jnp.where(goes_on, requests.gap_s[row, lane], _NEVER_S)

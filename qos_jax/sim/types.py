@@ -37,6 +37,16 @@ class IterationTables(struct.PyTreeNode):
     host_per_sequence_s: AnyArray  # [N] s/request, of the host
 
 
+class SharedCards(struct.PyTreeNode):
+    """Which experts share a card, on which the LLM of one of them is loaded at a time (``qos_jax.sim.shared_cards``).
+
+    At first the LLM of the first expert of each card is loaded.
+    """
+
+    number: AnyArray  # [N] int32, of the card of each expert
+    load_s: AnyArray  # [N] s to load its LLM in place of another one
+
+
 class ExpertProfile(struct.PyTreeNode):
     """Timing, memory and power of N experts; an expert is one LLM on one GPU.
 
@@ -63,6 +73,7 @@ class ExpertProfile(struct.PyTreeNode):
     standby_w: AnyArray = 0.0  # [N] W for standby_s after an iteration, if none follows
     standby_s: AnyArray = 0.0  # [N] s
     kernels: IterationTables | None = None  # tables of all experts, or of none: then the five coefficients hold
+    cards: SharedCards | None = None  # None where each expert has a card of its own
 
 
 class ServiceLimits(struct.PyTreeNode):
@@ -162,6 +173,7 @@ class ExpertView(struct.PyTreeNode):
     running: Array  # [N] int32 requests
     waiting: Array  # [N] int32 requests
     kv_used_blocks: Array  # [N] int32 blocks held
+    load_left_s: Array | None = None  # [N] s of loading before it can run the request; where LLMs share a card only
 
 
 class RequestView(struct.PyTreeNode):

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
 from qos_jax.io.text_files import shown
-from qos_jax.sim.types import ATTENTION_TERMS, ExpertProfile, IterationTables, RequestTrace
+from qos_jax.sim.types import ATTENTION_TERMS, ExpertProfile, IterationTables, RequestTrace, SharedCards
 
 MAX_COUNT = 2**30 - 1  # the sum of two counts fits in int32
 MAX_TOKENS = 2**29  # of a prompt or an answer: both together are at most what a KV memory holds
@@ -78,7 +78,7 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
       InputError: a field has a wrong shape, is NaN, infinite or negative, a time is above 1e6 s, the knots of a table
         do not increase, or an iteration of an expert takes no time.
     """
-    names = [field.name for field in dataclasses.fields(experts) if field.name != "kernels"]
+    names = [field.name for field in dataclasses.fields(experts) if field.name not in ("kernels", "cards")]
     fields = {name: np.asarray(getattr(experts, name)) for name in names}
     num_experts = max((x.shape[0] for x in fields.values() if x.ndim == 1), default=1)
     checked = {}
@@ -111,8 +111,12 @@ def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertPr
             f"experts.step_base_s, per_sequence_s and per_kv_token_s are all 0 for expert {timeless.argmax()}, "
             "one must be above 0, as an iteration takes time"
         )
-    kernels = experts.kernels
-    return ExpertProfile(**checked, kernels=None if kernels is None else checked_tables(kernels, num_experts, dtype))
+    kernels, cards = experts.kernels, experts.cards
+    return ExpertProfile(
+        **checked,
+        kernels=None if kernels is None else checked_tables(kernels, num_experts, dtype),
+        cards=None if cards is None else _checked_cards(cards, num_experts, dtype),
+    )
 
 
 def of_one_type(experts: ExpertProfile) -> ExpertProfile:
@@ -123,10 +127,15 @@ def of_one_type(experts: ExpertProfile) -> ExpertProfile:
     do Python's numbers.
     """
     fields = {field.name: getattr(experts, field.name) for field in dataclasses.fields(experts)}
-    floats = {name: value for name, value in fields.items() if name not in (*_COUNTS, *_SWITCHES)}
+    floats = {name: value for name, value in fields.items() if name not in (*_COUNTS, *_SWITCHES, "cards")}
+    cards = experts.cards
+    if cards is not None:
+        floats["load_s"] = cards.load_s
     dtype = jnp.result_type(*jax.tree.leaves(floats), 0.0)
     changed = jax.tree.map(lambda x: x if getattr(x, "dtype", dtype) == dtype else jnp.asarray(x, dtype), floats)
     changed |= {name: _as_int32(fields[name]) for name in _COUNTS}
+    if cards is not None:
+        changed["cards"] = SharedCards(_as_int32(cards.number), changed.pop("load_s"))
     same = all(old is new for old, new in zip(*map(jax.tree.leaves, (fields, fields | changed)), strict=True))
     return experts if same else experts.replace(**changed)
 
@@ -177,6 +186,19 @@ def checked_tables(
             f"{name}.dense_s, head_s and host_s are 0 for expert {_row(timeless)}, but an iteration takes time"
         )
     return IterationTables(**{field: values.astype(dtype) for field, values in checked.items()})
+
+
+def _checked_cards(cards: SharedCards, num_experts: int, dtype: Any) -> SharedCards:
+    number, load_s = np.asarray(cards.number), np.asarray(cards.load_s, np.float64)
+    for name, values in (("number", number), ("load_s", load_s)):
+        if values.shape != (num_experts,):
+            raise InputError(f"experts.cards.{name} has shape {values.shape}, must be [{num_experts}]")
+    if not np.issubdtype(number.dtype, np.integer) or (np.abs(number.astype(np.int64)) > MAX_COUNT).any():
+        raise InputError(f"experts.cards.number is {number.tolist()}, must be whole numbers within +-{MAX_COUNT}")
+    bad = ~((load_s >= 0) & (load_s <= _MAX_TIME_S))
+    if bad.any():
+        raise InputError(f"experts.cards.load_s is {load_s[bad][0]} for expert {_row(bad)}, must be from 0 to 1e6")
+    return SharedCards(number.astype(np.int32), load_s.astype(dtype))
 
 
 def _row(bad: np.ndarray) -> int:

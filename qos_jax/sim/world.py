@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from qos_jax.sim import engine
+from qos_jax.sim import engine, shared_cards
 from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, ExpertState
 from qos_jax.sim.failures import FailureLaw, Failures, all_up, next_interval, run
@@ -40,6 +40,7 @@ from qos_jax.sim.types import (
     Request,
     RequestView,
     ServiceLimits,
+    SharedCards,
     Turn,
 )
 
@@ -56,6 +57,7 @@ class WorldSpec:
     observe: str = "engine"  # one of OBSERVE: what an engine knows, or a proxy in front of it (``sim.proxy_view``)
     sessions: int = 0  # K, most conversations at a time; at 0 each request stands alone
     failures: bool = False  # experts fail and return
+    shared_cards: bool = False  # some LLMs share a card, on which one is loaded at a time
 
 
 class SlotPayload(struct.PyTreeNode):
@@ -101,6 +103,7 @@ class World(struct.PyTreeNode):
     telemetry: Telemetry | None  # None if no router observes this world
     said: Conversations | None = None  # None without sessions
     failures: Failures | None = None  # None where no expert fails
+    loaded: Array | None = None  # [N] bool: its LLM is loaded; None where each expert has a card of its own
 
 
 class Completions(struct.PyTreeNode):
@@ -135,6 +138,9 @@ def empty_world(
       key: random key of the failures, which may have other uses; needed with a law.
     """
     world = _without_failures(spec, profile, scrape_s)
+    if spec.shared_cards:
+        assert profile.cards is not None
+        world = world.replace(loaded=shared_cards.first_loaded(profile.cards))
     if not spec.failures or failure_law is None:
         return world
     assert key is not None
@@ -167,7 +173,8 @@ def dispatch(
 ) -> tuple[World, Array]:
     """Sends ``request`` to expert ``action`` [] int32; the action ``num_experts`` drops it.
 
-    An expert that is down, has a full queue or no memory for the request drops it too.
+    An expert that is down, has a full queue or no memory for the request drops it too, and so does one whose LLM leaves
+    its card.
 
     Returns:
       The world, and [] bool: the request was dropped.
@@ -176,9 +183,10 @@ def dispatch(
     text_tokens, prompt_tokens = request.prompt_tokens, whole_prompt(request, turn)
     chosen = jnp.arange(spec.num_experts) == action
     admissible = engine.admissible(spec.engine, profile, experts, prompt_tokens, request.output_tokens)
-    if world.failures is not None:
-        admissible &= ~world.failures.down
-    taken = chosen & admissible & ~engine.needs_compact(experts)
+    taken = chosen & admissible & ~closed(world) & ~engine.needs_compact(experts)
+    if world.loaded is not None:
+        experts, loaded = shared_cards.load(spec.engine, profile, experts, world.loaded, taken)
+        world = world.replace(loaded=loaded)
     payload = payload_of(request)
     if turn is not None and world.said is not None:
         payload = payload.replace(session=SessionSlots(turn.place, turn.number))
@@ -195,7 +203,21 @@ def dispatch(
 
 def turn_of(profile: ExpertProfile, world: World, request: Request) -> OpenTurn | None:
     """Returns the part of a request in its session; None in a world without sessions."""
-    return None if world.said is None else open_turn(profile, world.experts, world.said, request)
+    if world.said is None:
+        return None
+    turn = open_turn(profile, world.experts, world.said, request)
+    if world.loaded is None:
+        return turn
+    cached, sent = (jnp.where(world.loaded, blocks, 0) for blocks in (turn.cached_blocks, turn.sent_blocks))
+    return turn.replace(cached_blocks=cached, sent_blocks=sent)
+
+
+def closed(world: World) -> Array:
+    """Returns which experts take no request [N] or [] bool: those that are down, and those whose LLM is leaving."""
+    none = jnp.bool_(False)
+    down = none if world.failures is None else world.failures.down
+    leaves = none if world.loaded is None else shared_cards.leaving(world.experts, world.loaded)
+    return down | leaves
 
 
 def whole_prompt(request: Request, turn: OpenTurn | None) -> Array:
@@ -303,6 +325,8 @@ def observe(
     else:
         experts, requests = _stale_view(world.telemetry.snapshots, staleness_s)
     experts = experts.replace(profile=profile)
+    if world.loaded is not None:
+        experts = experts.replace(load_left_s=shared_cards.load_left_s(profile, world.experts, world.loaded))
     turn, cached_tokens = turn_of(profile, world, request), None
     prompt_tokens = whole_prompt(request, turn)
     if turn is not None:
@@ -318,9 +342,7 @@ def observe(
         cached_tokens,
     )
     fits = fits_in_memory(profile, prompt_tokens, 1, spec.engine.block_size)
-    legal = fits & (experts.waiting < profile.max_waiting)
-    if world.failures is not None:
-        legal &= ~world.failures.down
+    legal = fits & (experts.waiting < profile.max_waiting) & ~closed(world)
     action_mask = jnp.append(legal, spec.allow_drop)
     staleness_s = jnp.asarray(staleness_s, world.telemetry.arrivals.dtype)
     return Observation(arrived, experts, requests, action_mask, staleness_s)
@@ -332,6 +354,8 @@ def example_observation(spec: WorldSpec) -> Observation:
     off = jnp.zeros(spec.num_experts, bool)
     fields = *[floats] * 5, *[counts] * 3, *[floats] * 4, counts, *[off] * 2, *[floats] * 2
     profile = ExpertProfile(*fields)  # type: ignore[arg-type]
+    if spec.shared_cards:
+        profile = profile.replace(cards=SharedCards(counts, floats))
     one = jnp.float32(1.0)
     limits = ServiceLimits(one, one, one) if spec.service_limits else None
     turn = Turn(jnp.int32(0), jnp.bool_(True), jnp.int32(1)) if spec.sessions else None

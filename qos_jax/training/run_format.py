@@ -30,7 +30,7 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "agent": {"shards": 1},
     "network": {"most_rate": None, "with_rates": False},
     "hyper": {"most_harm": 10.0},
-    "spec": {"observe": "engine", "service_limits": False, "sessions": 0, "failures": False},
+    "spec": {"observe": "engine", "service_limits": False, "sessions": 0, "failures": False, "shared_cards": False},
     "world": {
         "fleet": None,
         "trace_format": None,

@@ -198,6 +198,8 @@ def make(
         _check_type("lengths", lengths, RecordedLengths, "RecordedLengths, as recorded_lengths returns them")
     _check_llms(preset, quality_table)
     profile = checked_experts(profile_of(preset.experts), np.float32)
+    if profile.cards is not None and preset.failures is not None:
+        raise InputError(f"failures is {preset.failures}, must be None where LLMs share a card")
     history = preset.history
     if history is None:
         history = 0 if preset.staleness_s == 0 else 64
@@ -212,6 +214,7 @@ def make(
         observe=preset.observe,
         sessions=0 if preset.sessions is None else check_sessions(preset.sessions)[0],
         failures=preset.failures is not None,
+        shared_cards=profile.cards is not None,
     )
     env = Environment(spec, expert_names=tuple(expert.name for expert in preset.experts), check=bool(check))
     content = _content(preset, quality_table)

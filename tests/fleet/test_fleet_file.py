@@ -18,6 +18,7 @@ from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.presets import preset_of
 
 HEAD = 'format = 1\n[[experts]]\nllm = "qwen3-8b:int4"\ndevice = "Jetson AGX Orin 64GB"\n'
+ON_CARD = HEAD + "card = 'a'\nload_s = 3\n"
 
 
 def fleet_of(folder: pathlib.Path, text: str) -> Fleet:
@@ -220,6 +221,14 @@ def test_the_shipped_fleets_are_read_by_the_same_reader() -> None:
         (HEAD + "link_delay_s = '1'", "link_delay_s is '1', must be a finite number"),
         (HEAD + "name = ''", r"experts\[0\].name is '', must be a text that is not empty"),
         (HEAD + "url = ['a', 'b']", r"url is \['a', 'b'\], must be one text, or a list of 1"),
+        (HEAD + "card = 'a'", r"experts\[0\].load_s is missing"),
+        (HEAD + "load_s = 3", r"load_s is 3.0, must be left out: the expert has no card"),
+        (HEAD + "card = 'a'\nload_s = -1", "load_s is -1, must be a finite number of at least 0 and at most 10000"),
+        (HEAD + "card = 'a'\nload_s = 3\ncount = 2", "count is 2, must be 1: an expert with a card is not several"),
+        (
+            ON_CARD + ON_CARD[11:].replace("AGX Orin 64GB", "AGX Thor"),
+            r"experts\[1\].card is 'a', must be another card, as that of qwen3-8b.* is a Jetson AGX Orin 64GB",
+        ),
         (HEAD + "delay = 3", r"experts\[0\].delay is unknown"),
         (HEAD + "name = 'a'\n" + HEAD[11:] + "name = 'a'", r"experts\[1\].name is 'a', must be another one than"),
         (HEAD.replace("qwen3-8b:int4", "gpt"), r"experts\[0\].llm: LLM 'gpt' is unknown; choose from alpaca-native"),

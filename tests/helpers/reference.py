@@ -9,6 +9,7 @@ blocks of everything it must compute are free (``scheduler_reserve_full_isl``).
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import itertools
 import math
@@ -16,7 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, IterationTables, RequestLog, RequestTrace
+from qos_jax.sim.types import (
+    BLOCK_SIZE_TOKENS,
+    ExpertProfile,
+    IterationTables,
+    RequestLog,
+    RequestTrace,
+    SharedCards,
+)
 
 DROPPED_BY_ROUTER = -1
 
@@ -339,6 +347,30 @@ class ReferenceExpert:
         return -(-tokens // self.block_size)
 
 
+class ReferenceCards:
+    """Which LLM is loaded on each card that several share."""
+
+    def __init__(self, cards: SharedCards, fleet: list[ReferenceExpert]) -> None:
+        """The first LLM of each card is loaded."""
+        self.card = np.asarray(cards.number).tolist()
+        self.load_s = np.asarray(cards.load_s, np.float64).tolist()
+        self.fleet = fleet
+        self.loaded = {card: self.card.index(card) for card in self.card}
+
+    def takes(self, n: int, job: Job, time_s: float) -> bool:
+        """Whether expert ``n`` takes the request, for which its LLM is loaded if need be: not if it is leaving."""
+        expert, loaded = self.fleet[n], self.loaded[self.card[n]]
+        fits = expert.blocks_for(job.prompt_tokens + job.output_tokens) <= expert.kv_blocks
+        if n != loaded and fits:
+            if expert.running or expert.waiting:
+                return False
+            ended = copy.deepcopy(self.fleet[loaded])
+            ended.run_until(math.inf)
+            expert.clock_s = max(ended.clock_s, time_s) + self.load_s[n]
+            self.loaded[self.card[n]] = n
+        return True
+
+
 def standby_between(start_s: np.ndarray, end_s: np.ndarray, standby_s: float, until_s: float) -> float:
     """Seconds of standby up to ``until_s``, of an expert that works from each start to its end, in order of start."""
     pauses_s = np.append(start_s[1:], until_s) - np.maximum.accumulate(end_s)
@@ -376,6 +408,7 @@ def replay_reference(
 ) -> ReferenceRun:
     """Serves every request on its expert in ``assignment`` [J]; -1 is a drop by the router."""
     fleet = [ReferenceExpert(experts, n, token_budget, block_size) for n in range(len(np.asarray(experts.kv_blocks)))]
+    cards = None if experts.cards is None else ReferenceCards(experts.cards, fleet)
     jobs: list[Job] = []
     for j, n in enumerate(np.asarray(assignment).tolist()):
         job = Job(int(np.asarray(trace.prompt_tokens)[j]), int(np.asarray(trace.output_tokens)[j, n]))
@@ -387,7 +420,10 @@ def replay_reference(
             continue
         arrival_s = float(np.asarray(trace.arrival_s)[j])
         fleet[n].run_until(arrival_s)
-        fleet[n].offer(job, arrival_s)
+        if cards is None or cards.takes(n, job, arrival_s):
+            fleet[n].offer(job, arrival_s)
+        else:
+            job.dropped = True
     for expert in fleet:
         expert.run_until(math.inf)
     return ReferenceRun(

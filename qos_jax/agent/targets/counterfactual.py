@@ -20,6 +20,7 @@ from qos_jax.agent.preferences import with_preferences
 from qos_jax.agent.probes import Probe, SoftQos, empty_probes, marginal_values, simulate, start_probe
 from qos_jax.agent.sac import Hyperparameters, LearnerState
 from qos_jax.agent.targets.base import Agent, CriticLoss
+from qos_jax.errors import InputError
 from qos_jax.sim.batching import map_environments
 from qos_jax.sim.env import EnvParams, axis_of_environments
 from qos_jax.sim.failures import reseeded
@@ -52,7 +53,13 @@ class Counterfactual:
         return CounterfactualTarget(inputs, jnp.bool_(False), jnp.zeros(inputs.legal.shape))
 
     def init(self, agent: Agent, states: Any, inputs: Inputs) -> Probe:
-        """Returns the probes of every environment, none of them valid."""
+        """Returns the probes of every environment, none of them valid.
+
+        Raises:
+          InputError: LLMs share a card. What loading one keeps from the others shows on no copy of an expert.
+        """
+        if agent.env.spec.shared_cards:
+            raise InputError("targets are counterfactual, must be returns where LLMs share a card: choose agent sac")
         return jax.vmap(lambda state: empty_probes(state, inputs, agent.config.probes))(states)
 
     def collect(
