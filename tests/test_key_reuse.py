@@ -33,7 +33,8 @@ def check(run: Callable[[Array], Any]) -> None:
     key_reuse.check_key_reuse_jaxpr(jax.make_jaxpr(run)(jax.random.key(0)).jaxpr)
 
 
-@pytest.mark.parametrize("agent", ["mvr", pytest.param("sac", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["mvr", "sac"])
 def test_training_uses_each_key_once(agent: str) -> None:
     sizes = {"num_envs": 2, "chunk": 3, "probes": 2, "batch_size": 8, "capacity": 12, "warm_up": 3, "updates": 2}
     sizes["copies"] = min(AGENTS[agent].copies, sizes["num_envs"])

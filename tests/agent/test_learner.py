@@ -68,7 +68,8 @@ QUICKEST = "mvr_no_graph"  # the graph is much of the program of the other agent
 TRAINED_TOO = ("mvr", "baseline_rl", "mvr_no_impact", "sac", "sac_td0", "paper")
 
 
-@pytest.mark.parametrize("name", [QUICKEST, *slow(*TRAINED_TOO)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [QUICKEST, *TRAINED_TOO])
 def test_agents_train(name: str) -> None:
     before, after, metrics = trained(name)
     chex.assert_tree_all_finite((after.learner, metrics))

@@ -184,7 +184,7 @@ def test_the_graph_holds_every_request_once_with_its_fields(seed: int, num_exper
     is_expert, is_request = np.equal(kinds, "expert"), np.equal(kinds, "request")
     assert nodes["prompt_tokens"][0] == obs.arrived.prompt_tokens
     assert nodes["latency_limit_s"][0] == obs.arrived.latency_limit_s
-    for name in {field.name for field in dataclasses.fields(ExpertProfile)} - {"kernels"}:  # tables are not observed
+    for name in {field.name for field in dataclasses.fields(ExpertProfile)} - {"kernels", "cards"}:  # not observed
         np.testing.assert_array_equal(nodes[name][is_expert], getattr(obs.experts.profile, name))
         assert not nodes[name][~is_expert].any()
     for name in ("running", "waiting", "kv_used_blocks"):

@@ -176,6 +176,7 @@ def test_the_bound_is_the_optimum_where_iterations_get_too_long() -> None:
     assert upper_bound(*world) == pytest.approx(0.8, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_optimum_where_the_batch_is_full() -> None:
     world = crowd(10, latency_limit_s=0.04801, max_running=4)
     assert plan(*world).qos == pytest.approx(0.8)

@@ -70,6 +70,7 @@ def test_the_engine_gives_every_request_the_times_of_vllm(data_dir: pathlib.Path
         assert_equal(jax.tree.map(lambda x, e=expert: x[world.assignment == e], log), answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", FILES)
 def test_the_reference_gives_every_request_the_times_of_vllm(data_dir: pathlib.Path, mode: str) -> None:
     for world, answer in workloads(data_dir, mode):

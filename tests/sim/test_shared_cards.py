@@ -232,6 +232,7 @@ class TestFleetFile:
         at_work_w = profile.busy_w[1] + profile.idle_w[0]  # the other LLM idles meanwhile
         assert at_work_w == profile.busy_w[0] == device.busy_w
 
+    @pytest.mark.slow
     def test_the_fastest_llm_of_each_card_saturates_it(self, board: Fleet) -> None:
         env, params = make(board)
         rates = saturation_rates(env, params, requests_per_expert=200)
