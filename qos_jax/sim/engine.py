@@ -6,7 +6,7 @@ properties make the implementation fast and keep it exact:
 * Requests run in arrival order and are preempted from the tail, so the running requests of an expert have arrived
   before its waiting ones. One array of slots in arrival order therefore holds both queues, a request is running if it
   has computed tokens, and every scheduling rule is a condition on a prefix sum over the slots.
-* Between two scheduling events the batch only decodes, so a whole stretch has a closed form (``qos_jax.sim.cost``).
+* Between two scheduling events the batch only decodes, so a whole stretch has a closed form (``sim.scheduler``).
 * Finished requests stay in their slots until room is needed (``compact``), where a caller can read their times.
 
 Times are relative to "now", the time to which the experts were last advanced, so float32 stays exact for runs of any
@@ -21,35 +21,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from qos_jax.sim.cost import (
-    Batch,
-    blocks_of,
-    decode_s,
-    fits_in_memory,
-    iteration_s,
-    iterations_started,
-    max_kv_blocks,
-    mean_blocks,
-    stretch_s,
-)
-from qos_jax.sim.engine_state import (
-    EngineSpec,
-    ExpertState,
-    Slots,
-    of_slots,
-    prefix_sums,
-    slot_numbers,
-    total,
-    totals,
-)
-from qos_jax.sim.prefix_cache import find_own_blocks, keep_cached, not_yet_taken
+from qos_jax.sim import scheduler
+from qos_jax.sim.cost import fits_in_memory
+from qos_jax.sim.engine_state import EngineSpec, ExpertState, Slots, slot_numbers, total
 from qos_jax.sim.types import ExpertProfile
 
 _LARGE_FLEET = 32  # experts, of which so few are busy at a time that moving them is worth it
@@ -239,11 +220,11 @@ def _run_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
     """Runs every iteration that starts before ``horizon_s`` [L]."""
 
     def schedule_then_decode(state: ExpertState) -> ExpertState:
-        state, steady = iterate(spec, experts, state, busy(state, horizon_s))
+        state, steady = scheduler.iterate(spec, experts, state, busy(state, horizon_s))
         none_wait = ~jnp.any(state.slots.waiting, -1)  # then a completion admits no request
 
         def decode(carry: tuple[ExpertState, Array]) -> tuple[ExpertState, Array]:
-            state, decodes_on = decode_stretch(spec, experts, *carry, horizon_s)
+            state, decodes_on = scheduler.decode_stretch(spec, experts, *carry, horizon_s)
             return state, decodes_on & none_wait
 
         start = (state, steady & busy(state, horizon_s))
@@ -267,230 +248,3 @@ def rebase(state: ExpertState, now_s: Array) -> ExpertState:
     """Moves now to ``now_s`` [L]; the clock of an idle expert stays at now instead of falling behind without bound."""
     slots = state.slots.replace(arrival_s=state.slots.arrival_s - now_s[..., None])
     return state.replace(slots=slots, clock_s=jnp.maximum(state.clock_s - now_s, 0.0))
-
-
-def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array) -> tuple[ExpertState, Array]:
-    """Runs one iteration on the ``active`` [L] lanes, with every rule of the scheduler.
-
-    A lane with asynchronous scheduling runs the iteration that was scheduled when the one before it started, and
-    schedules the next; if none was, it schedules one and takes no time.
-
-    Returns the state and [L] bool: the lane will only decode until a request finishes or memory runs out.
-    """
-    slots, dtype = state.slots, state.clock_s.dtype
-    is_async, token_budget = of_slots(experts.async_scheduling), of_slots(experts.token_budget)
-    live = slots.live & active[..., None]
-    running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
-    # A token in flight counts as known, although it is not: the request decodes on as if it were there.
-    in_flight = slots.emitting.astype(jnp.int32)
-    known_tokens = slots.prompt_tokens + slots.generated + in_flight
-    uncached_tokens = known_tokens - slots.computed
-
-    # Running requests are scheduled first. All but the last one decode: a prompt is cut only where the budget ends, and
-    # no request is admitted behind a cut prompt. The last one gets what the others leave, at least 1 token. A request
-    # whose last token is in flight is not scheduled, but keeps its place and its blocks.
-    decodes_on = running & (slots.generated + in_flight < slots.output_tokens)
-    max_tokens = token_budget + 1 - total(decodes_on)[..., None]
-    new_tokens = jnp.where(decodes_on, jnp.minimum(uncached_tokens, max_tokens), 0)
-
-    # Preemption from the tail keeps the longest prefix whose blocks, with those of this iteration, fit in memory.
-    # Nothing fits behind a preempted request, so no request is admitted in the same iteration.
-    next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
-    next_blocks = jnp.where(live, blocks_of(next_tokens, spec.block_size), 0)
-    wanted_tokens = jnp.where(waiting, jnp.minimum(known_tokens, token_budget), new_tokens)
-    count, blocks_so_far, tokens_so_far = prefix_sums(dtype, live, next_blocks, wanted_tokens)
-    fits = blocks_so_far <= of_slots(max_kv_blocks(experts, spec.block_size))
-    preempted = running & ~fits
-    may_reuse = waiting & (slots.cached_blocks > 0)
-    reused_blocks, wanted_tokens, tokens_so_far = lax.cond(
-        jnp.any(may_reuse),
-        lambda: find_own_blocks(spec, experts, state, waiting, wanted_tokens, next_blocks, blocks_so_far),
-        lambda: (jnp.zeros_like(wanted_tokens), wanted_tokens, tokens_so_far),
-    )
-    uncached_tokens = uncached_tokens - reused_blocks * spec.block_size
-    budget_left = token_budget - (tokens_so_far - wanted_tokens)
-    eligible = waiting & (budget_left > 0) & (count <= of_slots(experts.max_running))
-    admitted = eligible & fits
-    admitted_tokens = jnp.minimum(uncached_tokens, budget_left)
-    new_tokens = jnp.where(admitted, admitted_tokens, jnp.where(preempted, 0, new_tokens))
-
-    scheduled = new_tokens > 0
-    cached_tokens = slots.computed + jnp.where(admitted, reused_blocks * spec.block_size, 0)
-    decoding = scheduled & (slots.generated + in_flight > 0) & (uncached_tokens == 1)
-    computed = jnp.where(preempted, 0, cached_tokens + new_tokens)
-    will_emit = scheduled & (computed == known_tokens)
-    emitted = jnp.where(is_async, slots.emitting & live, will_emit)
-    generated = slots.generated + emitted.astype(jnp.int32)
-    finished = emitted & (generated == slots.output_tokens)
-
-    has_place = (running & ~preempted) | admitted
-    held_blocks, next_blocks = (
-        jnp.where(mask, blocks_of(tokens, spec.block_size), 0)
-        for mask, tokens in ((running, slots.computed), (has_place, computed))
-    )
-    partly_filled = finished & has_place & (computed % spec.block_size > 0)
-    # A block of a finished request that is not full goes to the head of the free queue, and counts as not taken.
-    columns, pairs = _computed(experts, dtype, new_tokens, cached_tokens, decoding)
-    blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady, *sums = totals(
-        next_blocks,
-        next_blocks - held_blocks - partly_filled.astype(jnp.int32),
-        finished,
-        has_place & ~finished,
-        waiting & ~admitted,
-        eligible & ~fits,
-        (running | admitted) & ~(will_emit | finished),
-        *columns,
-    )
-    batch = Batch(*sums).replace(pairs=pairs)
-    next_s = iteration_s(experts, batch)
-    duration_s = jnp.where(active, jnp.where(experts.async_scheduling, state.scheduled_s, next_s), 0.0)
-    next_s = jnp.where(batch.requests > 0, next_s, 0.0)
-    clock_s = state.clock_s + duration_s
-    age_s = clock_s[..., None] - slots.arrival_s
-    taken_blocks = state.taken_blocks + new_blocks
-    cached_blocks, taken_at, taken_blocks = lax.cond(
-        jnp.any(preempted | may_reuse),
-        lambda: keep_cached(spec, experts, state, preempted, admitted, reused_blocks, partly_filled, taken_blocks),
-        lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
-    )
-    admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
-    state = state.replace(
-        slots=slots.replace(
-            generated=generated,
-            computed=computed,
-            emitting=jnp.where(active[..., None], will_emit & is_async, slots.emitting),
-            decoding=jnp.where(active[..., None], will_emit & decoding & is_async, slots.decoding),
-            cached_blocks=cached_blocks,
-            taken_at=taken_at,
-            preemptions=slots.preemptions + preempted.astype(jnp.int32),
-            first_token_s=jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s),
-            finish_s=jnp.where(finished, age_s, slots.finish_s),
-        ),
-        clock_s=clock_s,
-        scheduled_s=jnp.where(active & experts.async_scheduling, next_s, state.scheduled_s),
-        taken_blocks=taken_blocks,
-        busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * blocks.astype(duration_s.dtype),
-        passes=state.passes + 1,
-    )
-    return state, admits_none & (unsteady == 0)
-
-
-def decode_stretch(
-    spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array, horizon_s: Array
-) -> tuple[ExpertState, Array]:
-    """Runs the ``active`` [L] lanes to the next completion, to the horizon, or until the KV memory is full.
-
-    On an active lane every running request decodes and none can be admitted. The ``kv_block_s`` integral takes all
-    iterations at the mean duration of the stretch. With asynchronous scheduling the first iteration is the scheduled
-    one, in which prompts may end; a request that finishes takes no part in the iteration that is scheduled last.
-
-    Returns:
-      The state, and [L] bool: another stretch follows if no request waits.
-    """
-    slots = state.slots
-    running = slots.running & active[..., None]
-    is_async = experts.async_scheduling & active
-    left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
-    requests, kv_tokens = totals(running, jnp.where(running, slots.computed, 0))
-    first_s, growth_s = decode_s(experts, requests, kv_tokens)
-    as_time = partial(jnp.asarray, dtype=first_s.dtype)
-    lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
-    duration_s = jnp.where(active, horizon_s - state.clock_s - lead_s, 1.0)
-    iterations = iterations_started(first_s, growth_s, jnp.maximum(duration_s, 1e-9), jnp.min(left_tokens, -1) - lead)
-    iterations = jnp.where(active, lead + jnp.where(duration_s > 0, iterations, 0), 0)
-    # In floating point, as the stretch may go far beyond the memory, and beyond int32.
-    max_blocks = as_time(requests) + (as_time(kv_tokens) + as_time(requests) * as_time(iterations)) / spec.block_size
-    iterations = lax.cond(
-        jnp.any(max_blocks > as_time(max_kv_blocks(experts, spec.block_size))),
-        lambda: _limit_to_memory(spec, experts, slots, running, iterations),
-        lambda: iterations,
-    )
-
-    runs = iterations > 0
-    duration_s = jnp.where(runs, lead_s + stretch_s(first_s, growth_s, iterations - lead), 0.0)
-    clock_s = state.clock_s + duration_s
-    generated = slots.generated + jnp.where(running, iterations[..., None], 0)
-    finished = running & (generated == slots.output_tokens)
-    is_last = finished & is_async[..., None]
-    tokens = jnp.where(running, iterations[..., None], 0) - is_last.astype(jnp.int32)
-    computed = slots.computed + tokens
-    first_token_s = (state.clock_s + lead_s)[..., None] - slots.arrival_s
-    decodes = running & ~finished
-
-    held_blocks, next_blocks = (blocks_of(tokens, spec.block_size) for tokens in (slots.computed, computed))
-    mean = mean_blocks(slots.computed, jnp.maximum(tokens, 1), spec.block_size, first_s.dtype)
-    partly_filled = finished & (computed % spec.block_size > 0)
-    new_blocks, decoding, kv_tokens = totals(
-        jnp.where(running, next_blocks - held_blocks, 0) - partly_filled.astype(jnp.int32),
-        decodes,
-        jnp.where(decodes, computed - 1, 0),
-    )
-    next_s, _ = decode_s(experts, decoding, kv_tokens)
-    taken_blocks = state.taken_blocks + new_blocks
-    waits_for_own = slots.waiting & (slots.cached_blocks > 0)
-    cached_blocks = lax.cond(
-        jnp.any(waits_for_own),
-        lambda: jnp.where(
-            waits_for_own, not_yet_taken(slots, (taken_blocks + total(partly_filled))[..., None]), slots.cached_blocks
-        ),
-        lambda: slots.cached_blocks,
-    )
-    state = state.replace(
-        slots=slots.replace(
-            generated=generated,
-            computed=computed,
-            decoding=(running & is_async[..., None] & runs[..., None]) | slots.decoding,
-            cached_blocks=cached_blocks,
-            first_token_s=jnp.where(running & (slots.generated == 0), first_token_s, slots.first_token_s),
-            finish_s=jnp.where(finished, clock_s[..., None] - slots.arrival_s, slots.finish_s),
-        ),
-        clock_s=clock_s,
-        scheduled_s=jnp.where(is_async & runs, jnp.where(decoding > 0, next_s, 0.0), state.scheduled_s),
-        taken_blocks=taken_blocks,
-        busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * jnp.sum(jnp.where(running, mean, 0.0), -1),
-        passes=state.passes + 1,
-    )
-    return state, (decoding > 0) & (decoding < requests) & (clock_s < horizon_s)
-
-
-def _computed(
-    experts: ExpertProfile, dtype: Any, new_tokens: Array, cached_tokens: Array, decoding: Array
-) -> tuple[tuple[Array, ...], Array | float]:
-    """Returns what an iteration computes: columns [L, S] whose sums begin a ``Batch``, and its ``pairs`` [L].
-
-    Only tables ask for more than the first three columns.
-
-    Args:
-      experts: profile [L].
-      dtype: of times.
-      new_tokens: [L, S] that each request computes, 0 for those that are not scheduled.
-      cached_tokens: [L, S] of each request before the iteration.
-      decoding: [L, S] bool: it computes its newest token.
-    """
-    of_prompt = jnp.where(decoding, 0, new_tokens)
-    columns = (new_tokens > 0, of_prompt, jnp.where(decoding, cached_tokens, 0))
-    if experts.kernels is None:
-        return columns, 0.0
-    tokens, cached = of_prompt.astype(dtype), cached_tokens.astype(dtype)  # their product may exceed int32
-    pairs = jnp.sum(tokens * (cached + tokens / 2.0), -1)
-    return (*columns, decoding, jnp.where(of_prompt > 0, cached_tokens, 0)), pairs
-
-
-def _limit_to_memory(
-    spec: EngineSpec, experts: ExpertProfile, slots: Slots, running: Array, iterations: Array
-) -> Array:
-    """Halves ``iterations`` [L] until the blocks of the running requests fit in memory; 0 if one iteration does not."""
-    dtype = slots.finish_s.dtype
-
-    def exceed_memory(iterations: Array) -> Array:
-        blocks = jnp.where(running, blocks_of(slots.computed + iterations[..., None], spec.block_size), 0)
-        held = jnp.sum(blocks.astype(dtype), -1)  # may exceed int32
-        return (held > max_kv_blocks(experts, spec.block_size).astype(dtype)) & (iterations > 0)
-
-    return lax.while_loop(
-        lambda iterations: jnp.any(exceed_memory(iterations)),
-        lambda iterations: jnp.where(exceed_memory(iterations), iterations // 2, iterations),
-        iterations,
-    )

@@ -17,7 +17,7 @@ from flax import struct
 from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
-from qos_jax.sim import engine
+from qos_jax.sim import engine, scheduler
 from qos_jax.sim.cost import longest_iteration_s
 from qos_jax.sim.engine import EngineSpec, ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestTrace
@@ -196,7 +196,7 @@ def _arrive(
 
 @partial(jax.jit, static_argnums=0)
 def _iterate(spec: EngineSpec, profile: ExpertProfile, state: ExpertState) -> ExpertState:
-    return engine.iterate(spec, profile, state, jnp.array([True]))[0]
+    return scheduler.iterate(spec, profile, state, jnp.array([True]))[0]
 
 
 def _activities(block_size: int, before: Slots, after: Slots, is_async: bool) -> tuple[np.ndarray, ...]:

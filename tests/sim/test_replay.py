@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import qos_jax
 from qos_jax import ExpertProfile, InputError, RequestLog, RequestTrace
-from qos_jax.sim import replay as sim_replay
+from qos_jax.sim import lanes
 from qos_jax.sim.replay import ReplayResult, replay_many, run_end_s
 from tests.helpers.reference import ReferenceRun, replay_reference
 from tests.helpers.workloads import KINDS, UNLIMITED, World, profile, side_by_side, small_worlds
@@ -60,7 +60,7 @@ def batches(kind: str) -> list[tuple[World, ReferenceRun]]:
 
 def expect_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has replays begin with slots for many requests: hundreds on an expert double them once and not three times."""
-    monkeypatch.setattr(sim_replay, "_MIN_LIVE", 256)
+    monkeypatch.setattr(lanes, "_MIN_LIVE", 256)
 
 
 class TestAgreesWithTheReference:
