@@ -16,7 +16,7 @@ from jax.scipy.special import ndtr, ndtri
 from qos_jax.sim.cost import decode_s, max_kv_blocks
 from qos_jax.sim.engine import NEVER_TAKEN, ExpertState, Slots
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
-from qos_jax.sim.world import SlotPayload, Telemetry, World
+from qos_jax.sim.world_state import SlotPayload, Telemetry, World
 
 # Coefficient of variation of an output length given its prediction: sqrt(exp(0.75) - 1), as predictions leave 0.75 of a
 # log variance of 1 unexplained.

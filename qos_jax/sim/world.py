@@ -6,21 +6,15 @@ world; the environment and the evaluator are both built from these functions.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
 from qos_jax.sim import engine, shared_cards
-from qos_jax.sim.cost import blocks_of, fits_in_memory
-from qos_jax.sim.engine import EngineSpec, ExpertState
-from qos_jax.sim.failures import FailureLaw, Failures, all_up, next_interval, run
-from qos_jax.sim.proxy_view import LedgerView, Scrape, proxy_view
+from qos_jax.sim.cost import fits_in_memory
+from qos_jax.sim.failures import FailureLaw, all_up, next_interval, run
 from qos_jax.sim.service_level import margin_s
 from qos_jax.sim.sessions import (
-    Conversations,
     OpenTurn,
     SessionSlots,
     after_answer,
@@ -30,95 +24,19 @@ from qos_jax.sim.sessions import (
     open_turn,
     reuse,
 )
+from qos_jax.sim.telemetry import no_telemetry, observed, with_arrival
 from qos_jax.sim.types import (
     BLOCK_SIZE_TOKENS,
     RATE_WINDOWS_S,
     ArrivedView,
     ExpertProfile,
-    ExpertView,
     Observation,
     Request,
-    RequestView,
     ServiceLimits,
     SharedCards,
     Turn,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class WorldSpec:
-    """The static part of a world; everything else is traced."""
-
-    num_experts: int  # N
-    engine: EngineSpec
-    allow_drop: bool = True  # the router may drop a request
-    history: int = 0  # H, snapshots kept for stale metrics; at 0, routers observe fresh metrics
-    service_limits: bool = False  # requests have ``limits`` beside that on the latency per token
-    observe: str = "engine"  # one of OBSERVE: what an engine knows, or a proxy in front of it (``sim.proxy_view``)
-    sessions: int = 0  # K, most conversations at a time; at 0 each request stands alone
-    failures: bool = False  # experts fail and return
-    shared_cards: bool = False  # some LLMs share a card, on which one is loaded at a time
-
-
-class SlotPayload(struct.PyTreeNode):
-    """The payload of the engine's slots: what the world stores with each request on an expert."""
-
-    score: Array  # [N, S] true quality of this expert's answer
-    latency_limit_s: Array  # [N, S] s/token
-    predicted_score: Array  # [N, S]
-    predicted_tokens: Array  # [N, S] tokens
-    limits: ServiceLimits | None = None  # [N, S] each
-    session: SessionSlots | None = None  # [N, S] each
-
-
-class Snapshots(struct.PyTreeNode):
-    """The last H snapshots of the experts, a ring."""
-
-    age_s: Array  # [H] s
-    newest: Array  # [] int32, index of the newest snapshot
-    views: tuple[ExpertView, RequestView]  # leaves [H, ...], without the profile
-
-
-class LastScrape(struct.PyTreeNode):
-    """The counts of the engines when a proxy last read them: with the first arrival after each ``period_s``."""
-
-    period_s: Array  # [] s
-    age_s: Array  # [] s, below ``period_s``
-    waiting: Array  # [N] int32 requests
-    kv_used_blocks: Array  # [N] int32 blocks
-
-
-class Telemetry(struct.PyTreeNode):
-    """What is recorded for the router at each arrival."""
-
-    arrivals: Array  # [K] requests so far, discounted by age with the time constants RATE_WINDOWS_S
-    snapshots: Snapshots | None  # None for fresh metrics
-    scrape: LastScrape | None = None  # None unless routers observe what a proxy does
-
-
-class World(struct.PyTreeNode):
-    """The experts with the requests on them, and the telemetry."""
-
-    experts: ExpertState  # payload: SlotPayload
-    telemetry: Telemetry | None  # None if no router observes this world
-    said: Conversations | None = None  # None without sessions
-    failures: Failures | None = None  # None where no expert fails
-    loaded: Array | None = None  # [N] bool: its LLM is loaded; None where each expert has a card of its own
-
-
-class Completions(struct.PyTreeNode):
-    """Sums over the requests that finished in an interval, and the resources that the experts used in it."""
-
-    finished: Array  # [] int32 requests
-    qos: Array  # [] sum of QoS
-    score: Array  # [] sum of scores
-    latency_per_token_s: Array  # [] sum of latencies per token
-    violations: Array  # [] int32 requests beyond a limit
-    busy_s: Array  # [N] s
-    standby_s: Array  # [N] s
-    kv_block_s: Array  # [N] blocks x s
-    passes: Array  # [] int32 passes through the engine's loops
-    lost: Array | int = 0  # [] int32 requests that a failure ended, and which did not finish
+from qos_jax.sim.world_state import Completions, SlotPayload, World, WorldSpec
 
 
 def empty_world(
@@ -157,15 +75,7 @@ def _without_failures(spec: WorldSpec, profile: ExpertProfile, scrape_s: Array |
     if spec.sessions:
         said = no_conversations(spec.sessions)
         experts = experts.replace(prefixes=no_prefixes(spec.num_experts, spec.sessions))
-    arrivals = jnp.zeros(len(RATE_WINDOWS_S), dtype)
-    if spec.observe == "proxy":
-        none, period_s = jnp.zeros(spec.num_experts, jnp.int32), jnp.asarray(scrape_s, dtype)
-        return World(experts, Telemetry(arrivals, None, LastScrape(period_s, jnp.zeros((), dtype), none, none)), said)
-    if spec.history == 0:
-        return World(experts, Telemetry(arrivals, None), said)
-    views = jax.tree.map(lambda x: jnp.broadcast_to(x, (spec.history, *x.shape)), _view(spec, experts))
-    age_s = jnp.full((spec.history,), jnp.inf, dtype)
-    return World(experts, Telemetry(arrivals, Snapshots(age_s, jnp.int32(0), views)), said)
+    return World(experts, no_telemetry(spec, experts, scrape_s), said)
 
 
 def dispatch(
@@ -240,17 +150,7 @@ def record_arrival(spec: WorldSpec, world: World, duration_s: Array) -> World:
     """Records an arrival ``duration_s`` [] s after the last one, with a snapshot of the experts, in the telemetry."""
     if world.telemetry is None:
         return world
-    duration_s = duration_s.astype(world.telemetry.arrivals.dtype)
-    arrivals = 1.0 + world.telemetry.arrivals * jnp.exp(-duration_s / jnp.array(RATE_WINDOWS_S, duration_s.dtype))
-    snapshots, scrape = world.telemetry.snapshots, world.telemetry.scrape
-    if scrape is not None:
-        return world.replace(telemetry=Telemetry(arrivals, None, _scraped(spec, world.experts, scrape, duration_s)))
-    if snapshots is None:
-        return world.replace(telemetry=Telemetry(arrivals, None))
-    newest = (snapshots.newest + 1) % spec.history
-    views = jax.tree.map(lambda ring, now: ring.at[newest].set(now), snapshots.views, _view(spec, world.experts))
-    age_s = jnp.where(jnp.arange(spec.history) == newest, 0.0, snapshots.age_s + duration_s)
-    return world.replace(telemetry=Telemetry(arrivals, Snapshots(age_s, newest, views)))
+    return world.replace(telemetry=with_arrival(spec, world.experts, world.telemetry, duration_s))
 
 
 def payload_of(request: Request) -> SlotPayload:
@@ -316,14 +216,7 @@ def observe(
     they are fresh, or what a proxy knows.
     """
     assert world.telemetry is not None
-    if world.telemetry.scrape is not None:
-        staleness_s = 0.0
-        experts, requests = _proxy_view(world.experts, world.telemetry.scrape)
-    elif world.telemetry.snapshots is None:
-        staleness_s = 0.0
-        experts, requests = _view(spec, world.experts)
-    else:
-        experts, requests = _stale_view(world.telemetry.snapshots, staleness_s)
+    (experts, requests), staleness_s = observed(spec, world.experts, world.telemetry, staleness_s)
     experts = experts.replace(profile=profile)
     if world.loaded is not None:
         experts = experts.replace(load_left_s=shared_cards.load_left_s(profile, world.experts, world.loaded))
@@ -362,72 +255,3 @@ def example_observation(spec: WorldSpec) -> Observation:
     request = Request(jnp.int32(1), counts, floats, one, floats, floats, limits, turn)
     law = FailureLaw(floats, floats) if spec.failures else None
     return observe(spec, profile, empty_world(spec, profile, 0.0, law, jax.random.key(0)), request)
-
-
-def _view(spec: WorldSpec, experts: ExpertState) -> tuple[ExpertView, RequestView]:
-    """Returns the fresh metrics of the experts and requests, without the profile."""
-    slots, computed = experts.slots, experts.slots.computed
-    running, waiting = slots.running, slots.waiting
-    if spec.sessions:
-        computed = jnp.where(waiting, slots.cached_blocks * BLOCK_SIZE_TOKENS, computed)
-    requests = RequestView(
-        running=running,
-        waiting=waiting,
-        prompt_tokens=slots.prompt_tokens,
-        generated_tokens=slots.generated,
-        computed_tokens=computed,
-        age_s=-slots.arrival_s,
-        latency_limit_s=slots.payload.latency_limit_s,
-        predicted_score=slots.payload.predicted_score,
-        predicted_tokens=jnp.maximum(
-            slots.payload.predicted_tokens, (slots.generated + 1).astype(slots.payload.predicted_tokens.dtype)
-        ),
-        limits=slots.payload.limits,
-        first_token_s=None if slots.payload.limits is None else slots.first_token_s,
-    )
-    view = ExpertView(
-        profile=None,  # the caller adds it, as it is the same for all snapshots
-        running=jnp.sum(running, -1, dtype=jnp.int32),
-        waiting=jnp.sum(waiting, -1, dtype=jnp.int32),
-        kv_used_blocks=jnp.sum(
-            jnp.where(running, blocks_of(slots.computed, spec.engine.block_size), 0), -1, dtype=jnp.int32
-        ),
-    )
-    return view, requests
-
-
-def _scraped(spec: WorldSpec, experts: ExpertState, scrape: LastScrape, duration_s: Array) -> LastScrape:
-    """Returns the last scrape at an arrival, which is this moment's if the one before is ``period_s`` old by now."""
-    view, _ = _view(spec, experts)
-    age_s = scrape.age_s + duration_s
-    old = LastScrape(scrape.period_s, age_s, scrape.waiting, scrape.kv_used_blocks)
-    new = LastScrape(scrape.period_s, jnp.zeros_like(age_s), view.waiting, view.kv_used_blocks)
-    return jax.tree.map(lambda x, y: jnp.where(age_s >= scrape.period_s, x, y), new, old)
-
-
-def _proxy_view(experts: ExpertState, scrape: LastScrape) -> tuple[ExpertView, RequestView]:
-    """Returns what a proxy knows of the experts and requests, without the profile."""
-    slots = experts.slots
-    ledger = LedgerView(
-        live=slots.live,
-        prompt_tokens=slots.prompt_tokens,
-        streamed_tokens=slots.generated,
-        age_s=-slots.arrival_s,
-        latency_limit_s=slots.payload.latency_limit_s,
-        predicted_score=slots.payload.predicted_score,
-        predicted_tokens=slots.payload.predicted_tokens,
-        limits=slots.payload.limits,
-        first_token_s=None if slots.payload.limits is None else slots.first_token_s,
-    )
-    age_s = jnp.broadcast_to(scrape.age_s, scrape.waiting.shape)
-    return proxy_view(ledger, Scrape(age_s, scrape.waiting, scrape.kv_used_blocks))
-
-
-def _stale_view(snapshots: Snapshots, staleness_s: Array | float) -> tuple[ExpertView, RequestView]:
-    """Returns the newest snapshot that is at least ``staleness_s`` old, or the oldest snapshot if none is."""
-    history = snapshots.age_s.shape[0]
-    steps_back = jnp.arange(history)
-    newest_first = (snapshots.newest - steps_back) % history
-    old_enough = (snapshots.age_s[newest_first] >= staleness_s) | (steps_back == history - 1)
-    index = newest_first[jnp.argmax(old_enough)]
-    return jax.tree.map(lambda ring: ring[index], snapshots.views)
