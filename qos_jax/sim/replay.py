@@ -158,9 +158,10 @@ def _with_losses(result: ReplayResult, assignment: np.ndarray) -> ReplayResult:
 
 def _that_fit(experts: ExpertProfile, trace: RequestTrace, assignment: np.ndarray, block_size: int) -> np.ndarray:
     """Returns the assignment without the requests that never fit in the memory of their experts."""
-    tokens = trace.prompt_tokens[:, None], trace.output_tokens
-    fits = np.asarray(fits_in_memory(experts.replace(kernels=None, cards=None), *tokens, block_size))
-    return np.where(fits[np.arange(len(assignment)), assignment], assignment, -1)
+    of_each = experts.replace(kv_blocks=experts.kv_blocks[assignment])
+    output_tokens = trace.output_tokens[np.arange(len(assignment)), assignment]
+    fits = fits_in_memory(of_each, trace.prompt_tokens, output_tokens, block_size)
+    return np.where(fits, assignment, -1)
 
 
 Rows = tuple[np.ndarray, list[np.ndarray]]

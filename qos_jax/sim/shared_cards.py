@@ -50,7 +50,7 @@ def load(
     """
     assert profile.cards is not None
     loads = chosen & ~loaded
-    leaves = loaded & jnp.any(_on_same_card(profile.cards) & loads, -1)
+    leaves = loaded & jnp.any(_on_same_card(profile.cards) & loads[None, :], -1)
     ended_s = engine.drain(spec, profile, without_requests(experts, ~leaves)[0]).clock_s
     start_s = jnp.sum(jnp.where(leaves, ended_s, 0.0)) + profile.cards.load_s
     experts = experts.replace(clock_s=jnp.where(loads, start_s.astype(experts.clock_s.dtype), experts.clock_s))
@@ -70,7 +70,7 @@ def load_left_s(profile: ExpertProfile, experts: ExpertState, loaded: Array) -> 
 
 def wait_for_others_s(cards: SharedCards, last_s: Array) -> Array:
     """Returns how long [N] s each expert waits for the others of its card, whose requests end in ``last_s`` [N] s."""
-    return jnp.max(jnp.where(_on_same_card(cards), last_s, 0.0), -1)
+    return jnp.max(jnp.where(_on_same_card(cards), last_s[None, :], 0.0), -1)
 
 
 def _on_same_card(cards: SharedCards) -> Array:
