@@ -149,16 +149,13 @@ DIALS: dict[str, tuple[str, Mapping[str, float]]] = {
 """One of TRAINED with other preferences, for ``World.trained``."""
 
 
-def _everywhere(trained: Mapping[str, tuple[str, ...]], **laws: Mapping[str, Any]) -> tuple[World, ...]:
-    """Returns each preset, with its routers, under each law."""
+def _everywhere(
+    trained: Mapping[str, tuple[str, ...]], shares: Mapping[str, float] | None = None, **laws: Mapping[str, Any]
+) -> tuple[World, ...]:
+    """Returns each preset, with its routers and share of seeds, under each law."""
+    shares = _SHARES_OF_SEEDS if shares is None else shares
     return tuple(
-        World(
-            f"{preset}, {label.replace('_', ' ')}",
-            preset,
-            names,
-            share_of_seeds=_SHARES_OF_SEEDS.get(preset, 1.0),
-            **law,
-        )
+        World(f"{preset}, {label.replace('_', ' ')}", preset, names, share_of_seeds=shares.get(preset, 1.0), **law)
         for preset, names in trained.items()
         for label, law in laws.items()
     )
@@ -190,6 +187,7 @@ STUDIES = {
         "Does that hold where arrivals are not Poisson? Traces are Azure's, clients ServeGen's, never trained on.",
         _everywhere(
             _MVR,
+            {},  # five laws each: of all studies this one takes longest
             gamma_gaps_of_CV_3={"fields": {"arrivals": "gamma:3"}},
             drifting_rate={"fields": {"arrivals": "sinusoidal:0.5:120"}},
             **_MEASURED,
