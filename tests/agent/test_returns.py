@@ -12,15 +12,17 @@ import pytest
 from flax import struct
 from jax import Array
 
-from qos_jax import InputError
+from qos_jax import InputError, train
 from qos_jax.agent import AGENTS, make_learner, recipes
 from qos_jax.agent.configs import AgentConfig, from_dict, to_dict
 from qos_jax.agent.networks import Heads
+from qos_jax.agent.recipes import Recipe
 from qos_jax.agent.rewards import RewardWeights
 from qos_jax.agent.targets.returns import Return, Returns, _of_other_copies, lambda_returns, opportunity_cost
 from qos_jax.encoder.han import HANConfig
 from qos_jax.worlds.randomization import LOADS
 from tests.helpers.decision_processes import quick_jit
+from tests.helpers.everything_once import tiny_agent, tiny_world
 from tests.helpers.small_env import small_env, small_params
 
 COLD = jnp.log(1e-3)
@@ -216,3 +218,10 @@ def test_sizes_that_do_not_fit_are_refused(path: str, value: Any, says: str) -> 
     table[path] = value
     with pytest.raises(InputError, match=says):
         from_dict(values)
+
+
+@pytest.mark.slow
+def test_proxies_of_environments_with_loads_of_their_own_start_anew() -> None:
+    world = tiny_world(observe="proxy", scrape_s=0.5)  # the time between two scrapes is a parameter of each environment
+    recipe = Recipe(tiny_agent("sac"), steps=40, randomise=("load",))
+    assert train(world, recipe, evaluation_envs=2, evaluation_steps=4).finished

@@ -270,6 +270,6 @@ class TestFleetFile:
 
     @pytest.mark.slow
     def test_a_soft_actor_critic_trains(self, board: Fleet) -> None:
-        trained = train(make(board), Recipe(tiny_agent("sac"), steps=40, randomise=()), evaluation_envs=2,
+        trained = train(make(board), Recipe(tiny_agent("sac"), steps=40, randomise=("load",)), evaluation_envs=2,
                         evaluation_steps=4)  # fmt: skip
         assert trained.finished

@@ -41,6 +41,7 @@ from qos_jax.sim.batching import map_environments
 from qos_jax.sim.env import EnvParams, EnvState, axis_of_environments
 from qos_jax.sim.failures import reseeded
 from qos_jax.sim.world import advance, collect, dispatch, empty_world
+from qos_jax.sim.world_state import World
 
 
 class Return(struct.PyTreeNode):
@@ -111,7 +112,8 @@ class Returns:
             return jax.tree.map(lambda x: _repeated(x, config.copies), tree)
 
         own_params = part(params) if axis_of_environments(params) == 0 else None
-        first = _restarted(agent, params, hyper, key_reset, part(state.envs[1]), part(state.warm_state))
+        its_params = params if own_params is None else own_params
+        first = _restarted(agent, its_params, hyper, key_reset, part(state.envs[1]), part(state.warm_state))
 
         def one(x: tuple[Any, ...]) -> tuple[Any, _Step, Array, Array]:
             key_act, key_world, env, own_params = x
@@ -286,8 +288,13 @@ def _restarted(
     agent: Agent, params: EnvParams, hyper: Hyperparameters, key: Array, states: EnvState, warm_states: EnvState
 ) -> EnvState:
     """Returns the states [E], of which some are reset: to that after the warm-up, or to empty experts."""
+
+    def idle(params: EnvParams) -> World:
+        return empty_world(agent.env.spec, params.experts, params.scrape_s)
+
     chance = jax.random.uniform(key, states.time.shape)
-    nothing, failures = empty_world(agent.env.spec, params.experts, params.scrape_s), states.world.failures
+    nothing = idle(params) if axis_of_environments(params) is None else jax.vmap(idle)(params)
+    failures = states.world.failures
     others = states.world.replace(failures=None)
     empty = jax.tree.map(lambda one, many: jnp.broadcast_to(one, many.shape), nothing, others)
 
