@@ -5,8 +5,9 @@ The analytic form applies the simulator's cost model to predicted lengths, in O(
 * The expected number of tokens left grows with the tokens already emitted, because predictions are weak and a request
   beyond its prediction is usually long. A place that becomes free is assumed to be taken by another request. Its prompt
   stalls the batch, which is left out unless ``later_prompts`` is set: it matters where prompts are dear.
-* An LLM that is not loaded waits until the requests on its card have ended, and is loaded then. What its loading keeps
-  from later requests for the other LLMs is left out.
+* An LLM that is not loaded waits until the requests on its card have ended, and is loaded then. Until it is, the card
+  earns nothing from its share of the arrivals, as far as these keep it at work; each is worth as much as the arrived
+  request would be there.
 * The latency of a request is a one-time delay (wait for a place, prefill) plus a time for each token. The request meets
   its limit if the time per token does, with a logistic in place of the step, and if it has enough tokens to spread the
   delay over. For a lognormal length, that probability is close to a logistic in the logarithm of the length.
@@ -32,7 +33,7 @@ from qos_jax.sim import engine
 from qos_jax.sim.cost import blocks_of, fits_in_memory
 from qos_jax.sim.engine import EngineSpec, Slots
 from qos_jax.sim.service_level import expected_margin_s
-from qos_jax.sim.shared_cards import wait_for_others_s
+from qos_jax.sim.shared_cards import first_loaded, largest_of_others
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, Observation
 from qos_jax.sim.validation import check_shapes
 from qos_jax.sim.world import payload_of, slot_latency_per_token_s, slot_margin_s
@@ -145,13 +146,31 @@ def _by_formula(obs: Observation, width_s: Array | float, length_cv: float, late
 
     margin_s, slower_s = _effect_on_others(obs, load)
     lost = jax.nn.sigmoid(margin_s / width_s) - jax.nn.sigmoid((margin_s - slower_s) / width_s)
+    qos = obs.arrived.predicted_score * in_time
     return Impact(
         latency_per_token_s=latency_per_token_s,
         in_time=in_time,
-        qos=obs.arrived.predicted_score * in_time,
-        qos_change=-jnp.sum(lost * obs.requests.predicted_score, -1),
+        qos=qos,
+        qos_change=-jnp.sum(lost * obs.requests.predicted_score, -1) - _lost_by_loading(obs, load, qos),
         violations_change=jnp.sum(lost, -1),
     )
+
+
+def _lost_by_loading(obs: Observation, load: _Load, qos: Array) -> Array | float:
+    """Returns the QoS [N] of later requests that a card loses while an LLM is loaded; ``qos`` [N] is of the arrived."""
+    experts, arrived = obs.experts, obs.arrived
+    if experts.load_left_s is None:
+        return 0.0
+    profile, tokens = experts.profile, arrived.predicted_tokens
+    rate_per_s = arrived.recent_rate_per_s[-1] / jnp.sum(first_loaded(profile.cards))
+    kv_tokens = _real(arrived.prompt_tokens) + tokens / 2.0
+    work_s = tokens * (
+        profile.step_base_s / profile.max_running + profile.per_sequence_s + profile.per_kv_token_s * kv_tokens
+    )
+    share_of_time = jnp.minimum(rate_per_s * work_s, 1.0)
+    loads = (experts.load_left_s > 0) & (experts.running + experts.waiting == 0)
+    lost_per_s = largest_of_others(profile.cards, rate_per_s * share_of_time * qos)
+    return jnp.where(loads, load.load_s * lost_per_s, 0.0)
 
 
 def _in_further_limits(
@@ -233,7 +252,7 @@ def _load(obs: Observation, length_cv: float, later_prompts: bool = False) -> _L
     if experts.load_left_s is not None:
         iterations = jnp.max(left, -1) + jnp.where(experts.waiting > 0, wait, 0.0)
         last_s = stall_before_s + iterations * (profile.step_base_s + share * jnp.sum(cost_s, -1))
-        load_s = experts.load_left_s + wait_for_others_s(profile.cards, jnp.where(count > 0, last_s, 0.0))
+        load_s = experts.load_left_s + largest_of_others(profile.cards, jnp.where(count > 0, last_s, 0.0))
         load_s = jnp.where(experts.running > 0, 0.0, load_s)
     return _Load(
         present=present,

@@ -68,9 +68,9 @@ def load_left_s(profile: ExpertProfile, experts: ExpertState, loaded: Array) -> 
     return jnp.where(loaded, jnp.where(loads, jnp.minimum(experts.clock_s, load_s), 0.0), load_s)
 
 
-def wait_for_others_s(cards: SharedCards, last_s: Array) -> Array:
-    """Returns how long [N] s each expert waits for the others of its card, whose requests end in ``last_s`` [N] s."""
-    return jnp.max(jnp.where(_on_same_card(cards), last_s[None, :], 0.0), -1)
+def largest_of_others(cards: SharedCards, values: Array) -> Array:
+    """Returns the largest value [N] of the other experts of each card, of ``values`` [N] from 0 on; 0 for one alone."""
+    return jnp.max(jnp.where(_on_same_card(cards), values[None, :], 0.0), -1)
 
 
 def _on_same_card(cards: SharedCards) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import jax
@@ -170,6 +171,20 @@ def test_the_estimate_waits_for_the_card() -> None:
         impact(obs.replace(experts=obs.experts.replace(load_left_s=load_left_s)), form="rollout")
 
 
+@pytest.mark.parametrize("rate_per_s", [0.01, 1.0])
+def test_the_estimate_charges_for_what_the_card_loses_meanwhile(rate_per_s: float) -> None:
+    profile = experts_on(0, 0, 1, load_s=10.0)
+    obs = observation([], [], [], profile=profile, recent_rate_per_s=rate_per_s, predicted_score=[0.6, 0.7, 0.5])
+    obs = obs.replace(experts=obs.experts.replace(load_left_s=jnp.array([0.0, 11.0, 0.0])))
+    found = impact(obs)
+    change = np.asarray(found.qos_change)
+    assert change[0] == change[2] == 0.0
+    # Half of the arrivals are for this card. At one in 200 s it is hardly ever at work, so nearly all are served later.
+    most = 0.5 * rate_per_s * 11.0 * float(found.qos[0])
+    assert -most < change[1] < 0.0
+    assert (change[1] > -0.01 * most) == (rate_per_s == 0.01)
+
+
 def test_failures_are_refused() -> None:
     trace = RequestTrace(np.zeros(1), np.ones(1), np.ones((1, 2)))
     with pytest.raises(InputError, match="failures are given, must be None"):
@@ -259,6 +274,10 @@ class TestFleetFile:
     def test_counterfactual_copies_are_refused(self, board: Fleet) -> None:
         with pytest.raises(InputError, match="targets are counterfactual, must be returns where LLMs share a card"):
             train(make(board), Recipe(tiny_agent("mvr"), steps=8, randomise=()))
+
+    def test_the_example_has_one(self) -> None:
+        example = load_fleet(pathlib.Path(__file__).parents[2] / "examples" / "shared_card.toml")
+        assert [expert.card for expert in example.experts] == ["orin", "orin", None]
 
     def test_a_gateway_refuses_them(self, board: Fleet) -> None:
         with pytest.raises(InputError, match="card is 'board', must be left out: a gateway knows no shared cards"):
