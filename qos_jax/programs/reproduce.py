@@ -49,6 +49,7 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import ExpertProfile
 from qos_jax.training.load import load_router
+from qos_jax.training.run_format import upgraded_training
 from qos_jax.training.run_folder import RunFolder
 from qos_jax.workload.client_arrivals import read_clients, superposition
 from qos_jax.workload.trace_files import read_trace
@@ -122,7 +123,7 @@ class _Maker:
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
         if path.exists():
             kept = _read(path)
-            if kept["asked"] == asked:
+            if _with_later_fields(kept["asked"]) == asked:
                 return list(kept["rows"])
         rows = [row | {"world": world.label} for row in self._compare(STUDIES[study], world)]
         write_whole(path, json.dumps(plain({"asked": asked, "versions": versions(), "rows": rows}), allow_nan=False))
@@ -255,6 +256,15 @@ def _presets(names: Sequence[str], figures: Sequence[str]) -> list[str]:
 
 def _asked(study: Study) -> dict[str, Any]:
     return {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
+
+
+def _with_later_fields(asked: Any) -> Any:
+    """Returns what a cell was asked for, in the terms of this version: new fields of an agent do not void it."""
+    trained = asked.get("trained") if isinstance(asked, dict) else None
+    if not isinstance(trained, dict):
+        return asked
+    known = {name: upgraded_training(one) if isinstance(one, dict) else one for name, one in trained.items()}
+    return asked | {"trained": known}
 
 
 def _recorded(world: World) -> dict[str, Any]:

@@ -86,13 +86,17 @@ def upgraded(config: Any, file: str) -> dict[str, Any]:
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
     _check_kinds(config, FIELDS, file)
-    world, training = config["world"], config["training"]
-    training = training | {"agent": _with_later_fields(training.get("agent"), _LATER)}
+    world = config["world"]
     return config | {
         "spec": _BEFORE_THE_FIELD["spec"] | config["spec"],
-        "training": training,
+        "training": upgraded_training(config["training"]),
         "world": world if world is None else _BEFORE_THE_FIELD["world"] | _spread_before(world) | world,
     }
+
+
+def upgraded_training(training: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a run of the current format was trained for, with the fields that came later."""
+    return training | {"agent": _with_later_fields(training.get("agent"), _LATER)}
 
 
 def _check_kinds(config: dict[str, Any], fields: dict[str, Any], file: str) -> None:

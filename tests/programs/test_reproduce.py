@@ -13,6 +13,7 @@ import pytest
 from qos_jax import InputError
 from qos_jax.programs import reproduce, studies
 from qos_jax.programs.studies import Budget, Study, World
+from qos_jax.training.config import TrainingConfig
 from tests.helpers.browser import BROWSER_FLAGS, CHROMIUM
 from tests.helpers.programs import program_of
 
@@ -156,3 +157,12 @@ def test_the_page_fits_a_browser_and_raises_no_error_there(made, tmp_path, width
     title.feed(shown.stdout)
     assert int(title.text) <= max(width, 500)  # Chromium has no window below 500 pixels
     assert not re.search(r"(src|href)=.https?:", shown.stdout)
+
+
+def test_fields_that_came_later_do_not_void_a_cell():
+    training = TrainingConfig().to_dict()
+    early = json.loads(json.dumps(training))
+    del early["agent"]["network"]["later_prompts"], early["agent"]["copies"]
+    assert reproduce._with_later_fields({"trained": {"mvr": early}}) == {"trained": {"mvr": training}}
+    early["steps"] += 1
+    assert reproduce._with_later_fields({"trained": {"mvr": early}}) != {"trained": {"mvr": training}}
