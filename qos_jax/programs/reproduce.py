@@ -49,8 +49,8 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import ExpertProfile
 from qos_jax.training.load import load_router
-from qos_jax.training.run_format import upgraded_training
 from qos_jax.training.run_folder import RunFolder
+from qos_jax.training.run_format import upgraded_training
 from qos_jax.workload.client_arrivals import read_clients, superposition
 from qos_jax.workload.trace_files import read_trace
 from qos_jax.workload.traces import with_gaps
