@@ -19,7 +19,7 @@ from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
 from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.report import fidelity_plots
-from qos_jax.sim import replay
+from qos_jax.sim import lanes
 from tests.fleet.test_profile_fitting import LAYERS, llmservingsim_tables
 from tests.helpers.programs import program_of
 from tests.helpers.reference import ReferenceRun, replay_reference
@@ -248,7 +248,7 @@ def test_a_request_that_the_memory_cannot_hold(tmp_path: pathlib.Path) -> None:
 def test_the_replay_of_the_real_run_agrees_to_2_percent(
     data_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "_MIN_LIVE", 256)  # as many as it needs, so that it does not compile for fewer first
+    monkeypatch.setattr(lanes, "_MIN_LIVE", 256)  # as many as it needs, so that it does not compile for fewer first
     run = read_run(data_dir / "golden-rtx4090")
     files = (
         data_dir / "profiles" / f"rtx4090_llama3.1-8b_{name}.csv" for name in ("dense", "attention", "per_sequence")
@@ -285,7 +285,7 @@ def qwen_timing(data_dir: pathlib.Path) -> dict[str, Any]:
 def test_the_replay_of_two_gpus_agrees_to_5_percent(
     data_dir: pathlib.Path, qwen_timing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "_MIN_LIVE", 256)
+    monkeypatch.setattr(lanes, "_MIN_LIVE", 256)
     run = dataclasses.replace(qwen_run(data_dir), async_scheduling=True)
     assert np.isnan(run.kv_share).all()
     shared = fidelity.with_shared_prefixes(run, run.kv_blocks)
@@ -320,7 +320,7 @@ def test_first_tokens_in_the_same_iteration_show_that_the_engine_found_shared_pr
     data_dir: pathlib.Path, qwen_timing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While all prompts wait, iterations are full, and which of them end together depends on what was computed only."""
-    monkeypatch.setattr(replay, "_MIN_LIVE", 64)
+    monkeypatch.setattr(lanes, "_MIN_LIVE", 64)
     run = qwen_run(data_dir)
     admitted = 125  # by then the batch is full
 
