@@ -246,27 +246,31 @@ def _load(obs: Observation, length_cv: float, later_prompts: bool = False) -> _L
     share = jnp.minimum((max_running - 1.0) / divisor, memory_share)
     # Each place takes a new prompt, here as long as its last one, once in a request's length of iterations.
     prompts_s = _prefill_s(profile, _real(requests.prompt_tokens)) / jnp.maximum(emitted + left, 1.0)
-    share, cost_s = jnp.clip(share, 0.0, 1.0), jnp.where(present, cost_s, 0.0)
-    wait, stall_before_s = jnp.maximum(wait_for_place, wait_for_memory), _prefill_s(profile, prefill_tokens)
-    load_s: Array | float = 0.0
-    if experts.load_left_s is not None:
-        iterations = jnp.max(left, -1) + jnp.where(experts.waiting > 0, wait, 0.0)
-        last_s = stall_before_s + iterations * (profile.step_base_s + share * jnp.sum(cost_s, -1))
-        load_s = experts.load_left_s + largest_of_others(profile.cards, jnp.where(count > 0, last_s, 0.0))
-        load_s = jnp.where(experts.running > 0, 0.0, load_s)
-    return _Load(
+    load = _Load(
         present=present,
         left=left,
         length=emitted + left,
-        cost_s=cost_s,
-        wait=wait,
+        cost_s=jnp.where(present, cost_s, 0.0),
+        wait=jnp.maximum(wait_for_place, wait_for_memory),
         ahead=jnp.where(profile.async_scheduling & (count > 0), 1.0, 0.0),
-        share=share,
+        share=jnp.clip(share, 0.0, 1.0),
         later_prompts_s=jnp.sum(jnp.where(present & later_prompts, prompts_s, 0.0), -1),
-        stall_before_s=stall_before_s,
+        stall_before_s=_prefill_s(profile, prefill_tokens),
         stall_after_s=_prefill_s(profile, prefill_tokens + _real(_uncached_tokens(obs))),
-        load_s=load_s,
+        load_s=0.0,
     )
+    return load.replace(load_s=_load_s(obs, load))
+
+
+def _load_s(obs: Observation, load: _Load) -> Array | float:
+    """Returns how long [N] s the request waits for the requests of the other LLMs on a card, and then for loading."""
+    experts, profile, load_left_s = obs.experts, obs.experts.profile, obs.experts.load_left_s
+    if load_left_s is None:
+        return 0.0
+    iterations = jnp.max(load.left, -1) + jnp.where(experts.waiting > 0, load.wait, 0.0)
+    last_s = load.stall_before_s + iterations * (profile.step_base_s + load.share * jnp.sum(load.cost_s, -1))
+    last_s = jnp.where(experts.running + experts.waiting > 0, last_s, 0.0)
+    return jnp.where(experts.running > 0, 0.0, load_left_s + largest_of_others(profile.cards, last_s))
 
 
 def _uncached_tokens(obs: Observation) -> Array:

@@ -160,7 +160,8 @@ def _figures(
         del figures["latency_cdf"]
     busiest = int(np.argmax(best.replayed.busy_s))
     served_s = best.trace.arrival_s[(best.assignment == busiest) & ~best.replayed.log.dropped]
-    if served_s.size and not env.spec.failures:  # the picture knows no failures
+    runs_alone = not (env.spec.failures or env.spec.shared_cards)  # as the expert of the picture does
+    if served_s.size and runs_alone:
         start_s = float(served_s[served_s.size // 2]) - 1e-3
         figures["iterations"] = partial(_iterations, env, experts, best, busiest, start_s)
     return figures

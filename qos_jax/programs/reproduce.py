@@ -123,7 +123,7 @@ class _Maker:
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
         if path.exists():
             kept = _read(path)
-            if _with_later_fields(kept["asked"]) == asked:
+            if _upgraded(kept["asked"]) == asked:
                 return list(kept["rows"])
         rows = [row | {"world": world.label} for row in self._compare(STUDIES[study], world)]
         write_whole(path, json.dumps(plain({"asked": asked, "versions": versions(), "rows": rows}), allow_nan=False))
@@ -258,7 +258,7 @@ def _asked(study: Study) -> dict[str, Any]:
     return {"loads": study.loads, "routers": study.routers, "share": study.share, "version": qos_jax.__version__}
 
 
-def _with_later_fields(asked: Any) -> Any:
+def _upgraded(asked: Any) -> Any:
     """Returns what a cell was asked for, in the terms of this version: new fields of an agent do not void it."""
     trained = asked.get("trained") if isinstance(asked, dict) else None
     if not isinstance(trained, dict):

@@ -150,10 +150,9 @@ DIALS: dict[str, tuple[str, Mapping[str, float]]] = {
 
 
 def _everywhere(
-    trained: Mapping[str, tuple[str, ...]], shares: Mapping[str, float] | None = None, **laws: Mapping[str, Any]
+    trained: Mapping[str, tuple[str, ...]], shares: Mapping[str, float] = _SHARES_OF_SEEDS, **laws: Mapping[str, Any]
 ) -> tuple[World, ...]:
     """Returns each preset, with its routers and share of seeds, under each law."""
-    shares = _SHARES_OF_SEEDS if shares is None else shares
     return tuple(
         World(f"{preset}, {label.replace('_', ' ')}", preset, names, share_of_seeds=shares.get(preset, 1.0), **law)
         for preset, names in trained.items()

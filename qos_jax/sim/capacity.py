@@ -45,10 +45,8 @@ def saturation_rate(env: Environment, params: EnvParams, *, requests_per_expert:
     rates = saturation_rates(env, params, requests_per_expert=requests_per_expert, seed=seed)
     if params.experts.cards is None:
         return sum(rates)
-    fastest: dict[int, float] = {}
-    for card, rate in zip(np.asarray(params.experts.cards.number).tolist(), rates, strict=True):
-        fastest[card] = max(rate, fastest.get(card, 0.0))
-    return sum(fastest.values())
+    number = np.asarray(params.experts.cards.number)
+    return sum(float(np.max(rates, where=number == card, initial=0.0)) for card in np.unique(number))
 
 
 def saturation_rates(

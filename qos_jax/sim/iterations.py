@@ -73,8 +73,10 @@ def iterations_of(
       The iterations as the engine runs them in float32, and the requests on the expert during these iterations.
 
     Raises:
-      InputError: an argument has a wrong shape or an illegal value.
+      InputError: an argument has a wrong shape or an illegal value, or LLMs share a card: one expert is run alone.
     """
+    if experts.cards is not None:
+        raise InputError("experts.cards is given, must be None: iterations are those of one expert alone")
     fleet = checked_experts(experts, np.float32)
     max_running, max_waiting = np.asarray(fleet.max_running), np.asarray(fleet.max_waiting)
     trace = checked_trace(trace, len(max_running))

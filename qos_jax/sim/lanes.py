@@ -133,8 +133,8 @@ class _Progress(struct.PyTreeNode):
 def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, counts: Array) -> tuple[Any, Any, Array]:
     """Replays the first ``counts`` [L] requests of each lane.
 
-    Lanes do not wait for each other: in each pass of the loop every lane runs an iteration and a stretch of decoding,
-    or its next request arrives.
+    Lanes wait for none but those of their card: in each pass of the loop every lane runs an iteration and a stretch of
+    decoding, or its next request arrives.
 
     Returns:
       The fields [J, L] of ``LaneLog``, with infinity for what never happened; those [L]; and [] bool: the slots did

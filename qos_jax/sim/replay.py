@@ -17,7 +17,7 @@ from qos_jax.errors import InputError
 from qos_jax.sim.cost import fits_in_memory
 from qos_jax.sim.lanes import LaneLog, LaneRequests, replay_lanes
 from qos_jax.sim.shared_cards import card_turns
-from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestLog, RequestTrace
+from qos_jax.sim.types import BLOCK_SIZE_TOKENS, AnyArray, ExpertProfile, RequestLog, RequestTrace, SharedCards
 from qos_jax.sim.validation import MAX_SIZE, checked_assignment, checked_experts, checked_trace, checked_whole
 
 _SHARED_ROWS = 4096  # no more rows are compiled than needed for the sake of sharing a program
@@ -122,12 +122,10 @@ def replay_many(
     length = 1 + max(
         (int(of.max(initial=-1)) for position in positions for of in (position[0], *position[1])), default=0
     )
-    lanes = [_sort_into_lanes(*args, length) for args in zip(traces, assignments, positions, failures, strict=True)]
-    if experts.cards is not None:
-        lanes = [
-            lane.replace(turns=card_turns(experts.cards, trace.arrival_s, assignment, position, length))
-            for lane, trace, assignment, (position, _) in zip(lanes, traces, assignments, positions, strict=True)
-        ]
+    lanes = [
+        _sort_into_lanes(experts.cards, *args, length)
+        for args in zip(traces, assignments, positions, failures, strict=True)
+    ]
     requests = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *lanes)
     if failures is never:
         requests = requests.replace(fails=None)
@@ -179,7 +177,12 @@ def _positions(trace: RequestTrace, assignment: np.ndarray, failures: Sequence[n
 
 
 def _sort_into_lanes(
-    trace: RequestTrace, assignment: np.ndarray, rows: Rows, failures: Sequence[np.ndarray], length: int
+    cards: SharedCards | None,
+    trace: RequestTrace,
+    assignment: np.ndarray,
+    rows: Rows,
+    failures: Sequence[np.ndarray],
+    length: int,
 ) -> LaneRequests:
     """Sorts the requests and failures of a trace into one lane per expert; gaps are computed in float64."""
     sent, num_experts, position = assignment >= 0, len(failures), rows[0]
@@ -194,7 +197,9 @@ def _sort_into_lanes(
     for expert, (row, fails_s) in enumerate(zip(rows[1], failures, strict=True)):
         arrival_s[row, expert], fails[row, expert] = fails_s, True
     gap_s = np.diff(arrival_s, axis=0, prepend=arrival_s[:1])
-    return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens, shared_tokens, fails)
+    begin_s = trace.arrival_s[0] if len(trace.arrival_s) else 0.0
+    turns = None if cards is None else card_turns(cards, arrival_s - begin_s, assignment, position)
+    return LaneRequests(np.maximum(gap_s, 0.0), prompt_tokens, output_tokens, shared_tokens, fails, turns)
 
 
 def _in_trace_order(

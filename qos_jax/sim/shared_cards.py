@@ -82,7 +82,7 @@ def _on_same_card(cards: SharedCards) -> Array:
 class CardTurns(struct.PyTreeNode):
     """Which requests of a replay have an LLM loaded, and in place of which; [J, L] each, or [L] of one row."""
 
-    arrival_s: AnyArray  # s from the first request of the trace
+    arrival_s: AnyArray  # s from the first request of the trace; arbitrary behind the last one of a lane
     begins: AnyArray  # bool: it has the LLM of its lane loaded
     other: AnyArray  # int32 lane whose LLM leaves for it; 0 where none does
     other_rows: AnyArray  # int32 requests of that lane before
@@ -97,29 +97,24 @@ class CardTurns(struct.PyTreeNode):
         return jnp.maximum(ended_s[self.other] - self.arrival_s, 0.0)
 
 
-def card_turns(
-    cards: SharedCards, arrival_s: np.ndarray, assignment: np.ndarray, position: np.ndarray, length: int
-) -> CardTurns:
-    """Returns the turns of the LLMs on their cards, under an assignment of J requests to N experts.
+def card_turns(cards: SharedCards, arrival_s: np.ndarray, assignment: np.ndarray, position: np.ndarray) -> CardTurns:
+    """Returns the turns of the LLMs on their cards, under an assignment of the requests of a trace to N experts.
 
     Args:
       cards: of the experts.
-      arrival_s: [J] s.
-      assignment: [J] expert, -1 for none.
-      position: [J] row of each request in the lane of its expert.
-      length: rows of a lane.
+      arrival_s: [J, N] s from the first request of the trace, by row and lane.
+      assignment: expert of each request in order of arrival, -1 for none.
+      position: row of each request in the lane of its expert.
     """
     number = np.asarray(cards.number).tolist()
-    shape = length, len(number)
-    begins, (other, rows), times_s = np.zeros(shape, bool), np.zeros((2, *shape), np.int32), np.zeros(shape)
+    begins, (other, rows) = np.zeros(arrival_s.shape, bool), np.zeros((2, *arrival_s.shape), np.int32)
     loaded = {card: expert for expert, card in reversed(list(enumerate(number)))}
     sent = np.zeros(len(number), np.int32)
     for j in np.flatnonzero(assignment >= 0):
         expert, row = assignment[j], position[j]
-        times_s[row, expert] = arrival_s[j] - arrival_s[0]
         before = loaded[number[expert]]
         if before != expert:
             begins[row, expert], other[row, expert], rows[row, expert] = True, before, sent[before]
             loaded[number[expert]] = expert
         sent[expert] += 1
-    return CardTurns(times_s, begins, other, rows)
+    return CardTurns(arrival_s, begins, other, rows)

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
 import httpx
 import pytest
 
+from experiments.servers import free_port
 from qos_jax.gateway.fake_engine import FakeEngine, many
 from tests.helpers.gateways import in_loop, kill, listen, profile
 from tests.helpers.programs import ROOT, assert_refused, program_of
@@ -58,9 +58,7 @@ async def test_the_program_serves_records_and_ends_on_a_signal(tmp_path) -> None
     server, task = await listen(many(engines))
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(fleet_of(3, server.port))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "qos_jax.programs", "gateway", f"--fleet={fleet}", "--router=impact_greedy"]
     command += ["--shadow=round_robin", f"--port={port}", f"--out={tmp_path}"]
     variables = os.environ | {"QOS_JAX_GATEWAY_KEYS": "one, two"}

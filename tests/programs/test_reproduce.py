@@ -163,6 +163,6 @@ def test_fields_that_came_later_do_not_void_a_cell():
     training = TrainingConfig().to_dict()
     early = json.loads(json.dumps(training))
     del early["agent"]["network"]["later_prompts"], early["agent"]["copies"]
-    assert reproduce._with_later_fields({"trained": {"mvr": early}}) == {"trained": {"mvr": training}}
+    assert reproduce._upgraded({"trained": {"mvr": early}}) == {"trained": {"mvr": training}}
     early["steps"] += 1
-    assert reproduce._with_later_fields({"trained": {"mvr": early}}) != {"trained": {"mvr": training}}
+    assert reproduce._upgraded({"trained": {"mvr": early}}) != {"trained": {"mvr": training}}

@@ -31,6 +31,7 @@ from qos_jax.fleet.profiles import profile_of
 from qos_jax.gateway.fleet import backends_of
 from qos_jax.impact.estimate import impact
 from qos_jax.sim.capacity import saturation_rate, saturation_rates
+from qos_jax.sim.iterations import iterations_of
 from qos_jax.sim.replay import replay_many
 from qos_jax.sim.types import SharedCards
 from qos_jax.sim.validation import of_one_type
@@ -105,11 +106,10 @@ def test_a_request_for_an_llm_that_leaves_waits_until_it_is_loaded_again() -> No
 class TestWorld:
     N = 4
 
-    def served(self, seed: int, **fields: Any) -> Any:
-        """Sums and actions of requests that go to a random expert, several in a row to one, or to the drop."""
-        spec = small_env(self.N, slots=64, shared_cards=True, sessions=fields.pop("sessions", 0)).spec
-        experts = jax.tree.map(jnp.asarray, experts_on(0, 0, 1, 0, max_waiting=20, kv_blocks=400, **fields))
-        experts = of_one_type(experts)
+    def served(self, seed: int) -> Any:
+        """Sums and actions of requests that go to a random expert, several in a row to one."""
+        spec = small_env(self.N, slots=64, shared_cards=True).spec
+        experts = of_one_type(jax.tree.map(jnp.asarray, experts_on(0, 0, 1, 0, max_waiting=20, kv_blocks=400)))
         rng = np.random.default_rng(seed)
         trace, actions = trace_of(rng, self.N, 8.0), in_turns(rng, self.N, longest=5)
         requests = Request(
@@ -282,6 +282,11 @@ class TestFleetFile:
     def test_a_gateway_refuses_them(self, board: Fleet) -> None:
         with pytest.raises(InputError, match="card is 'board', must be left out: a gateway knows no shared cards"):
             backends_of(board)
+
+    def test_the_iterations_of_one_expert_are_refused(self, board: Fleet) -> None:
+        trace = RequestTrace(np.zeros(1), np.ones(1), np.ones((1, 4)))
+        with pytest.raises(InputError, match=r"experts\.cards is given, must be None: iterations are those of one"):
+            iterations_of(profile_of(board.experts), trace, np.zeros(1, int), 0, 0.0, 1.0)
 
     def test_failures_are_refused(self, board: Fleet) -> None:
         with pytest.raises(InputError, match="failures is 60:3, must be None where LLMs share a card"):

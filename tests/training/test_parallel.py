@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import chex
 import jax
 import pytest
 
+from experiments.servers import free_port
 from qos_jax import InputError, load_router
 from qos_jax.training.parallel import DeviceLayout
 from qos_jax.training.run_folder import RunFolder
@@ -86,9 +86,7 @@ def test_devices_share_the_shards_of_a_run(
 
 @pytest.mark.slow
 def test_processes_share_the_devices(alone: pathlib.Path, variables: dict[str, str], tmp_path: pathlib.Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     four = variables | {"XLA_FLAGS": devices_flag(DEVICES // 2)}
     here = ("--distributed", f"--coordinator_address={address}", "--num_processes=2")
     processes = [start_training(tmp_path / "run", four, *SHARED, *here, f"--process_id={i}") for i in range(2)]
