@@ -6,8 +6,9 @@ from setuptools import find_packages, setup
 
 GYM = ["gymnasium>=1.1"]
 GATEWAY = [
+    "aiohttp>=3.12",
     "flatbuffers>=24.3",
-    "httpx>=0.28",
+    "httptools>=0.6.3",
     "prometheus-client>=0.22",
     "starlette>=0.50",
     "tomlkit>=0.13",
@@ -60,6 +61,7 @@ setup(
             *GYM,
             *GATEWAY,
             *NOTEBOOKS,
+            "httpx>=0.28",
             "hypothesis>=6.100",
             "mypy>=1.18.1",
             "numba>=0.61",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-import httpx
+import aiohttp
 
 from qos_jax.gateway.ask import RefusedError
 from qos_jax.gateway.core import Gateway, Served
@@ -40,7 +41,7 @@ class Answer:
     """The answer to one request."""
 
     gateway: Gateway
-    client: httpx.AsyncClient
+    client: aiohttp.ClientSession
     served: Served
     send: Send
     begun: bool = False  # the client has been sent something, so that no other engine can take over
@@ -98,7 +99,7 @@ class Answer:
         try:
             await self._attempt(expert, entry)
             engine.breaker.succeeded()
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             engine.breaker.failed(now_s())
             raise EngineError(type(error).__name__) from error
         except EngineError as error:
@@ -111,36 +112,34 @@ class Answer:
     async def _attempt(self, expert: int, entry: Entry) -> None:
         settings, backend = self.gateway.settings, self.gateway.backends[expert]
         headers = {"content-type": "application/json", "x-request-id": self.served.id}
-        request = self.client.build_request(
-            "POST",
-            backend.url + self.served.ask.path,
-            content=self.served.ask.upstream_body(backend.model),
-            headers=headers | self.gateway.engines.all[expert].headers,
-            timeout=httpx.Timeout(None, connect=settings.connect_s),
-        )
         patience = _Patience(settings.first_token_s, settings.total_s)
-        async with patience:
-            response = await self.client.send(request, stream=True)
-            try:
-                await self._pass_on(response, entry, patience)
-            finally:
-                await response.aclose()
+        async with (
+            patience,
+            self.client.post(
+                backend.url + self.served.ask.path,
+                data=io.BytesIO(self.served.ask.upstream_body(backend.model)),
+                headers=headers | self.gateway.engines.all[expert].headers,
+                timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_s),
+                allow_redirects=False,
+            ) as response,
+        ):
+            await self._pass_on(response, entry, patience)
 
-    async def _pass_on(self, response: httpx.Response, entry: Entry, patience: _Patience) -> None:
-        if response.status_code == 429:
+    async def _pass_on(self, response: aiohttp.ClientResponse, entry: Entry, patience: _Patience) -> None:
+        if response.status == 429:
             raise EngineError("status 429", broken=False)
-        if response.status_code >= 500:
-            raise EngineError(f"status {response.status_code}")
+        if response.status >= 500:
+            raise EngineError(f"status {response.status}")
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        if response.status_code == 200 and is_stream:
+        if response.status == 200 and is_stream:
             await self._pass_stream(response, entry, patience)
         else:
             await self._pass_whole(response, entry, patience)
 
-    async def _pass_stream(self, response: httpx.Response, entry: Entry, patience: _Patience) -> None:
+    async def _pass_stream(self, response: aiohttp.ClientResponse, entry: Entry, patience: _Patience) -> None:
         reader, served, settings = EventReader(), self.served, self.gateway.settings
         done = False
-        async for chunk in response.aiter_raw():
+        async for chunk in response.content.iter_any():
             out = b""
             for event in self._events(reader, chunk):
                 if event.error is not None and not self.begun:
@@ -159,9 +158,9 @@ class Answer:
         await self._send_body(b"", more=False)
         served.status = "ok"
 
-    async def _pass_whole(self, response: httpx.Response, entry: Entry, patience: _Patience) -> None:
+    async def _pass_whole(self, response: aiohttp.ClientResponse, entry: Entry, patience: _Patience) -> None:
         served, content = self.served, bytearray()
-        async for chunk in response.aiter_bytes():
+        async for chunk in response.content.iter_any():
             content += chunk
             if len(content) > MAX_ANSWER_BYTES:
                 raise EngineError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
@@ -170,9 +169,9 @@ class Answer:
         served.prompt_tokens = tokens_of(usage, "prompt_tokens")
         served.first_token_s = time.monotonic() - served.arrival_s
         self.gateway.ledger.stream(entry, served.output_tokens)
-        served.status = "ok" if response.status_code == 200 else "refused_by_engine"
+        served.status = "ok" if response.status == 200 else "refused_by_engine"
         patience.client_turn(self.gateway.settings.client_s)
-        await self._start(response.status_code, b"application/json")
+        await self._start(response.status, b"application/json")
         await self._send_body(bytes(content), more=False)
 
     def _events(self, reader: EventReader, chunk: bytes) -> Iterator[Event]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import hmac
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-import httpx
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -23,6 +23,7 @@ from qos_jax.gateway.connections import engine_client
 from qos_jax.gateway.core import Gateway
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
+_CLIENT = "client"  # the connections to engines, in the state of the application's lifespan
 
 
 def make_app(gateway: Gateway, more_routes: Sequence[BaseRoute] = ()) -> Starlette:
@@ -32,21 +33,21 @@ def make_app(gateway: Gateway, more_routes: Sequence[BaseRoute] = ()) -> Starlet
       gateway: what it serves.
       more_routes: further paths, as those of the page for people.
     """
-    client = engine_client()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with client:
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
+        async with engine_client() as client:
             await asyncio.gather(*(gateway.engines.scrape(client, index) for index in range(len(gateway.backends))))
             watch = asyncio.create_task(gateway.engines.watch(client))
+            gc.freeze()  # a full collection of all that was imported and compiled would hold streams up for 0.1 s
             try:
-                yield
+                yield {_CLIENT: client}
             finally:
                 watch.cancel()
                 await asyncio.gather(watch, return_exceptions=True)
                 gateway.close()
 
-    completions = Completions(gateway, client)
+    completions = Completions(gateway)
     routes: list[BaseRoute] = [Route(path, completions, methods=["POST"]) for path in PATHS]
     routes += [
         Route("/v1/models", _models(gateway), methods=["GET"]),
@@ -76,9 +77,9 @@ class _HeaderLimit:
 class Completions:
     """The paths that answer prompts. It is plain ASGI, so that a client that leaves ends the work at once."""
 
-    def __init__(self, gateway: Gateway, client: httpx.AsyncClient) -> None:
-        """Takes the gateway and the connections to its engines."""
-        self.gateway, self.client = gateway, client
+    def __init__(self, gateway: Gateway) -> None:
+        """Takes the gateway."""
+        self.gateway = gateway
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         """Answers one request."""
@@ -87,7 +88,7 @@ class Completions:
             check_key(self.gateway, headers)
             content = await self._body(headers, receive)
             served = await self.gateway.arrive(parse(scope["path"], content, headers))
-            await _until_gone(Answer(self.gateway, self.client, served, send).run(), receive)
+            await _until_gone(Answer(self.gateway, scope["state"][_CLIENT], served, send).run(), receive)
         except RefusedError as refused:
             await send_refused(refused, send)
         except _GoneError:

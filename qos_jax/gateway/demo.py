@@ -7,7 +7,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
 
-import httpx
+import aiohttp
 import jax
 import numpy as np
 
@@ -79,7 +79,7 @@ async def _clients(server: Listener, settings: Settings, rate_per_s: float) -> N
     lot = random.Random(0)
     headers = {"authorization": f"Bearer {min(settings.api_keys)}"} if settings.api_keys else {}
     async with (
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False, headers=headers) as client,
+        aiohttp.ClientSession(f"http://127.0.0.1:{server.port}", headers=headers) as client,
         asyncio.TaskGroup() as group,
     ):
         while True:
@@ -88,9 +88,9 @@ async def _clients(server: Listener, settings: Settings, rate_per_s: float) -> N
             group.create_task(_one(client, "tell me a story " * lot.randint(1, 30), tokens))
 
 
-async def _one(client: httpx.AsyncClient, prompt: str, tokens: int) -> None:
+async def _one(client: aiohttp.ClientSession, prompt: str, tokens: int) -> None:
     body = {"model": "auto", "prompt": prompt, "max_tokens": tokens, "stream": True}
-    with contextlib.suppress(httpx.HTTPError):
-        async with client.stream("POST", "/v1/completions", json=body, timeout=60) as response:
-            async for _ in response.aiter_bytes():
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        async with client.post("/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=60)) as response:
+            async for _ in response.content.iter_any():
                 pass

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 
-import httpx
+import aiohttp
 import numpy as np
 
 from qos_jax.gateway.breaker import Breaker
@@ -24,6 +24,7 @@ from qos_jax.gateway.settings import Settings
 from qos_jax.io.files import parse_json
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS
 
+_READ = aiohttp.ClientTimeout(total=2.0)  # s
 _log = logging.getLogger(__name__)
 
 
@@ -76,18 +77,18 @@ class Engines:
         told = np.array([math.nan if value is None else value for value in share]) * self.kv_blocks
         return np.minimum(np.where(np.isnan(told), guess, told), self.kv_blocks)
 
-    async def watch(self, client: httpx.AsyncClient) -> None:
+    async def watch(self, client: aiohttp.ClientSession) -> None:
         """Reads the metrics of all engines for ever."""
         async with asyncio.TaskGroup() as group:
             for index in range(len(self.all)):
                 group.create_task(self._watch(client, index))
 
-    async def _watch(self, client: httpx.AsyncClient, index: int) -> None:
+    async def _watch(self, client: aiohttp.ClientSession, index: int) -> None:
         while True:
             await self.scrape(client, index)
             await asyncio.sleep(self.settings.scrape_s * random.uniform(0.9, 1.1))  # not all at the same moment
 
-    async def scrape(self, client: httpx.AsyncClient, index: int) -> None:
+    async def scrape(self, client: aiohttp.ClientSession, index: int) -> None:
         """Reads the metrics of one engine; one that does not answer with a legal page keeps its last load."""
         engine, own = self.all[index], int(self.ledger.in_flight[index])
         try:
@@ -109,20 +110,21 @@ class Engines:
             self.measures.kv_share.labels(name).set(load.kv_share)
 
 
-async def _page(client: httpx.AsyncClient, engine: Engine, path: str) -> str:
+async def _page(client: aiohttp.ClientSession, engine: Engine, path: str) -> str:
     """Returns a page of an engine, which may not be endless."""
     content = bytearray()
-    async with client.stream("GET", engine.backend.url + path, headers=engine.headers, timeout=2.0) as response:
-        response.raise_for_status()
-        async for chunk in response.aiter_bytes():
+    async with client.get(
+        engine.backend.url + path, headers=engine.headers, timeout=_READ, allow_redirects=False, raise_for_status=True
+    ) as response:
+        async for chunk in response.content.iter_any():
             content += chunk
             if len(content) > MAX_BYTES:
                 raise ValueError(f"{path} is longer than {MAX_BYTES} bytes")
     return content.decode(errors="replace")
 
 
-async def _llama_cpp_share(client: httpx.AsyncClient, engine: Engine) -> float | None:
+async def _llama_cpp_share(client: aiohttp.ClientSession, engine: Engine) -> float | None:
     """Returns the share of KV memory in use, None where the server was started without /slots."""
-    with contextlib.suppress(httpx.HTTPError, ValueError):
+    with contextlib.suppress(aiohttp.ClientError, ValueError):
         return kv_share_of_slots(parse_json(await _page(client, engine, "/slots"), "/slots"))
     return None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from qos_jax.gateway.settings import Settings
 
@@ -18,18 +18,48 @@ _HEADERS_S = 10.0  # that a client may take to send its headers
 _FORCED_EVERY_S = 0.1  # between two looks at whether to wait no longer
 
 
-class _Impatient(H11Protocol):
-    """Closes a connection on which a request's headers do not come to an end; uvicorn itself would wait for ever."""
+class _Wary(HttpToolsProtocol):
+    """Closes a connection whose headers do not come to an end; uvicorn itself would wait for ever and take them all.
+
+    Counted is all that comes without being a body: headers, frames of chunks, and the headers that may follow a body in
+    chunks, which are dropped.
+    """
 
     _headers_timer: asyncio.TimerHandle | None = None
+    _headers_bytes = 0
+    _has_headers = False  # all those of the request that is read
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        self._headers_bytes += len(data)
         super().data_received(data)
+        if self._headers_bytes > self.config.h11_max_incomplete_event_size and not self.transport.is_closing():
+            self.send_400_response("The headers are too long.")
         self._watch()
+
+    def on_message_begin(self) -> None:
+        self._has_headers = False
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._has_headers:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._has_headers = True
+        self._headers_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._headers_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._headers_bytes = 0
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
@@ -92,17 +122,17 @@ def listener(app: Any, host: str, port: int, settings: Settings, drain_s: float 
       settings: limits.
       drain_s: s that requests may take to end after the server is told to; None for as long as they need.
     """
-    # h11 rather than httptools, which takes headers of any length into memory.
     config = uvicorn.Config(
         app,
         host,
         port,
-        http=_Impatient,
+        http=_Wary,
         ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         lifespan="on",
         h11_max_incomplete_event_size=settings.max_header_bytes,
         limit_concurrency=settings.max_connections,

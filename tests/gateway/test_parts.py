@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import numpy as np
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from qos_jax.errors import InputError
 from qos_jax.fleet.fleet_file import Limits, load_fleet
 from qos_jax.gateway.breaker import Breaker
+from qos_jax.gateway.connections import engine_client
 from qos_jax.gateway.engines import Engines
 from qos_jax.gateway.fleet import Backend, backends_of
 from qos_jax.gateway.ledger import LIVE, PROMPT, STREAMED, ArrivalRates, Ledger
@@ -23,7 +27,7 @@ from qos_jax.gateway.settings import Settings
 from qos_jax.gateway.shadow import shadow_report
 from qos_jax.gateway.stream import EventReader
 from qos_jax.sim.proxy_view import LedgerView, Scrape, proxy_view
-from tests.helpers.gateways import in_loop
+from tests.helpers.gateways import in_loop, kill, listen
 
 FLEET = """
 format = 1
@@ -123,24 +127,26 @@ BAD_PAGES = (
 @pytest.mark.parametrize("page", [*BAD_PAGES, None])
 @in_loop
 async def test_a_bad_page_is_no_reading_and_ends_the_watching_of_no_engine(page, caplog) -> None:
-    """None stands for what breaks the reading in a way that nobody thought of."""
-    backends = [Backend(name, f"http://{name}", "vllm", "m") for name in ("bad", "good")]
-    settings, measures = Settings(scrape_s=0.002), Measures(["bad", "good"])
-    engines = Engines(backends, Ledger(2, 3, 0.0), np.ones(2), settings, measures)
+    """None stands for an address that breaks the reading in a way that nobody thought of."""
     asked = []
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request.url.host)
-        if request.url.host == "bad" and page is None:
-            raise RuntimeError("of another kind")
-        return httpx.Response(200, text=page if request.url.host == "bad" else GOOD_PAGE)
+    async def answer(request: Request) -> Response:
+        asked.append(name := request.path_params["name"])
+        return PlainTextResponse(page if name == "bad" else GOOD_PAGE)
 
-    async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+    server, serving = await listen(Starlette(routes=[Route("/{name}/metrics", answer)]))
+    urls = {name: f"http://127.0.0.1:{server.port}/{name}" for name in ("bad", "good")}
+    urls |= {} if page else {"bad": None}
+    backends = [Backend(name, url, "vllm", "m") for name, url in urls.items()]
+    settings, measures = Settings(scrape_s=0.002), Measures(["bad", "good"])
+    engines = Engines(backends, Ledger(2, 3, 0.0), np.ones(2), settings, measures)
+    async with engine_client() as client:
         watching = asyncio.create_task(engines.watch(client))
-        while min(asked.count("bad"), asked.count("good")) < 3:
+        while min(asked.count(name) for name, url in urls.items() if url) < 3:
             assert not watching.done()
             await asyncio.sleep(0.001)
         watching.cancel()
+    await kill(server, serving)
     assert [engine.load for engine in engines.all] == [None, Load(1, 0, 0.5)]
     assert [record.message for record in caplog.records] == ["metrics cannot be read"]
 

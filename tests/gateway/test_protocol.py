@@ -109,6 +109,12 @@ async def test_huge_bodies_and_headers_are_refused_before_they_are_read() -> Non
         assert b" 413 " in answer
         assert b" 431 " in await raw(world.port, head + b"a: " + b"x" * 50_000 + b"\r\n\r\n", wait_for=b"16384 bytes")
         assert b" 400 " in await raw(world.port, head + b"a: " + b"x" * 500_000 + b"\r\n\r\n")
+        for endless in (
+            b"1;" + b"x" * 500_000,
+            b"1\r\n{\r\n0\r\na: " + b"x" * 500_000,
+            b"0\r\n" + b"a: x\r\n" * 90_000,
+        ):
+            assert b" 400 " in await raw(world.port, head + b"transfer-encoding: chunked\r\n\r\n" + endless)
 
 
 @in_loop
