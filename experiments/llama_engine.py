@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import pathlib
-import subprocess
 import sys
 import time
 
 import numpy as np
 
-from experiments.servers import free_port, wait_until_up
+from experiments.servers import EngineProcess, free_port
 
 _BYTES = 256
 _WORDS = 745  # further tokens of the vocabulary
@@ -71,33 +70,15 @@ def write_model(path: pathlib.Path, *, layers: int, width: int, context: int = 4
     writer.close()
 
 
-class LlamaEngine:
-    """A server of one model on a port of its own; it can be killed and started again."""
+class LlamaEngine(EngineProcess):
+    """A server of one model, in a process of this interpreter."""
 
     def __init__(self, model: pathlib.Path, name: str, *, slots: int = 4) -> None:
         """Starts nothing yet."""
-        self.port = free_port()
-        self.name, self._command = name, [sys.executable, "-m", __name__, str(model), str(self.port), name, str(slots)]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        """Starts it, and returns when it answers."""
-        root = pathlib.Path(__file__).parents[1]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(self._command, cwd=root, env=environment, stdout=quiet, stderr=quiet)
-        wait_until_up(self._process, f"{self.url}/health", self.name)
-
-    def kill(self) -> None:
-        """Kills it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        root, port = pathlib.Path(__file__).parents[1], free_port()
+        command = [sys.executable, "-m", __name__, str(model), str(port), name, str(slots)]
+        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+        super().__init__(name, port, command, {"PYTHONPATH": path})
 
 
 def _serve(model: str, port: str, name: str, slots: str) -> None:

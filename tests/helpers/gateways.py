@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 
+from experiments.servers import EngineProcess
 from qos_jax.gateway.app import make_app
 from qos_jax.gateway.core import Gateway
 from qos_jax.gateway.decision import Decider, program_of
@@ -24,6 +25,9 @@ from qos_jax.gateway.serve import Listener, listener
 from qos_jax.gateway.settings import Settings
 from qos_jax.routers.heuristics import round_robin
 from qos_jax.sim.types import ExpertProfile
+
+if TYPE_CHECKING:
+    import openai
 
 SLOTS = 8  # of a decider here: small arrays compile as long as large ones
 
@@ -137,6 +141,25 @@ async def running(
         for server, one in ((face, task), *servers):
             if not one.done():
                 await kill(server, one)
+
+
+@contextlib.asynccontextmanager
+async def gateway_of(
+    engines: Sequence[EngineProcess], kind: str, decider: Decider
+) -> AsyncIterator[tuple[Gateway, openai.AsyncOpenAI]]:
+    """Starts a gateway before real engines, and gives it and the client of OpenAI."""
+    import openai
+
+    backends = [Backend(engine.name, engine.url, kind, engine.name) for engine in engines]
+    gateway = Gateway(backends, [decider], Settings(scrape_s=0.1, level=Level(latency_per_token_s=1.0)))
+    server, task = await listen(make_app(gateway))
+    try:
+        async with openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=60
+        ) as client:
+            yield gateway, client
+    finally:
+        await kill(server, task)
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
