@@ -104,11 +104,11 @@ def _worlds(values: FlagValues) -> dict[str, str]:
 
 
 def _trained(folder: str | None, world: str) -> list[str]:
-    """Returns the folder of the run that was trained for a world, if there is one."""
+    """Returns the folders of the runs that were trained for a world: that of its name, or those in it."""
     if folder is None:
         return []
     path = pathlib.Path(folder) / world
-    return [str(path)] if (path / CONFIG).exists() else []
+    return [str(found.parent) for found in sorted([*path.glob(CONFIG), *path.glob(f"*/{CONFIG}")])]
 
 
 def _routers(texts: Sequence[str], env: Environment, params: EnvParams, *, refusing: bool) -> list[Router]:

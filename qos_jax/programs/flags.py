@@ -157,8 +157,8 @@ def define_arena(values: FlagValues) -> None:
     group.texts("worlds", list(choices.ARENA_WORLDS), f"Worlds: some of {_listed(tuple(choices.ARENA_WORLDS))}.")
     group.repeated("world", "NAME: FLAGS, another world, as in 'mine: --fleet=fleet.toml --arrivals=gamma:3'.")
     group.texts("routers", ["arena"], "Routers to judge, as for qos-jax evaluate; arena are the baselines.")
-    group.string("trained", None, "Folder with a training run for each world under its name, each of them a router "
-                 "in that world.")  # fmt: skip
+    group.string("trained", None, "Folder with a training run for each world under its name, or a folder of several; "
+                 "each of them is a router in that world.")  # fmt: skip
     group.texts("scrape", ["0.1", "1"], "Seconds between two readings of the engines' metrics by the proxy whose view "
                 "all routers have; a table for each.")  # fmt: skip
     group.boolean("refusing", True, "Judge each router also with impact_greedy's admission, and without drops.")
