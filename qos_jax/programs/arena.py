@@ -6,9 +6,9 @@ All routers get the same requests and observe what a proxy in front of the engin
 ``--scrape`` seconds old; oracles are told the truth about requests on top. A router of your own takes part under
 --routers=arena,package.module:factory, a trained one under --trained.
 
-Written are the page arena.md, arena.csv with a line for each world, view, router, load and seed, and arena.json, which
-holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and view its ``world``, ``flags``
-and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``.
+Written are, anew after each table, the page arena.md, arena.csv with a line for each world, view, router, load and
+seed, and arena.json, which holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and view its
+``world``, ``flags`` and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main(values: FlagValues) -> None:
     }
     folder, tables = writable_folder(values.out), list[dict[str, Any]]()
     warmup = int(values.warmup * values.requests)
+    config = {"loads": loads, "seeds": seeds, "requests": values.requests, "warmup": warmup}
     with ProgressBar(len(worlds) * len(scrapes_s), "table", f"{len(worlds)} worlds; compiles") as bar:
         for name, text in worlds.items():
             env, params = built[name]
@@ -72,15 +73,20 @@ def main(values: FlagValues) -> None:
                 ]
                 gains = [gain for gain in paired_gains(rows) if gain["reference"] == REFERENCE]
                 tables.append({"world": name, "flags": text, "scrape_s": scrape_s, "gains": gains, "rows": rows})
+                found = plain({"config": config, "tables": tables} | made_by(command_of("arena")))
+                _write(folder, found)
                 bar.update(len(tables), doing=name)
-    config = {"loads": loads, "seeds": seeds, "requests": values.requests, "warmup": warmup}
-    found = plain({"config": config, "tables": tables} | made_by(command_of("arena")))
-    write_result(folder / "arena.json", found)
-    lines = [{"world": each["world"], "scrape_s": each["scrape_s"]} | row for each in tables for row in each["rows"]]
-    write_whole(folder / "arena.csv", csv_text(lines))
-    write_whole(folder / "arena.md", page := arena_markdown(found))
-    print(page)
+    print(arena_markdown(found))
     print(f"written: {folder / 'arena.md'}")
+
+
+def _write(folder: pathlib.Path, found: dict[str, Any]) -> None:
+    """Writes all tables so far."""
+    tables = found["tables"]
+    lines = [{"world": each["world"], "scrape_s": each["scrape_s"]} | row for each in tables for row in each["rows"]]
+    write_result(folder / "arena.json", found)
+    write_whole(folder / "arena.csv", csv_text(lines))
+    write_whole(folder / "arena.md", arena_markdown(found))
 
 
 def _worlds(values: FlagValues) -> dict[str, str]:

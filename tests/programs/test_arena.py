@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import pytest
 
+from qos_jax.training.shipped import shipped_folder
 from tests.helpers.programs import assert_refused, program_of
 
 WORLD = "two: --experts=alpaca-native@A40,koala-7B-HF@A40"
@@ -16,10 +18,13 @@ WORLD = "two: --experts=alpaca-native@A40,koala-7B-HF@A40"
 def test_all_meet_the_same_requests(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     routers = "--routers=round_robin,shortest_queue,oracle_impact"
     small = ("--requests=120", "--seeds=3", "--load=0.9", "--scrape=0.1,5")
-    assert program_of("arena")("--worlds=", f"--world={WORLD}", routers, *small, f"--out={tmp_path}") == 0
+    for name in ("first", "second"):
+        shutil.copytree(shipped_folder("pretrained:paper-3"), tmp_path / "trained" / "two" / name)
+    trained = f"--trained={tmp_path / 'trained'}"
+    assert program_of("arena")("--worlds=", f"--world={WORLD}", routers, trained, *small, f"--out={tmp_path}") == 0
     found = json.loads((tmp_path / "arena.json").read_text())
     assert [(each["world"], each["scrape_s"]) for each in found["tables"]] == [("two", 0.1), ("two", 5.0)]
-    names = {"round_robin", "shortest_queue", "impact_greedy"}
+    names = {"round_robin", "shortest_queue", "impact_greedy", "first", "second"}
     varied = {f"{name}{rule}" for name in names for rule in ("+admission", "+no_drop")}
     for table in found["tables"]:
         assert {row["router"] for row in table["rows"]} == names | varied | {"oracle_impact"}
@@ -31,7 +36,7 @@ def test_all_meet_the_same_requests(tmp_path: pathlib.Path, capsys: pytest.Captu
     page = (tmp_path / "arena.md").read_text()
     assert "## two, metrics read every 5 s" in page
     assert page in capsys.readouterr().out
-    assert (tmp_path / "arena.csv").read_text().count("\n") == 1 + 2 * 3 * 10
+    assert (tmp_path / "arena.csv").read_text().count("\n") == 1 + 2 * 3 * 16
 
 
 @pytest.mark.parametrize(
