@@ -7,8 +7,8 @@ All routers get the same requests and observe what a proxy in front of the engin
 --routers=arena,package.module:factory, a trained one under --trained.
 
 Written are, anew after each table, the page arena.md, arena.csv with a line for each world, view, router, load and
-seed, and arena.json, which holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and view its
-``world``, ``flags`` and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``.
+seed, and arena.json, which holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and
+view its ``world``, ``flags`` and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``.
 """
 
 from __future__ import annotations
