@@ -29,7 +29,7 @@ from qos_jax.io.provenance import command_of, plain
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.router_flags import check_held_out, routers_named, run_folders
 from qos_jax.programs.world_flags import import_plugins, notes_on, numbers, world_config
-from qos_jax.report import plots
+from qos_jax.report import expert_plots, plots
 from qos_jax.report.gains import terminal_gains
 from qos_jax.report.pictures import Drawing
 from qos_jax.report.results import RESULTS, results_of, write_report
@@ -152,7 +152,7 @@ def _figures(
         "gains_against_load": partial(plots.gains_against_load, results["gains"]),
         "latency_cdf": partial(plots.latency_cdf, at_load, experts, limit_s),
         "routing_shares": partial(plots.routing_shares, at_load, env.expert_names),
-        "expert_timelines": partial(plots.expert_timelines, best, experts, env.expert_names),
+        "expert_timelines": partial(expert_plots.expert_timelines, best, experts, env.expert_names),
     }
     if not results["gains"]:
         del figures["gains_against_load"]
@@ -174,4 +174,4 @@ def _iterations(
         experts, run.trace, run.assignment, expert, start_s, start_s + _WINDOW_S,
         block_size=env.spec.engine.block_size,
     )  # fmt: skip
-    return plots.iteration_gantt(window, env.expert_names[expert], **options)
+    return expert_plots.iteration_gantt(window, env.expert_names[expert], **options)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from qos_jax import InputError
 from qos_jax.evaluation.metrics import latency_per_token_s
-from qos_jax.report import plots, study_plots, style
+from qos_jax.report import expert_plots, plots, study_plots, style
 from qos_jax.report.gains import paired_gains
 from qos_jax.report.results import results_of
 from qos_jax.report.style import COLUMN, FULL, display_name
@@ -187,7 +187,7 @@ class TestExpertTimeline:
     def test_counts_and_memory_are_those_of_the_requests_on_the_expert(self) -> None:
         (run, *_) = [run for run in runs_at(1.5) if run.router.name == "round_robin"]
         times_s = np.random.default_rng(0).uniform(0, 1.1 * run.trace.arrival_s[-1], 40)
-        waiting, running, kv_share = plots.expert_timeline(run, EXPERTS, times_s)
+        waiting, running, kv_share = expert_plots.expert_timeline(run, EXPERTS, times_s)
         log = run.replayed.log
         for t, time_s in enumerate(times_s):
             blocks = np.zeros(3)
@@ -210,14 +210,14 @@ class TestExpertTimeline:
         iterations = replay_reference(EXPERTS, run.trace, run.assignment).experts[0].iterations
         middle_s = np.array([each.start_s + each.duration_s / 2 for each in iterations])
         held = np.array([each.blocks_held for each in iterations])
-        _, running, kv_share = plots.expert_timeline(run, EXPERTS, middle_s)
+        _, running, kv_share = expert_plots.expert_timeline(run, EXPERTS, middle_s)
         after_prefill = np.array([each.prefill_tokens == 0 for each in iterations])
         error = np.abs(EXPERTS.kv_blocks[0] * kv_share[:, 0] - held)
         assert (error <= running[:, 0] + 1e-6)[after_prefill].all()
 
     def test_panels_show_every_expert(self) -> None:
         (run, *_) = [run for run in runs_at(1.5) if run.router.name == "round_robin"]
-        figure = plots.expert_timelines(run, EXPERTS, EXPERT_NAMES)
+        figure = expert_plots.expert_timelines(run, EXPERTS, EXPERT_NAMES)
         for axes in figure.axes:
             assert [each.get_label() for each in axes.get_lines()] == list(EXPERT_NAMES)
         most = max(each.get_ydata().max() for each in figure.axes[1].get_lines())
@@ -227,7 +227,7 @@ class TestExpertTimeline:
 def test_gantt_has_a_cell_for_each_request_in_each_iteration() -> None:
     (run, *_) = [run for run in runs_at(1.5) if run.router.name == "only_gamma"]
     log = iterations_of(EXPERTS, run.trace, run.assignment, 2, 1.0, 3.0)
-    figure = plots.iteration_gantt(log, "gamma")
+    figure = expert_plots.iteration_gantt(log, "gamma")
     cells = {each.get_label(): each for each in figure.axes[0].collections if isinstance(each, PolyCollection)}
     for activity, label in ((Activity.PREFILL, "prefill"), (Activity.DECODE, "decode"), (Activity.WAITING, "waiting")):
         iteration, row = np.nonzero(log.activity == activity)
@@ -244,7 +244,7 @@ def test_gantt_has_a_cell_for_each_request_in_each_iteration() -> None:
 def test_gantt_refuses_an_idle_expert() -> None:
     (run, *_) = [run for run in runs_at(1.5) if run.router.name == "only_gamma"]
     with pytest.raises(InputError, match="alpha runs no iteration"):
-        plots.iteration_gantt(iterations_of(EXPERTS, run.trace, run.assignment, 0, 1.0, 3.0), "alpha")
+        expert_plots.iteration_gantt(iterations_of(EXPERTS, run.trace, run.assignment, 0, 1.0, 3.0), "alpha")
 
 
 @pytest.mark.parametrize("width", [FULL, COLUMN])
@@ -255,8 +255,8 @@ def test_every_figure_has_a_caption_and_can_be_saved_at_both_widths(tmp_path, wi
         "gains": plots.gains_against_load(results_of(runs(), {}, "")["gains"], width=width),
         "cdf": plots.latency_cdf(runs_at(1.5), EXPERTS, LIMIT_S, width=width),
         "shares": plots.routing_shares(runs_at(1.5), EXPERT_NAMES, width=width),
-        "timelines": plots.expert_timelines(run, EXPERTS, EXPERT_NAMES, width=width),
-        "gantt": plots.iteration_gantt(
+        "timelines": expert_plots.expert_timelines(run, EXPERTS, EXPERT_NAMES, width=width),
+        "gantt": expert_plots.iteration_gantt(
             iterations_of(EXPERTS, run.trace, run.assignment, 0, 0.0, 1.0), "alpha", width=width
         ),
     }
