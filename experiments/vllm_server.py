@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 from experiments.servers import EngineProcess, free_port
 
@@ -45,7 +46,7 @@ def write_model(folder: pathlib.Path, *, layers: int, width: int) -> None:
         "dtype": "float32",
     }
     vocabulary = {word: number for number, word in enumerate(_WORDS)}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qos_jax.fleet.profile_fitting import Curve, Iterations, KernelTables, times_per_model
+from qos_jax.fleet.kernel_tables import Curve, KernelTables
+from qos_jax.fleet.profile_fitting import Iterations, times_per_model
 from qos_jax.sim.cost import Batch, attention_terms
 from qos_jax.sim.types import ATTENTION_TERMS, IterationTables
 

@@ -36,7 +36,8 @@ class _Wary(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._headers_bytes += len(data)
         super().data_received(data)
-        if self._headers_bytes > self.config.h11_max_incomplete_event_size and not self.transport.is_closing():
+        most = self.config.h11_max_incomplete_event_size  # uvicorn heeds it with h11 only, which is slower
+        if most is not None and self._headers_bytes > most and not self.transport.is_closing():
             self.send_400_response("The headers are too long.")
         self._watch()
 

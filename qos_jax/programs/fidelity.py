@@ -26,6 +26,7 @@ from qos_jax.evaluation.fidelity import SimulatedRun
 from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
 from qos_jax.fleet.engines import ENGINES
+from qos_jax.fleet.kernel_tables import KernelTables, read_tables
 from qos_jax.fleet.profile_fitting import tables_as_json
 from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.io.files import writable_folder, write_whole
@@ -39,9 +40,7 @@ def main(values: FlagValues) -> None:
     """Simulates the run, compares, prints the error table and writes everything."""
     folder = writable_folder(values.out)
     run, link = _run(values), link_of(values)
-    tables = profile_fitting.read_tables(
-        *(f"{values.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence"))
-    )
+    tables = read_tables(*(f"{values.profiles}_{name}.csv" for name in ("dense", "attention", "per_sequence")))
     kernels, timing = _timing(values, run, tables if link is None else profile_fitting.with_exchange(tables, link))
     one_gpu = None if link is None else _timing(values, run, tables)[1]
     simulated = fidelity.simulate(run, timing)
@@ -75,7 +74,7 @@ def _run(values: FlagValues) -> MeasuredRun:
 
 
 def _timing(
-    values: FlagValues, run: MeasuredRun, tables: profile_fitting.KernelTables
+    values: FlagValues, run: MeasuredRun, tables: KernelTables
 ) -> tuple[profile_fitting.Iterations, dict[str, Any]]:
     """Returns the iterations of the kernels, and the timing that is fitted to them."""
     kernels = profile_fitting.assemble(tables, values.num_layers, run.kv_blocks * run.block_size)

@@ -19,13 +19,14 @@ from absl.flags import FlagValues
 
 from qos_jax.errors import InputError
 from qos_jax.fleet import profile_fitting
+from qos_jax.fleet.kernel_tables import read_tables
 from qos_jax.fleet.profile_fitting import Link
 from qos_jax.fleet.table_fitting import fit_tables
 
 
 def main(values: FlagValues) -> None:
     """Fits, writes the profile and prints it with its errors."""
-    measured = profile_fitting.read_tables(values.dense, values.attention, values.per_sequence)
+    measured = read_tables(values.dense, values.attention, values.per_sequence)
     if link := link_of(values):
         measured = profile_fitting.with_exchange(measured, link)
     iterations = profile_fitting.assemble(measured, values.num_layers, values.max_kv_tokens)

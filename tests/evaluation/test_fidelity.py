@@ -17,6 +17,7 @@ from qos_jax import ExpertProfile, InputError, RequestTrace
 from qos_jax.evaluation import fidelity
 from qos_jax.evaluation.measured_run import MeasuredRun, read_run
 from qos_jax.fleet import profile_fitting
+from qos_jax.fleet.kernel_tables import read_tables
 from qos_jax.fleet.table_fitting import fit_tables
 from qos_jax.report import fidelity_plots
 from qos_jax.sim import lanes
@@ -253,7 +254,7 @@ def test_the_replay_of_the_real_run_agrees_to_2_percent(
     files = (
         data_dir / "profiles" / f"rtx4090_llama3.1-8b_{name}.csv" for name in ("dense", "attention", "per_sequence")
     )
-    tables = profile_fitting.read_tables(*files)
+    tables = read_tables(*files)
     kernels = profile_fitting.assemble(tables, 32, run.kv_blocks * run.block_size)
     assert (run.kv_blocks, run.async_scheduling, run.prefix_cache) == (2587, True, True)
     timing = profile_fitting.fit_timing(kernels) | {"kernels": fit_tables(tables, kernels, 32)}
@@ -276,7 +277,7 @@ def qwen_timing(data_dir: pathlib.Path) -> dict[str, Any]:
         for name in ("dense", "attention", "per_sequence")
     )
     link = profile_fitting.Link(gb_per_s=16.0, latency_us=20.0, hidden_size=5120, vocab_size=151_936)
-    tables = profile_fitting.with_exchange(profile_fitting.read_tables(*files), link)
+    tables = profile_fitting.with_exchange(read_tables(*files), link)
     kernels = profile_fitting.assemble(tables, 64, 27_000 * BLOCK_TOKENS)
     return profile_fitting.fit_timing(kernels) | {"kernels": fit_tables(tables, kernels, 64)}
 

@@ -16,6 +16,7 @@ import pytest
 
 from qos_jax import ExpertProfile, InputError, RequestTrace
 from qos_jax.fleet import profile_fitting
+from qos_jax.fleet.kernel_tables import KernelTables, read_tables
 from qos_jax.fleet.table_fitting import fit_tables, fit_whole
 from qos_jax.sim.types import ATTENTION_TERMS, IterationTables
 from qos_jax.sim.validation import checked_tables
@@ -100,7 +101,7 @@ def vidur_tables(folder, timing):
 
 
 def fitted(files, num_layers=LAYERS, max_kv_tokens=None):
-    iterations = profile_fitting.assemble(profile_fitting.read_tables(*files), num_layers, max_kv_tokens)
+    iterations = profile_fitting.assemble(read_tables(*files), num_layers, max_kv_tokens)
     return profile_fitting.fit_timing(iterations), iterations
 
 
@@ -170,7 +171,7 @@ def test_an_iteration_counts_every_kernel_as_often_as_the_model_runs_it(tmp_path
             [("lm_head", 1, 1000.0), ("lm_head", 5, 5000.0), ("sampler", 1, 1.0), ("sampler", 5, 1.0)],
         ),
     )
-    iterations = profile_fitting.assemble(profile_fitting.read_tables(*files), num_layers=3, max_kv_tokens=100)
+    iterations = profile_fitting.assemble(read_tables(*files), num_layers=3, max_kv_tokens=100)
     rows = zip(iterations.kind, iterations.prompt_tokens, iterations.requests, iterations.kv_tokens, strict=True)
     # The table has no attention of a whole prompt, so prefills come from the dense kernels alone. Two batches are left
     # out: the one with 160 KV tokens (more than 100) and the one with 9 requests (the head is measured up to 5).
@@ -192,7 +193,7 @@ def test_an_iteration_counts_every_kernel_as_often_as_the_model_runs_it(tmp_path
 def test_two_gpus_exchange_activations_and_with_the_vocabulary_logits(tmp_path, vocab_size):
     """At 1 GB/s, 2 bytes x 100 take 0.2 us per token; logits of each request take half of 2 bytes x 1000, 1 us."""
     timing = dict.fromkeys(profile_fitting.TIMING_UNITS, 1e-4)
-    alone = profile_fitting.read_tables(*llmservingsim_tables(tmp_path, timing))
+    alone = read_tables(*llmservingsim_tables(tmp_path, timing))
     link = profile_fitting.Link(gb_per_s=1.0, latency_us=10.0, hidden_size=100, vocab_size=vocab_size)
     together = profile_fitting.with_exchange(alone, link)
     before, after = (profile_fitting.assemble(tables, LAYERS) for tables in (alone, together))
@@ -213,7 +214,7 @@ def test_bad_links_are_named(field, value):
 
 @pytest.mark.parametrize("name", FILES)
 def test_failed_cells_are_interpolated(data_dir, name):
-    tables = profile_fitting.read_tables(*(str(data_dir / "profiles" / file) for file in FILES[name]))
+    tables = read_tables(*(str(data_dir / "profiles" / file) for file in FILES[name]))
     failed = [note for note in tables.notes if "failed" in note]
     assert [note.split(":")[0] for note in failed] == (["attn_post_proj", "attn_pre_proj"] if name == "a30" else [])
     if name == "a30":  # the table has 2 us at 2048 tokens, where the operation moves 5 times as much as at 384
@@ -250,7 +251,7 @@ def test_error_on_real_tables(data_dir, name, max_kv_tokens, bounds):
 )
 def test_error_of_tables_on_real_tables(data_dir, name, max_kv_tokens, bounds):
     files = [str(data_dir / "profiles" / file) for file in FILES[name]]
-    measured = profile_fitting.read_tables(*files)
+    measured = read_tables(*files)
     iterations = profile_fitting.assemble(measured, NUM_LAYERS[name], max_kv_tokens)
     tables = fit_tables(measured, iterations, NUM_LAYERS[name])
     timing = profile_fitting.fit_timing(iterations) | {"kernels": tables}
@@ -292,7 +293,7 @@ def iterations_of(tables, rng, kinds):
 def kernels_of(tables):
     """The curves of these tables, as if one kernel was measured."""
     dense = {"embedding": (tables.dense_tokens[0], tables.dense_s[0])}
-    return profile_fitting.KernelTables(dense, None, {"head": (tables.head_requests[0], tables.head_s[0])}, ())
+    return KernelTables(dense, None, {"head": (tables.head_requests[0], tables.head_s[0])}, ())
 
 
 @pytest.mark.parametrize("missing", [None, "mixed_chunked"])
@@ -324,7 +325,7 @@ def test_noisy_times_of_whole_iterations_are_fitted_without_bias():
 def test_points_that_a_line_implies_are_no_knots():
     tokens = np.arange(1.0, 2049.0)
     seconds = np.where(tokens > 1000, 0.02, 0.01) + 1e-6 * tokens
-    kernels = profile_fitting.KernelTables({"embedding": (tokens, seconds)}, None, {}, ())
+    kernels = KernelTables({"embedding": (tokens, seconds)}, None, {}, ())
     iterations = iterations_of(known_tables(), np.random.default_rng(1), ("decode", "prefill"))
     found = fit_tables(kernels, iterations, num_layers=1)
     assert {1000.0, 1001.0} < set(found.dense_tokens[0])
@@ -337,7 +338,7 @@ def test_points_that_a_line_implies_are_no_knots():
 def test_kernel_tables_predict_the_real_run(data_dir, as_configured):
     """Mean latencies of 300 requests on vLLM, RTX 4090, from the kernel tables alone, to 2 %; -s prints the errors."""
     files = [str(data_dir / "profiles" / file) for file in FILES["rtx4090"]]
-    measured = profile_fitting.read_tables(*files)
+    measured = read_tables(*files)
     iterations = profile_fitting.assemble(measured, NUM_LAYERS["rtx4090"], 16 * GOLDEN_KV_BLOCKS)
     timing = profile_fitting.fit_timing(iterations)
     with open(data_dir / "golden-rtx4090" / "requests.jsonl", encoding="utf-8") as file:
@@ -405,14 +406,14 @@ def test_damaged_tables(tmp_path, file, damage, message):
         columns, *rows = damage(list(csv.reader(source)))
     write(tmp_path / file, columns, rows)
     with pytest.raises(InputError, match=rf"{file}(, line \d+)?: .*{message}"):
-        profile_fitting.read_tables(*files)
+        read_tables(*files)
 
 
 def test_a_missing_or_binary_table(tmp_path):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     for name, message in (("nowhere.csv", "cannot be read"), ("binary.csv", "is not UTF-8 text")):
         with pytest.raises(InputError, match=rf"{name}: {message}"):
-            profile_fitting.read_tables(str(tmp_path / name), str(tmp_path / name))
+            read_tables(str(tmp_path / name), str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -427,10 +428,10 @@ def test_a_missing_or_binary_table(tmp_path):
 )
 def test_tables_are_read_however_they_were_saved(tmp_path, saved):
     files = llmservingsim_tables(tmp_path, dict.fromkeys(profile_fitting.TIMING_UNITS, 1e-4))
-    plain = profile_fitting.read_tables(*files)
+    plain = read_tables(*files)
     for file in map(pathlib.Path, files):
         file.write_bytes(saved(file.read_bytes().decode()))
-    again = profile_fitting.read_tables(*files)
+    again = read_tables(*files)
     np.testing.assert_array_equal(again.attention.layer_s, plain.attention.layer_s)
     for name, curve in plain.dense.items():
         np.testing.assert_array_equal(again.dense[name], curve)
@@ -438,11 +439,11 @@ def test_tables_are_read_however_they_were_saved(tmp_path, saved):
 
 def test_tables_that_do_not_tell_the_coefficients_apart(tmp_path):
     files = llmservingsim_tables(tmp_path, dict.fromkeys(profile_fitting.TIMING_UNITS, 1e-4))
-    tables = profile_fitting.read_tables(*files)
+    tables = read_tables(*files)
     with pytest.raises(InputError, match=r"the 1 decode batches .* too alike"):
         profile_fitting.fit_timing(profile_fitting.assemble(tables, LAYERS, max_kv_tokens=16))
     whole = (tables.attention.prompt_tokens == 0) | (tables.attention.prompt_tokens == 8)
-    few = profile_fitting.KernelTables(tables.dense, tables.attention.rows(whole), tables.head, ())
+    few = KernelTables(tables.dense, tables.attention.rows(whole), tables.head, ())
     with pytest.raises(InputError, match="prompts of 1 lengths"):
         profile_fitting.fit_timing(profile_fitting.assemble(few, LAYERS))
 
