@@ -150,7 +150,8 @@ class Gateway:
                 503, "no engine of this model can be reached", "overloaded", Retry_After=str(_RETRY_AFTER_S)
             )
         started_s = time.perf_counter()
-        ledger, experts = self._packed(now_s, available, served)
+        last = self._sessions.get(served.ask.session or "")
+        ledger, experts = self._packed(now_s, available, served.prediction, last)
         arguments: dict[str, Any] = {
             "prompt_tokens": served.prediction.prompt_tokens,
             "limit_s": self.limit_s(served),
@@ -166,7 +167,7 @@ class Gateway:
                 other = self.deciders[self.shadow].decide(ledger, experts, **arguments).expert
                 served.shadow = len(self.backends) if other is None else other
         served.decision = decision
-        expert = self._of_session(served, available, decision.expert)
+        expert = self._of_session(last, available, decision.expert)
         if expert is None and self.settings.best_effort:  # every queue is full
             expert = int(np.argmin(np.where(available, self.ledger.in_flight, math.inf)))
         if expert is None:
@@ -269,7 +270,9 @@ class Gateway:
         """Closes requests.jsonl."""
         self._file.close()
 
-    def _packed(self, now_s: float, available: np.ndarray, served: Served) -> tuple[np.ndarray, np.ndarray]:
+    def _packed(
+        self, now_s: float, available: np.ndarray, prediction: Prediction, last: LastTurn | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ledger with ages, and what is known of the experts, as ``Decider`` takes them."""
         ledger = self.ledger.columns.copy()
         ledger[ARRIVAL] = now_s - self.ledger.start_s - ledger[ARRIVAL]
@@ -280,17 +283,16 @@ class Gateway:
         experts[rows.KV_BLOCKS] = self.engines.kv_used_blocks()
         others = [engine.others() for engine in self.engines.all]
         experts[rows.OTHERS_RUNNING], experts[rows.OTHERS_WAITING] = zip(*others, strict=True)
-        experts[rows.SCORE], experts[rows.TOKENS] = served.prediction.score, served.prediction.tokens
-        if (last := self._sessions.get(served.ask.session or "")) is not None:
+        experts[rows.SCORE], experts[rows.TOKENS] = prediction.score, prediction.tokens
+        if last is not None:
             experts[rows.CACHED, last.expert] = last.tokens // BLOCK_SIZE_TOKENS * BLOCK_SIZE_TOKENS
         return ledger, experts
 
-    def _of_session(self, served: Served, available: np.ndarray, decided: int | None) -> int | None:
+    def _of_session(self, last: LastTurn | None, available: np.ndarray, decided: int | None) -> int | None:
         """Returns the engine of the session's last request if it can be reached and the router drops nothing."""
-        if not self.settings.sticky_sessions:
+        if decided is None or last is None or not self.settings.sticky_sessions:
             return decided
-        last = self._sessions.get(served.ask.session or "")
-        return decided if decided is None or last is None or not available[last.expert] else last.expert
+        return last.expert if available[last.expert] else decided
 
     def _remember(self, session: str, turn: LastTurn) -> None:
         self._sessions[session] = turn
