@@ -63,7 +63,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Has the gateway's log written to stderr. Others' logs are at warnings: httpx would tell every URL."""
+    """Has the gateway's log written to stderr. Those of libraries are at warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -306,6 +306,29 @@ async def test_routers_see_what_the_last_turn_of_a_session_left() -> None:
 
 
 @in_loop
+async def test_an_engine_can_neither_send_the_gateway_elsewhere_nor_mark_it() -> None:
+    async with running(num_engines=2) as world:
+        asked: list[list[tuple[bytes, bytes]]] = []
+
+        async def elsewhere(scope, receive, send):
+            asked.append(scope["headers"])
+            location = f"http://127.0.0.1:{world.listeners[1].port}{scope['path']}".encode()
+            headers = [(b"location", location), (b"set-cookie", b"mark=1"), (b"content-length", b"0")]
+            await send({"type": "http.response.start", "status": 307, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
+
+        for connection in list(world.listeners[0].server_state.connections):
+            connection.app = elsewhere
+        world.listeners[0].config.loaded_app = elsewhere
+        for _ in range(2):
+            answer = await world.complete(model="m0")
+            assert (answer.status_code, answer.headers.get("location"), answer.content) == (307, None, b"")
+        assert world.engines[1].received == 0
+        assert len(asked) >= 2
+        assert not any(name == b"cookie" for headers in asked for name, _ in headers)
+
+
+@in_loop
 async def test_keys_are_asked_for_and_neither_they_nor_engines_keys_are_passed_on_or_logged(
     tmp_path, monkeypatch, caplog, capfd
 ) -> None:
