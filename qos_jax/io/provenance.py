@@ -32,8 +32,14 @@ def versions() -> dict[str, str]:
 
 
 def command_of(program: str) -> str:
-    """Returns what was typed to start this program, as it can be typed again."""
-    return shlex.join(["qos-jax", program, *sys.argv[1:]])
+    """Returns what was typed to start this program, but for --out: where a result lies is no part of it."""
+    typed, kept = iter(sys.argv[1:]), list[str]()
+    for text in typed:
+        if text == "--out":
+            next(typed, None)
+        elif not text.startswith("--out="):
+            kept.append(text)
+    return shlex.join(["qos-jax", program, *kept])
 
 
 def fingerprint(*paths: str | os.PathLike[str]) -> str:
