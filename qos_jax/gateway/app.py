@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import hashlib
 import hmac
 import json
@@ -39,7 +38,6 @@ def make_app(gateway: Gateway, more_routes: Sequence[BaseRoute] = ()) -> Starlet
         async with engine_client() as client:
             await asyncio.gather(*(gateway.engines.scrape(client, index) for index in range(len(gateway.backends))))
             watch = asyncio.create_task(gateway.engines.watch(client))
-            gc.freeze()  # a full collection of all that was imported and compiled would hold streams up for 0.1 s
             try:
                 yield {_CLIENT: client}
             finally:

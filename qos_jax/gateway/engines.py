@@ -125,6 +125,6 @@ async def _page(client: aiohttp.ClientSession, engine: Engine, path: str) -> str
 
 async def _llama_cpp_share(client: aiohttp.ClientSession, engine: Engine) -> float | None:
     """Returns the share of KV memory in use, None where the server was started without /slots."""
-    with contextlib.suppress(aiohttp.ClientError, ValueError):
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
         return kv_share_of_slots(parse_json(await _page(client, engine, "/slots"), "/slots"))
     return None

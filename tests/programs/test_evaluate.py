@@ -64,6 +64,7 @@ def test_the_run_can_be_repeated_from_what_is_written(results: dict[str, Any]) -
     assert (config["seeds"], config["requests"], config["warmup"]) == ([1000, 1001], 200, 20)
     assert config["rates_per_s"] == pytest.approx([0.5 * config["saturation_per_s"]])
     assert results["command"].startswith("qos-jax evaluate --preset=paper-3 --routers=round_robin,")
+    assert "--out" not in results["command"]
     assert {"python", "jax", "numpy", "qos_jax", "device"} <= set(results["versions"])
 
 
