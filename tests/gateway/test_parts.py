@@ -146,6 +146,7 @@ async def test_a_bad_page_is_no_reading_and_ends_the_watching_of_no_engine(page,
             assert not watching.done()
             await asyncio.sleep(0.001)
         watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
     await kill(server, serving)
     assert [engine.load for engine in engines.all] == [None, Load(1, 0, 0.5)]
     assert [record.message for record in caplog.records] == ["metrics cannot be read"]
