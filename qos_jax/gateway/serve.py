@@ -88,9 +88,9 @@ class Listener(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Waits for open connections; drops them where ``force_exit`` is set, now or later.
+        """Waits for open connections; drops them where ``force_exit`` is set, now or later, and ends the application.
 
-        uvicorn leaves them open then, and from Python 3.12 on asyncio waits until they are closed.
+        uvicorn leaves both open then, and from Python 3.12 on asyncio waits until connections are closed.
         """
         ending = asyncio.create_task(super().shutdown(sockets))
         try:
@@ -100,6 +100,8 @@ class Listener(uvicorn.Server):
         finally:
             ending.cancel()  # does nothing where it is done
         await ending
+        if self.force_exit:
+            await self.lifespan.shutdown()
 
     async def _drop_if_forced(self) -> None:
         if self.force_exit:
