@@ -16,7 +16,7 @@ import pytest
 from experiments.llama_engine import LlamaEngine, write_model
 from qos_jax.gateway.decision import Decider, program_of
 from qos_jax.routers.impact_greedy import impact_greedy
-from tests.helpers.gateways import eventually, gateway_of, in_loop, profile
+from tests.helpers.gateways import eventually, gateway_of, in_loop, profile, started
 
 pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
@@ -30,16 +30,12 @@ SLOTS = 2  # of each engine
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LlamaEngine]]:
     folder: pathlib.Path = tmp_path_factory.mktemp("models")
-    started = []
-    try:
-        for name, (layers, width) in SIZES.items():
-            write_model(folder / f"{name}.gguf", layers=layers, width=width)
-            started.append(LlamaEngine(folder / f"{name}.gguf", name, slots=SLOTS))
-            started[-1].start()
-        yield started
-    finally:
-        for engine in started:
-            engine.kill()
+
+    def made(name: str, layers: int, width: int) -> LlamaEngine:
+        write_model(folder / f"{name}.gguf", layers=layers, width=width)
+        return LlamaEngine(folder / f"{name}.gguf", name, slots=SLOTS)
+
+    yield from started(made(name, *size) for name, size in SIZES.items())
 
 
 @pytest.fixture(scope="module")

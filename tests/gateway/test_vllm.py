@@ -15,7 +15,7 @@ import pytest
 from experiments.vllm_server import VllmServer, write_model
 from qos_jax.gateway.decision import Decider, program_of
 from qos_jax.routers.impact_greedy import impact_greedy
-from tests.helpers.gateways import eventually, gateway_of, in_loop, profile
+from tests.helpers.gateways import eventually, gateway_of, in_loop, profile, started
 
 pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
@@ -29,16 +29,13 @@ MAX_RUNNING = 4
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VllmServer]]:
-    folder, started = tmp_path_factory.mktemp("models"), []
-    try:
-        for name, (layers, width) in SIZES.items():
-            write_model(folder / name, layers=layers, width=width)
-            started.append(VllmServer(os.path.abspath(_PYTHON), folder / name, name, max_running=MAX_RUNNING))
-            started[-1].start()
-        yield started
-    finally:
-        for engine in started:
-            engine.kill()
+    folder = tmp_path_factory.mktemp("models")
+
+    def made(name: str, layers: int, width: int) -> VllmServer:
+        write_model(folder / name, layers=layers, width=width)
+        return VllmServer(os.path.abspath(_PYTHON), folder / name, name, max_running=MAX_RUNNING)
+
+    yield from started(made(name, *size) for name, size in SIZES.items())
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import numpy as np
@@ -28,6 +28,8 @@ from qos_jax.sim.types import ExpertProfile
 
 if TYPE_CHECKING:
     import openai
+
+Engine = TypeVar("Engine", bound=EngineProcess)
 
 SLOTS = 8  # of a decider here: small arrays compile as long as large ones
 
@@ -141,6 +143,19 @@ async def running(
         for server, one in ((face, task), *servers):
             if not one.done():
                 await kill(server, one)
+
+
+def started(engines: Iterable[Engine]) -> Iterator[list[Engine]]:
+    """Starts real engines one after the other, and kills them in the end; for a fixture."""
+    running: list[Engine] = []
+    try:
+        for engine in engines:
+            running.append(engine)
+            engine.start()
+        yield running
+    finally:
+        for engine in running:
+            engine.kill()
 
 
 @contextlib.asynccontextmanager
