@@ -74,6 +74,7 @@ format: .venv/installed
 
 types: .venv/installed
 	.venv/bin/mypy
+	.venv/bin/nbqa mypy notebooks --allow-untyped-defs --allow-incomplete-defs
 
 .venv/installed: requirements.lock setup.py
 	@"$(PYTHON)" -c '$(IS_USABLE)' 2>/dev/null || { \

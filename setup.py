@@ -64,6 +64,7 @@ setup(
             "httpx>=0.28",
             "hypothesis>=6.100",
             "mypy>=1.18.1",
+            "nbqa>=1.9.1",
             "numba>=0.61",
             "packaging>=24.0",
             "pytest>=8.3",
