@@ -129,7 +129,7 @@ TRAINED = {
     "mvr_edge_8": Trained("edge-8"),
     "mvr_jetson_4": _short("jetson-4"),
     "mvr_edge_2026": _short("edge-2026"),
-    "mvr_campus_16": _short("campus-16"),
+    "mvr_campus_16": Trained("campus-16"),
     "mvr_stale": Trained(flags=(*_STALE_METRICS, f"--set={_STALE_SETTING}")),
     "mvr_paper_6_stale": Trained("paper-6", flags=(*_STALE_METRICS, f"--set={_STALE_SETTING}")),
     "mvr_edge_8_stale": _short("edge-8", _STALE_SETTING, flags=_STALE_METRICS),
