@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from qos_jax.agent import configs
 from qos_jax.agent.configs import AgentConfig
@@ -15,9 +16,10 @@ EQUAL_GPUS_MAX_EXTERNALITY = 0.35  # reward units; see docs/decisions
 """On equal GPUs the cost of a placement to later requests is overestimated: a reactive router would drop one of them.
 On unequal ones it is real, since one request too many on a slow expert delays many others."""
 
-LARGE_FLEET = 12  # experts from which on chunks are smaller; see docs/decisions
+_LARGE_FLEET = 12  # experts
+_SIZES_OF_LARGE_FLEETS: dict[str, Any] = {"num_envs": 32, "updates": 20, "capacity": 32 * 32}  # rows of 32 chunks
 """A chunk has seven requests per expert in each environment, so that in large fleets few chunks, and thus few gradient
-steps, would come of as many requests. Older rows are of a router that crowded other experts."""
+steps, would come of as many requests. Older rows are of a router that crowded other experts; see docs/decisions."""
 
 _STEPS = {"paper-3": 200_000, "paper-6": 1_000_000, "campus-16": 200_000}
 _DEFAULT_STEPS = 400_000
@@ -56,8 +58,8 @@ def recipe(world: str | WorldConfig = "paper-3", agent: str | AgentConfig = "mvr
     config = agent if isinstance(agent, AgentConfig) else configs.named(agent)
     if len({gpu for _, gpu in world.pairs}) == 1:
         config = dataclasses.replace(config, hyper=config.hyper.replace(max_externality=EQUAL_GPUS_MAX_EXTERNALITY))
-    if isinstance(agent, str) and config.targets == "counterfactual" and len(world.pairs) >= LARGE_FLEET:
-        config = dataclasses.replace(config, num_envs=32, updates=20, capacity=1024)
+    if isinstance(agent, str) and config.targets == "counterfactual" and len(world.pairs) >= _LARGE_FLEET:
+        config = dataclasses.replace(config, **_SIZES_OF_LARGE_FLEETS)
     if world.has_preset_fleet:  # of another fleet the saturation rate is simulated, once, by training
         clip_per_s = rate_clip_per_s(*WorldConfig(world.preset, world.fleet).build())
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, rate_clip_per_s=clip_per_s))
