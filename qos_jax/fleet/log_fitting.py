@@ -6,7 +6,11 @@ waited for whom, so the fit needs no record of batches, and requests at all load
 
 The fit begins with a linear regression on the batches that follow from the times of the log. Then the logarithms of
 simulated over measured times, to the first token and per further token, are minimised by Gauss-Newton steps, of which
-several lengths are tried, with a loss that outliers do not rule.
+several lengths are tried, with a loss that outliers do not rule. Such a loss finds the times of usual requests, but
+capacity rests on the mean: at the end all times are scaled by one factor that gives the log's mean end-to-end time.
+
+Timing is fitted to the whole log. How well it tells requests that it has not seen is known from a fit to the earlier
+ones.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from qos_jax.sim.types import BLOCK_SIZE_TOKENS, ExpertProfile, RequestTrace
 COEFFICIENTS = (*TIMING_UNITS, "network_s")
 MIN_REQUESTS = 30  # answered, for a fit
 
-_FITTED_SHARE = 0.7  # of the requests; the later ones judge the fit
+_EARLY_SHARE = 0.7  # of the requests, for the fit that the later ones judge
 _STEPS = (0.3, 0.1, 0.03)  # of a logarithm, for slopes: large ones first, as a replay changes in jumps
 _MOST_ROUNDS = 12  # with one of them
 _LEAST_GAIN = 0.003  # of the loss, to go on with it
@@ -33,6 +37,7 @@ _PRIOR = 0.3  # weight of a coefficient's deviation from its start against the r
 _OUTLIER = 0.3  # residuals above it count less
 _LINK_DELAY_S = 1e-3  # s, with which the fit begins
 _LEAST = 1e-10  # s, or s/token
+_WIDEST_SCALE = 0.4  # logarithm of the factor that corrects the mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,8 @@ class LogFit:
     timing: dict[str, float]  # of ``TIMING_UNITS``
     link_delay_s: float
     requests: int  # answered, of all replicas
-    errors: dict[str, dict[str, dict[str, float]]]  # of the requests fitted and held_out: see ``time_errors``
+    errors: dict[str, dict[str, dict[str, float]]]  # ``time_errors`` of this timing on the whole log, ``log``; and of
+    # one fitted to earlier requests, on these, ``fitted``, and on the later ones, ``held_out``
 
 
 def fit_log(name: str, replicas: Sequence[ServedRequests], start: ExpertProfile) -> LogFit:
@@ -85,18 +91,20 @@ def fit_log(name: str, replicas: Sequence[ServedRequests], start: ExpertProfile)
     answered = sum(int(each.answered.sum()) for each in replicas)
     if answered < MIN_REQUESTS:
         raise InputError(f"engine {name}: {answered} answers in the log, must be at least {MIN_REQUESTS} for a fit")
-    early = [np.arange(len(each.arrival_s)) < _FITTED_SHARE * len(each.arrival_s) for each in replicas]
+    early = [np.arange(len(each.arrival_s)) < _EARLY_SHARE * len(each.arrival_s) for each in replicas]
+    every = [np.ones(len(each.arrival_s), bool) for each in replicas]
     fit = _Fit(name, replicas, start)
-    logs = fit.solve(early)
-    simulated = [{kind: times[0] for kind, times in each.items()} for each in fit.simulate(logs[None])]
+    of_early = fit.solve(early, fit.start)
+    logs = fit.solve(every, of_early)
     coefficients = np.exp(logs)
     return LogFit(
         timing=dict(zip(TIMING_UNITS, coefficients[:-1].tolist(), strict=True)),
         link_delay_s=float(coefficients[-1]),
         requests=answered,
         errors={
-            "fitted": time_errors(replicas, simulated, early),
-            "held_out": time_errors(replicas, simulated, [~each for each in early]),
+            "log": fit.errors(logs, every),
+            "fitted": fit.errors(of_early, early),
+            "held_out": fit.errors(of_early, [~each for each in early]),
         },
     )
 
@@ -189,9 +197,33 @@ class _Fit:
                 columns.append(np.log(simulated[kind][:, counts] / measured[kind][counts]))
         return np.concatenate(columns, axis=1)
 
-    def solve(self, chosen: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the logarithms [6] of the best coefficients for the chosen requests of each replica."""
-        logs, size = self.start, len(COEFFICIENTS)
+    def errors(self, logs: np.ndarray, chosen: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
+        """Returns the ``time_errors`` of one set of coefficients, [6] logarithms, on the chosen requests."""
+        simulated = [{kind: times[0] for kind, times in each.items()} for each in self.simulate(logs[None])]
+        return time_errors(self.replicas, simulated, chosen)
+
+    def solve(self, chosen: Sequence[np.ndarray], start: np.ndarray) -> np.ndarray:
+        """Returns the logarithms [6] of the best coefficients for the chosen requests, found from those of a start."""
+        return self._with_mean(self._with_usual_times(chosen, start), chosen)
+
+    def _with_mean(self, logs: np.ndarray, chosen: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the coefficients scaled so that the mean end-to-end time of the chosen requests is the measured."""
+        for widest in (_WIDEST_SCALE, _WIDEST_SCALE / self.sets):  # the second time between two of the first
+            factors = np.linspace(-widest, widest, self.sets)
+            simulated_s = measured_s = 0.0
+            for each, simulated, keep in zip(
+                self.replicas, self.simulate(logs + factors[:, None]), chosen, strict=True
+            ):
+                end_s = each.times_s()["e2e_s"]
+                counts = keep & np.isfinite(end_s)
+                simulated_s = simulated_s + simulated["e2e_s"][:, counts].sum(1)
+                measured_s += end_s[counts].sum()
+            logs = logs + np.interp(measured_s, np.maximum.accumulate(simulated_s), factors)
+        return logs
+
+    def _with_usual_times(self, chosen: Sequence[np.ndarray], start: np.ndarray) -> np.ndarray:
+        """Returns the coefficients that minimise the loss."""
+        logs, size = start, len(COEFFICIENTS)
         damping = np.logspace(-3.0, 3.0, self.sets)
         for step in _STEPS:
             steps = step * np.concatenate([np.zeros((1, size)), np.eye(size), -np.eye(size)])

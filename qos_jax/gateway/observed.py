@@ -69,12 +69,11 @@ class Observed:
             f"{requests.prompt_tokens_median:.0f} tokens (median) and {requests.prompt_tokens_p90:.0f} (90 %)",
             f"predictions explain {100 * requests.log_length_r2:.0f} % of the variance of log output lengths",
             "",
-            f"{'engine':20}{'answers':>8}{'step':>10}{'per prompt token':>18}   mean error of later answers: "
-            "TTFT, TPOT, E2E",
+            f"{'engine':20}{'answers':>8}{'step':>10}{'per prompt token':>18}   mean error of TTFT, TPOT, E2E: the log; "
+            "later answers by earlier ones",
         ]
         for name, fit in self.fits.items():
-            errors = [fit.errors["held_out"].get(kind, {}).get("mean_error") for kind in ("ttft_s", "tpot_s", "e2e_s")]
-            told = ", ".join("-" if error is None else f"{100 * error:+.1f} %" for error in errors)
+            told = "; ".join(_told(fit.errors[part]) for part in ("log", "held_out"))
             lines.append(
                 f"{name[:19]:20}{fit.requests:8}{1e3 * fit.timing['step_base_s']:7.2f} ms"
                 f"{1e6 * fit.timing['prefill_per_token_s']:15.1f} us   {told}"
@@ -189,6 +188,11 @@ def _means(records: RequestRecords) -> tuple[np.ndarray, np.ndarray]:
         if np.isfinite(known).any():
             scores[engine] = np.nanmean(known)
     return tokens, scores
+
+
+def _told(errors: dict[str, dict[str, float]]) -> str:
+    of_mean = [errors.get(kind, {}).get("mean_error") for kind in ("ttft_s", "tpot_s", "e2e_s")]
+    return ", ".join("-" if error is None else f"{100 * error:+.1f} %" for error in of_mean)
 
 
 def _profile_files(fits: dict[str, LogFit]) -> dict[str, str]:

@@ -66,7 +66,7 @@ def replay_lanes(
 ) -> LaneLog:
     """Replays every lane to its end.
 
-    The number of slots starts at what most workloads need and doubles until no request lacks one.
+    The number of slots starts at what most workloads need, and doubles where a lane has no free one.
 
     Args:
       experts: profile with one entry per lane, fields [L].
@@ -96,14 +96,18 @@ def replay_lanes(
     def run(group: np.ndarray) -> tuple[Any, ...]:
         lane, missing = np.resize(group, width), np.arange(width) >= len(group)
         part = jax.tree.map(lambda x: np.pad(x[:, lane], ((0, rows - length), (0, 0))), requests)
-        fleet, max_live = jax.tree.map(lambda x: x[lane], experts), _MIN_LIVE
-        while True:
-            spec = EngineSpec(2 * max_live, block_size)
-            with jax.enable_x64(np.dtype(dtype) == np.float64):
-                *found, overflow = _replay(spec, fleet, part, np.where(missing, 0, counts[lane]))
-            if not overflow:
-                return jax.tree.map(lambda x: np.asarray(x)[..., : len(group)], tuple(found))
-            max_live *= 2
+        fleet = jax.tree.map(lambda x: x[lane], experts)
+        spec = EngineSpec(2 * _MIN_LIVE, block_size)
+        with jax.enable_x64(np.dtype(dtype) == np.float64):
+            args = fleet, part, np.where(missing, 0, counts[lane])
+            at, *found, overflow = _replay(spec, *args, *_start(spec, *args[1:]))
+            while overflow:
+                spec = EngineSpec(2 * spec.slots, block_size)
+                at, *found, overflow = _replay(spec, *args, _with_more_slots(spec, at), *found)
+            log, integrals = found
+            log = log | {"dropped": at.dropped}
+            integrals = integrals | {"standby_s": integrals["standby_s"] + at.state.standby_left_s}
+        return jax.tree.map(lambda x: np.asarray(x)[..., : len(group)], (log, integrals))
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(run, groups))
@@ -112,6 +116,10 @@ def replay_lanes(
     for name in ("finish_s", "first_token_s"):  # the loop has no NaN, which JAX's debugging takes for a fault
         log[name] = np.where(np.isinf(log[name]), np.nan, log[name])
     return LaneLog(**log, **{name: values.astype(np.float64) for name, values in integrals.items()})
+
+
+Log = dict[str, Array]  # [J, L] each
+Integrals = dict[str, Array]  # [L] each
 
 
 class _Progress(struct.PyTreeNode):
@@ -130,20 +138,57 @@ class _Progress(struct.PyTreeNode):
 
 
 @partial(jax.jit, static_argnums=0)
-def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, counts: Array) -> tuple[Any, Any, Array]:
-    """Replays the first ``counts`` [L] requests of each lane.
+def _start(spec: EngineSpec, requests: LaneRequests, counts: Array) -> tuple[_Progress, Log, Integrals]:
+    """Returns the state before the first request, and the log and integrals of nothing."""
+    dtype = jnp.result_type(float)
+    shape, lanes = requests.gap_s.shape, counts.shape
+    requests = requests.replace(gap_s=jnp.asarray(requests.gap_s, dtype))
+    none = jnp.zeros(lanes, dtype)
+    at = _Progress(
+        state=engine.init_state(spec, lanes, jnp.int32(0), dtype),
+        arrived=jnp.zeros(lanes, jnp.int32),
+        until_s=_until_s(requests, counts, jnp.zeros_like(counts)),
+        steady=none > 0,
+        dropped=jnp.zeros(shape, bool),
+    )
+    never = jnp.full(shape, jnp.inf, dtype)
+    log = {"finish_s": never, "first_token_s": never, "preemptions": jnp.zeros(shape, jnp.int32)}
+    return at, log, {"busy_s": none, "standby_s": none, "kv_block_s": none}
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_more_slots(spec: EngineSpec, at: _Progress) -> _Progress:
+    """Returns the same state with the slots of ``spec``, the new ones free."""
+
+    def widened(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, spec.slots - x.shape[-1])))
+
+    return at.replace(state=at.state.replace(slots=jax.tree.map(widened, at.state.slots)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _replay(
+    spec: EngineSpec,
+    experts: ExpertProfile,
+    requests: LaneRequests,
+    counts: Array,
+    at: _Progress,
+    log: Log,
+    integrals: Integrals,
+) -> tuple[_Progress, Log, Integrals, Array]:
+    """Replays the first ``counts`` [L] requests of each lane, until all have ended or the slots do not suffice.
 
     Lanes wait for none but those of their card: in each pass of the loop every lane runs an iteration and a stretch of
     decoding, or its next request arrives.
 
     Returns:
-      The fields [J, L] of ``LaneLog``, with infinity for what never happened; those [L]; and [] bool: the slots did
-      not suffice.
+      How far the lanes are; the fields [J, L] of ``LaneLog``, with infinity for what has not happened; those [L]; and
+      [] bool: the slots did not suffice.
     """
     dtype = jnp.result_type(float)
     experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), experts)
     requests = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), requests)
-    shape, lane = requests.gap_s.shape, jnp.arange(len(counts))[:, None]
+    length, lane = len(requests.gap_s), jnp.arange(len(counts))[:, None]
 
     def done(at: _Progress) -> Array:
         return ~at.busy & (at.arrived >= counts)
@@ -151,32 +196,20 @@ def _replay(spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, co
     def step(at: _Progress) -> _Progress:
         return _arrive(spec, experts, requests, counts, _run(spec, experts, at))
 
-    def collect(carry: tuple[_Progress, Any, Any, Array]) -> tuple[_Progress, Any, Any, Array]:
+    def collect(carry: tuple[_Progress, Log, Integrals, Array]) -> tuple[_Progress, Log, Integrals, Array]:
         at, log, integrals, _ = carry
         at = lax.while_loop(lambda at: ~jnp.all(done(at)) & ~jnp.any(engine.needs_compact(at.state)), step, at)
         state, slots = at.state, at.state.slots
-        row = jnp.where(slots.finished, slots.payload, shape[0])  # others are beyond the end, where nothing is written
+        row = jnp.where(slots.finished, slots.payload, length)  # others are beyond the end, where nothing is written
         log = {name: values.at[row, lane].set(getattr(slots, name), mode="drop") for name, values in log.items()}
         integrals = {name: values + getattr(state, name) for name, values in integrals.items()}
         state = engine.compact(spec, state.replace(**jax.tree.map(jnp.zeros_like, integrals)))
         return at.replace(state=state), log, integrals, jnp.any(engine.needs_compact(state))
 
-    def unfinished(carry: tuple[_Progress, Any, Any, Array]) -> Array:
+    def unfinished(carry: tuple[_Progress, Log, Integrals, Array]) -> Array:
         return ~jnp.all(done(carry[0])) & ~carry[-1]
 
-    never, none = jnp.full(shape, jnp.inf, dtype), jnp.zeros(len(counts), dtype)
-    log = {"finish_s": never, "first_token_s": never, "preemptions": jnp.zeros(shape, jnp.int32)}
-    integrals = {"busy_s": none, "standby_s": none, "kv_block_s": none}
-    at = _Progress(
-        state=engine.init_state(spec, (len(counts),), jnp.int32(0), dtype),
-        arrived=jnp.zeros(len(counts), jnp.int32),
-        until_s=_until_s(requests, counts, jnp.zeros_like(counts)),
-        steady=none > 0,
-        dropped=jnp.zeros(shape, bool),
-    )
-    at, log, integrals, overflow = lax.while_loop(unfinished, collect, (at, log, integrals, jnp.bool_(False)))
-    integrals["standby_s"] += at.state.standby_left_s  # that after the last token
-    return log | {"dropped": at.dropped}, integrals, overflow
+    return lax.while_loop(unfinished, collect, (at, log, integrals, jnp.bool_(False)))
 
 
 def _run(spec: EngineSpec, experts: ExpertProfile, at: _Progress) -> _Progress:
