@@ -5,7 +5,7 @@ qos-jax reproduce --figure=load,staleness --budget=quick --out=runs/quick
 qos-jax reproduce --figure=load --presets=edge-8 --budget=full --out=runs/edge-8
 
 ``qos_jax.programs.studies`` lists the studies. Below --out, ``runs`` holds trained routers and ``cells`` the results
-of each world. Every study is written as json, csv, md and png as soon as it is done; ``index.html`` holds them all.
+of each world. Every study is written as json, csv, md and png as soon as it is done; ``index.html`` shows them all.
 Finished parts are kept, so the same command goes on with a run that was stopped or killed.
 """
 
@@ -35,7 +35,7 @@ from qos_jax.evaluation.metrics import metrics_of
 from qos_jax.evaluation.study import BOUND, PLAN, StudyResult
 from qos_jax.evaluation.upper_bound import upper_bound
 from qos_jax.io.files import csv_text, parse_json, writable_folder, write_whole
-from qos_jax.io.provenance import plain, versions
+from qos_jax.io.provenance import git_hash, plain, versions
 from qos_jax.io.text_files import read_text, shown
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.studies import BUDGETS, DIALS, STUDIES, TRAINED, Study, Trained, World
@@ -92,6 +92,7 @@ class _Maker:
         self.folder, self.budget, self.budget_name = folder, BUDGETS[budget], budget
         self.only = only  # presets whose worlds are made; all if empty
         self.pictures: dict[str, Picture | None] = {}
+        self.commits: dict[str, set[str]] = {}  # at which the cells of each study were computed
         self.known: dict[tuple[Any, ...], Router] = {}  # routers by name and world, so that they compile once
 
     def worlds(self, study: str) -> list[World]:
@@ -121,13 +122,13 @@ class _Maker:
         asked |= {"trained": {name: self._training(name) for name in self.trained(world)}}
         asked = plain(asked | {name: DIALS[name] for name in world.trained if name in DIALS})
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
-        if path.exists():
-            kept = _read(path)
-            if _upgraded(kept["asked"]) == asked:
-                return list(kept["rows"])
-        rows = [row | {"world": world.label} for row in self._compare(STUDIES[study], world)]
-        write_whole(path, json.dumps(plain({"asked": asked, "versions": versions(), "rows": rows}), allow_nan=False))
-        return rows
+        kept = _read(path) if path.exists() else {"asked": None}
+        if _upgraded(kept["asked"]) != asked:
+            rows = [row | {"world": world.label} for row in self._compare(STUDIES[study], world)]
+            kept = plain({"asked": asked, "commit": git_hash(), "versions": versions(), "rows": rows})
+            write_whole(path, json.dumps(kept, allow_nan=False))
+        self.commits.setdefault(study, set()).add(kept.get("commit") or "unknown")
+        return list(kept["rows"])
 
     def study(self, name: str, rows: Sequence[Mapping[str, Any]]) -> StudyResult:
         """Writes a study in all forms, and returns it."""
@@ -138,25 +139,17 @@ class _Maker:
         found = {"command": self._command(name), "versions": versions()} | result.to_dict()
         write_whole(self.folder / f"{name}.json", json.dumps(plain(found), indent=1, allow_nan=False))
         write_whole(self.folder / f"{name}.csv", csv_text(result.rows))
-        write_whole(self.folder / f"{name}.md", study_markdown(result))
+        write_whole(self.folder / f"{name}.md", study_markdown(result, self._spent(), self._made([name])))
         self.pictures[name] = write_figure(self.folder, name, partial(study_figure, result))
         return result
 
     def page(self, results: Sequence[StudyResult]) -> None:
-        """Writes all studies so far as one page, and their tables as one Markdown file."""
-        lead = (
-            f"Budget {self.budget_name}: {self.budget.requests:,} requests of each load and of each of "
-            f"{self.budget.seeds} seeds, where a study takes no other share of them, the same for every router; "
-            "intervals are 95 %. Oracles are told what no router can know."
-        )
-        title = "Routing LLM requests at the edge: studies"
-        made = {"command": self._command(",".join(result.name for result in results))} | versions()
+        """Writes all studies so far as one page."""
         parts = [study_html(result, self.pictures[result.name]) for result in results]
+        made = self._made([result.name for result in results])
         parts += ["<h2>How this was made</h2>", pages.meanings(made)]
-        write_whole(self.folder / "index.html", pages.page(title, lead, parts))
-        told = [f"# {title}", lead, "\n".join(f"- {name}: `{value}`" for name, value in made.items())]
-        told += [study_markdown(result).rstrip() for result in results]
-        write_whole(self.folder / "results.md", "\n\n".join(told) + "\n")
+        page = pages.page("Routing LLM requests at the edge: studies", self._spent(), parts)
+        write_whole(self.folder / "index.html", page)
 
     def _compare(self, study: Study, world: World) -> Iterator[dict[str, Any]]:
         env, params = presets.make(world.preset, **dict(world.fields), **_recorded(world))
@@ -207,6 +200,17 @@ class _Maker:
         trained, most = TRAINED[name], self.budget.most_steps
         steps = round(trained.share * recipe(trained.preset, trained.agent).steps)
         return steps if most is None else min(steps, most)
+
+    def _spent(self) -> str:
+        return (
+            f"Budget {self.budget_name}: {self.budget.requests:,} requests of each load and of each of "
+            f"{self.budget.seeds} seeds, where a study takes no other share of them, the same for every router; "
+            "intervals are 95 %. Oracles are told what no router can know."
+        )
+
+    def _made(self, figures: Sequence[str]) -> dict[str, str]:
+        commits = sorted(set().union(*(self.commits[figure] for figure in figures)))
+        return {"command": self._command(",".join(figures)), "commit": ", ".join(commits)} | versions()
 
     def _command(self, figure: str) -> str:
         only = f" --presets={','.join(self.only)}" if self.only else ""

@@ -179,6 +179,7 @@ STUDIES = {
         "The edge of today",
         "Who earns most on boards and cards of 2026 with LLMs of 4 to 16 bits, where memory binds?",
         _everywhere(_EDGE, Poisson={}),
+        loads=(0.5, *LOADS),
         metrics=("score", "ttft_p95_s", "violation_rate", "drop_rate", "kv_utilisation", "preemptions"),
     ),
     "arrivals": Study(

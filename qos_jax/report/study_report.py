@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -113,7 +113,7 @@ def study_html(result: StudyResult, picture: Picture | None) -> str:
     shown = pages.figures([picture] if picture else [])
     parts = [f"<h2>{escape(result.title)}</h2>", f"<p>{escape(result.question)}</p>", shown]
     if result.gains:
-        parts += ["<h3>Gains over the best heuristic</h3>", pages.rows_table(*_gains_table(result))]
+        parts += [f"<h3>{_GAINS_TITLE}</h3>", pages.rows_table(*_gains_table(result))]
     if result.claims:
         parts += [f"<h3>{_CLAIMS_TITLE}</h3>", pages.rows_table(*_claims_table(result))]
     if result.shares:
@@ -125,23 +125,33 @@ def study_html(result: StudyResult, picture: Picture | None) -> str:
     return "\n".join(parts)
 
 
-def study_markdown(result: StudyResult) -> str:
-    """Returns a section of Markdown, which shows NAME.png beside it."""
+def study_markdown(result: StudyResult, budget: str, made: Mapping[str, str]) -> str:
+    """Returns a page of Markdown, which shows NAME.png beside it.
+
+    Args:
+      result: of the study.
+      budget: one sentence or more on what was spent.
+      made: how, by name.
+    """
     parts = [
-        f"## {result.title}",
+        f"# {result.title}",
         result.question,
+        budget,
         f"![{result.title}]({result.name}.png)",
+        f"## {_GAINS_TITLE}",
         markdown_table(*_gains_table(result)),
     ]
     if result.claims:
-        parts += [f"### {_CLAIMS_TITLE}", markdown_table(*_claims_table(result))]
+        parts += [f"## {_CLAIMS_TITLE}", markdown_table(*_claims_table(result))]
     if result.shares:
-        parts += [f"### {_SHARES_TITLE}", markdown_table(*_shares_table(result))]
+        parts += [f"## {_SHARES_TITLE}", markdown_table(*_shares_table(result))]
     if result.metrics:
-        parts += [f"### {_METRICS_TITLE}", markdown_table(*_metrics_table(result))]
+        parts += [f"## {_METRICS_TITLE}", markdown_table(*_metrics_table(result))]
+    parts += ["## How this was made", "\n".join(f"- {name}: `{value}`" for name, value in made.items())]
     return "\n\n".join(parts) + "\n"
 
 
+_GAINS_TITLE = "Gains over the best heuristic"
 _CLAIMS_TITLE = "Change against the best of BERT router, round robin and shortest queue in each metric"
 _SHARES_TITLE = "Share of the gap between the best heuristic and the plan"
 _METRICS_TITLE = "All routers, with 95 % intervals"

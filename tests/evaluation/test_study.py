@@ -88,7 +88,7 @@ def test_shares_are_of_the_gap_between_the_best_heuristic_and_the_plan():
     assert all((share["world"], share["load"], share["best"]) == ("hard", 0.9, "quick") for share in shares.values())
     assert (shares["mvr"]["plan"], shares["mvr"]["bound"]) == pytest.approx((0.74, 0.8))
     assert shares["mvr"]["high"] - shares["mvr"]["mean"] == pytest.approx(12.706 * 0.01 / math.sqrt(3) / 0.24, rel=1e-3)
-    assert "| MVR (learned) | hard | 0.9 | quick 0.500 | 0.740 | 0.800 | +25% [" in study_markdown(planned)
+    assert "| MVR (learned) | hard | 0.9 | quick 0.500 | 0.740 | 0.800 | +25% [" in study_markdown(planned, "", {})
 
 
 def test_oracles_come_last_and_the_best_first():
@@ -119,14 +119,14 @@ def test_a_figure_has_a_panel_for_each_world_or_one_for_each_load(axis):
 
 
 def test_the_markdown_table_has_a_line_for_each_gain():
-    lines = study_markdown(result()).splitlines()
+    lines = study_markdown(result(), "", {}).splitlines()
     assert sum(line.startswith("| MVR (learned)") for line in lines) == 4
 
 
 def test_requested_metrics_are_shown_for_every_router_at_the_load_nearest_to_09():
     rows = [row("w", "mvr", "learned", load, seed, seed / 2000) for load in (0.6, 0.9) for seed in (1000, 1002)]
     rows = [entry | {"drop_rate": 0.25, "qos_per_kj": None} for entry in rows]
-    text = study_markdown(StudyResult("small", "Small", "Who?", None, rows, ("drop_rate", "qos_per_kj")))
+    text = study_markdown(StudyResult("small", "Small", "Who?", None, rows, ("drop_rate", "qos_per_kj")), "", {})
     (line,) = [line for line in text.splitlines() if line.startswith("| MVR (learned) | w | 0.9 |")]
     # Student's quantile of 1 degree of freedom times the standard error of 0.500 and 0.501
     assert line == "| MVR (learned) | w | 0.9 | 0.500 ± 0.006 | 25.0 ± 0.0 | - |"
