@@ -69,8 +69,8 @@ class Observed:
             f"{requests.prompt_tokens_median:.0f} tokens (median) and {requests.prompt_tokens_p90:.0f} (90 %)",
             f"predictions explain {100 * requests.log_length_r2:.0f} % of the variance of log output lengths",
             "",
-            f"{'engine':20}{'answers':>8}{'step':>10}{'per prompt token':>18}   mean error of TTFT, TPOT, E2E: the log; "
-            "later answers by earlier ones",
+            f"{'engine':20}{'answers':>8}{'step':>10}{'per prompt token':>18}   mean error of TTFT, TPOT, E2E: "
+            "the log; later answers by earlier ones",
         ]
         for name, fit in self.fits.items():
             told = "; ".join(_told(fit.errors[part]) for part in ("log", "held_out"))

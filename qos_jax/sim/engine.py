@@ -181,7 +181,11 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
     # Of tables of kernels too much would be moved.
     is_large = state.clock_s.ndim > 0 and state.clock_s.shape[-1] >= _LARGE_FLEET and experts.kernels is None
     run = _run_busy_lanes if is_large else _run_lanes
-    return _stand_by(experts, state, run(spec, experts, state, horizon_s), horizon_s)
+    after = run(spec, experts, state, horizon_s)
+    # No request arrives meanwhile, so an expert is without work only at the end; it has iterated if its clock moved.
+    whole_s = jnp.asarray(experts.standby_s, horizon_s.dtype)
+    left_s = jnp.where(after.clock_s > state.clock_s, whole_s, state.standby_left_s)
+    return stand_by(after.replace(standby_left_s=left_s), horizon_s)
 
 
 def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
@@ -233,15 +237,10 @@ def _run_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
     return lax.while_loop(lambda state: jnp.any(busy(state, horizon_s)), schedule_then_decode, state)
 
 
-def _stand_by(experts: ExpertProfile, before: ExpertState, after: ExpertState, horizon_s: Array) -> ExpertState:
-    """Adds the standby from the last iteration, if it ends before ``horizon_s`` [L], up to there.
-
-    No request arrives meanwhile, so an expert is without work only at the end; it has iterated if its clock moved.
-    """
-    whole_s = jnp.asarray(experts.standby_s, horizon_s.dtype)
-    left_s = jnp.where(after.clock_s > before.clock_s, whole_s, before.standby_left_s)
-    standby_s = jnp.clip(horizon_s - after.clock_s, 0.0, left_s)
-    return after.replace(standby_left_s=left_s - standby_s, standby_s=after.standby_s + standby_s)
+def stand_by(state: ExpertState, horizon_s: Array) -> ExpertState:
+    """Adds the standby from the last iteration, if it ends before ``horizon_s`` [L], up to there or to its own end."""
+    standby_s = jnp.clip(horizon_s - state.clock_s, 0.0, state.standby_left_s)
+    return state.replace(standby_left_s=state.standby_left_s - standby_s, standby_s=state.standby_s + standby_s)
 
 
 def rebase(state: ExpertState, now_s: Array) -> ExpertState:

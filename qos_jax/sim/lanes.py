@@ -239,11 +239,8 @@ def _arrive(
     is_request = arrives if request.fails is None else arrives & ~request.fails
 
     def arrived() -> tuple[ExpertState, Array]:
-        state = at.state
-        standby_s = jnp.where(arrives, jnp.clip(request.gap_s - state.clock_s, 0.0, state.standby_left_s), 0.0)
-        state = engine.rebase(state, jnp.where(arrives, request.gap_s, 0.0)).replace(
-            standby_left_s=state.standby_left_s - standby_s, standby_s=state.standby_s + standby_s
-        )
+        moves_s = jnp.where(arrives, request.gap_s, 0.0)  # the clock is never behind now
+        state = engine.rebase(engine.stand_by(at.state, moves_s), moves_s)
         if requests.turns is not None and experts.cards is not None:
             before_s = jnp.where(at.arrived > 0, requests.turns.arrival_s[at.arrived - 1, lane], -_NEVER_S)
             start_s = request.turns.start_s(before_s + at.state.clock_s) + experts.cards.load_s
