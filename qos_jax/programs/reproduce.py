@@ -122,7 +122,7 @@ class _Maker:
         asked |= {"trained": {name: self._training(name) for name in self.trained(world)}}
         asked = plain(asked | {name: DIALS[name] for name in world.trained if name in DIALS})
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
-        kept = _read(path) if path.exists() else {"asked": None}
+        kept: dict[str, Any] = _read(path) if path.exists() else {"asked": None}
         if _upgraded(kept["asked"]) != asked:
             rows = [row | {"world": world.label} for row in self._compare(STUDIES[study], world)]
             kept = plain({"asked": asked, "commit": git_hash(), "versions": versions(), "rows": rows})

@@ -99,15 +99,15 @@ def replay_lanes(
         fleet = jax.tree.map(lambda x: x[lane], experts)
         spec = EngineSpec(2 * _MIN_LIVE, block_size)
         with jax.enable_x64(np.dtype(dtype) == np.float64):
-            args = fleet, part, np.where(missing, 0, counts[lane])
-            at, *found, overflow = _replay(spec, *args, *_start(spec, *args[1:]))
+            own_counts = np.where(missing, 0, counts[lane])
+            so_far, overflow = _replay(spec, fleet, part, own_counts, _start(spec, part, own_counts))
             while overflow:
                 spec = EngineSpec(2 * spec.slots, block_size)
-                at, *found, overflow = _replay(spec, *args, _with_more_slots(spec, at), *found)
-            log, integrals = found
-            log = log | {"dropped": at.dropped}
-            integrals = integrals | {"standby_s": integrals["standby_s"] + at.state.standby_left_s}
-        return jax.tree.map(lambda x: np.asarray(x)[..., : len(group)], (log, integrals))
+                so_far, overflow = _replay(spec, fleet, part, own_counts, _with_more_slots(spec, so_far))
+            log = so_far.log | {"dropped": so_far.at.dropped}
+            standby_s = so_far.integrals["standby_s"] + so_far.at.state.standby_left_s  # that after the last token
+            found = log, so_far.integrals | {"standby_s": standby_s}
+        return jax.tree.map(lambda x: np.asarray(x)[..., : len(group)], found)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(run, groups))
@@ -116,10 +116,6 @@ def replay_lanes(
     for name in ("finish_s", "first_token_s"):  # the loop has no NaN, which JAX's debugging takes for a fault
         log[name] = np.where(np.isinf(log[name]), np.nan, log[name])
     return LaneLog(**log, **{name: values.astype(np.float64) for name, values in integrals.items()})
-
-
-Log = dict[str, Array]  # [J, L] each
-Integrals = dict[str, Array]  # [L] each
 
 
 class _Progress(struct.PyTreeNode):
@@ -137,9 +133,17 @@ class _Progress(struct.PyTreeNode):
         return engine.busy(self.state, self.until_s)
 
 
+class _SoFar(struct.PyTreeNode):
+    """How far the lanes are, and what has happened."""
+
+    at: _Progress
+    log: dict[str, Array]  # fields of ``LaneLog`` [J, L], infinity for what has not happened
+    integrals: dict[str, Array]  # its fields [L]
+
+
 @partial(jax.jit, static_argnums=0)
-def _start(spec: EngineSpec, requests: LaneRequests, counts: Array) -> tuple[_Progress, Log, Integrals]:
-    """Returns the state before the first request, and the log and integrals of nothing."""
+def _start(spec: EngineSpec, requests: LaneRequests, counts: Array) -> _SoFar:
+    """Returns the state before the first request."""
     dtype = jnp.result_type(float)
     shape, lanes = requests.gap_s.shape, counts.shape
     requests = requests.replace(gap_s=jnp.asarray(requests.gap_s, dtype))
@@ -153,37 +157,32 @@ def _start(spec: EngineSpec, requests: LaneRequests, counts: Array) -> tuple[_Pr
     )
     never = jnp.full(shape, jnp.inf, dtype)
     log = {"finish_s": never, "first_token_s": never, "preemptions": jnp.zeros(shape, jnp.int32)}
-    return at, log, {"busy_s": none, "standby_s": none, "kv_block_s": none}
+    return _SoFar(at, log, {"busy_s": none, "standby_s": none, "kv_block_s": none})
 
 
 @partial(jax.jit, static_argnums=0)
-def _with_more_slots(spec: EngineSpec, at: _Progress) -> _Progress:
+def _with_more_slots(spec: EngineSpec, so_far: _SoFar) -> _SoFar:
     """Returns the same state with the slots of ``spec``, the new ones free."""
 
     def widened(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, spec.slots - x.shape[-1])))
 
-    return at.replace(state=at.state.replace(slots=jax.tree.map(widened, at.state.slots)))
+    state = so_far.at.state
+    state = state.replace(slots=jax.tree.map(widened, state.slots))
+    return so_far.replace(at=so_far.at.replace(state=state))
 
 
 @partial(jax.jit, static_argnums=0)
 def _replay(
-    spec: EngineSpec,
-    experts: ExpertProfile,
-    requests: LaneRequests,
-    counts: Array,
-    at: _Progress,
-    log: Log,
-    integrals: Integrals,
-) -> tuple[_Progress, Log, Integrals, Array]:
+    spec: EngineSpec, experts: ExpertProfile, requests: LaneRequests, counts: Array, so_far: _SoFar
+) -> tuple[_SoFar, Array]:
     """Replays the first ``counts`` [L] requests of each lane, until all have ended or the slots do not suffice.
 
     Lanes wait for none but those of their card: in each pass of the loop every lane runs an iteration and a stretch of
     decoding, or its next request arrives.
 
     Returns:
-      How far the lanes are; the fields [J, L] of ``LaneLog``, with infinity for what has not happened; those [L]; and
-      [] bool: the slots did not suffice.
+      How far the lanes are; and [] bool: the slots do not suffice.
     """
     dtype = jnp.result_type(float)
     experts = jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else x.dtype), experts)
@@ -196,20 +195,19 @@ def _replay(
     def step(at: _Progress) -> _Progress:
         return _arrive(spec, experts, requests, counts, _run(spec, experts, at))
 
-    def collect(carry: tuple[_Progress, Log, Integrals, Array]) -> tuple[_Progress, Log, Integrals, Array]:
-        at, log, integrals, _ = carry
-        at = lax.while_loop(lambda at: ~jnp.all(done(at)) & ~jnp.any(engine.needs_compact(at.state)), step, at)
-        state, slots = at.state, at.state.slots
+    def collect(carry: tuple[_SoFar, Array]) -> tuple[_SoFar, Array]:
+        at = lax.while_loop(lambda at: ~jnp.all(done(at)) & ~jnp.any(engine.needs_compact(at.state)), step, carry[0].at)
+        state, slots, (log, integrals) = at.state, at.state.slots, (carry[0].log, carry[0].integrals)
         row = jnp.where(slots.finished, slots.payload, length)  # others are beyond the end, where nothing is written
         log = {name: values.at[row, lane].set(getattr(slots, name), mode="drop") for name, values in log.items()}
         integrals = {name: values + getattr(state, name) for name, values in integrals.items()}
         state = engine.compact(spec, state.replace(**jax.tree.map(jnp.zeros_like, integrals)))
-        return at.replace(state=state), log, integrals, jnp.any(engine.needs_compact(state))
+        return _SoFar(at.replace(state=state), log, integrals), jnp.any(engine.needs_compact(state))
 
-    def unfinished(carry: tuple[_Progress, Log, Integrals, Array]) -> Array:
-        return ~jnp.all(done(carry[0])) & ~carry[-1]
+    def unfinished(carry: tuple[_SoFar, Array]) -> Array:
+        return ~jnp.all(done(carry[0].at)) & ~carry[1]
 
-    return lax.while_loop(unfinished, collect, (at, log, integrals, jnp.bool_(False)))
+    return lax.while_loop(unfinished, collect, (so_far, jnp.bool_(False)))
 
 
 def _run(spec: EngineSpec, experts: ExpertProfile, at: _Progress) -> _Progress:
