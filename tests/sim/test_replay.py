@@ -59,8 +59,8 @@ def batches(kind: str) -> list[tuple[World, ReferenceRun]]:
 
 
 def expect_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has replays begin with slots for many requests: hundreds on an expert double them once and not three times."""
-    monkeypatch.setattr(lanes, "_MIN_LIVE", 256)
+    """Has replays begin with 200 slots: three hundred requests on an expert double them once and not three times."""
+    monkeypatch.setattr(lanes, "_MIN_LIVE", 100)
 
 
 class TestAgreesWithTheReference:
