@@ -73,8 +73,9 @@ class LogFit:
     timing: dict[str, float]  # of ``TIMING_UNITS``
     link_delay_s: float
     requests: int  # answered, of all replicas
-    errors: dict[str, dict[str, dict[str, float]]]  # ``time_errors`` of this timing on the whole log, ``log``; and of
-    # one fitted to earlier requests, on these, ``fitted``, and on the later ones, ``held_out``
+    errors: dict[str, dict[str, dict[str, float]]]
+    """``time_errors`` of this timing on the whole log, ``log``; and of one that was fitted to the earlier requests, on
+    these, ``fitted``, and on the later ones, ``held_out``."""
 
 
 def fit_log(name: str, replicas: Sequence[ServedRequests], start: ExpertProfile) -> LogFit:
@@ -208,16 +209,14 @@ class _Fit:
 
     def _with_mean(self, logs: np.ndarray, chosen: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the coefficients scaled so that the mean end-to-end time of the chosen requests is the measured."""
-        for widest in (_WIDEST_SCALE, _WIDEST_SCALE / self.sets):  # the second time between two of the first
+        end_s = [each.times_s()["e2e_s"] for each in self.replicas]
+        counts = [keep & np.isfinite(times_s) for keep, times_s in zip(chosen, end_s, strict=True)]
+        measured_s = sum(times_s[own].sum() for times_s, own in zip(end_s, counts, strict=True))
+        for widest in (_WIDEST_SCALE, _WIDEST_SCALE / self.sets):  # the second time about between two of the first
             factors = np.linspace(-widest, widest, self.sets)
-            simulated_s = measured_s = 0.0
-            for each, simulated, keep in zip(
-                self.replicas, self.simulate(logs + factors[:, None]), chosen, strict=True
-            ):
-                end_s = each.times_s()["e2e_s"]
-                counts = keep & np.isfinite(end_s)
-                simulated_s = simulated_s + simulated["e2e_s"][:, counts].sum(1)
-                measured_s += end_s[counts].sum()
+            simulated = self.simulate(logs + factors[:, None])
+            simulated_s = sum(times["e2e_s"][:, own].sum(1) for times, own in zip(simulated, counts, strict=True))
+            # A replay changes in jumps, and interpolation needs sums that do not fall.
             logs = logs + np.interp(measured_s, np.maximum.accumulate(simulated_s), factors)
         return logs
 

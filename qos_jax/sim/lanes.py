@@ -146,7 +146,6 @@ def _start(spec: EngineSpec, requests: LaneRequests, counts: Array) -> _SoFar:
     """Returns the state before the first request."""
     dtype = jnp.result_type(float)
     shape, lanes = requests.gap_s.shape, counts.shape
-    requests = requests.replace(gap_s=jnp.asarray(requests.gap_s, dtype))
     none = jnp.zeros(lanes, dtype)
     at = _Progress(
         state=engine.init_state(spec, lanes, jnp.int32(0), dtype),
