@@ -30,7 +30,7 @@ from jax import Array, lax
 
 from qos_jax.sim import scheduler
 from qos_jax.sim.cost import fits_in_memory
-from qos_jax.sim.engine_state import EngineSpec, ExpertState, Slots, slot_numbers, total
+from qos_jax.sim.engine_state import EngineSpec, ExpertState, Slots, prefix_sums, slot_numbers, total
 from qos_jax.sim.types import ExpertProfile
 
 _LARGE_FLEET = 32  # experts, of which so few are busy at a time that moving them is worth it
@@ -76,8 +76,14 @@ def needs_compact(state: ExpertState) -> Array:
 def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     """Moves the live requests to the front, in order, and removes the finished ones."""
     slots = state.slots
-    order = jnp.argsort(~slots.live, axis=-1, stable=True)
-    used = slot_numbers(slots.live) < total(slots.live)[..., None]
+    (count,) = prefix_sums(jnp.float32, slots.live)
+    number, live = slot_numbers(slots.live), jnp.reshape(slots.live, (-1, spec.slots))
+    # Each live slot is written where it will be; sorting takes six times as long on a CPU.
+    place = jnp.where(live, jnp.reshape(count - 1, live.shape), spec.slots)
+    lane = lax.broadcasted_iota(jnp.int32, live.shape, 0)
+    order = jnp.zeros(live.shape, jnp.int32).at[lane, place].set(jnp.reshape(number, live.shape), mode="drop")
+    order = jnp.reshape(order, number.shape)
+    used = number < count[..., -1:]
     slots = jax.tree.map(lambda x: jnp.where(used, jnp.take_along_axis(x, order, -1), jnp.zeros_like(x)), slots)
     return state.replace(slots=slots)
 
