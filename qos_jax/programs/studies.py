@@ -197,6 +197,7 @@ STUDIES = {
         "The edge of today under real arrivals",
         "Does that hold with arrivals that were measured, and never trained on?",
         _everywhere(_EDGE, **_MEASURED),
+        loads=(0.5, *LOADS),
         metrics=("score", "ttft_p95_s", "violation_rate", "drop_rate"),
     ),
     "stale": Study(
