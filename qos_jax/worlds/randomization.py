@@ -15,7 +15,6 @@ import numpy as np
 from jax import Array
 
 from qos_jax.errors import InputError
-from qos_jax.fleet.engines import ENGINES
 from qos_jax.fleet.profiles import expert_profile
 from qos_jax.sim.capacity import saturation_rates
 from qos_jax.sim.engine import EngineSpec
@@ -56,6 +55,7 @@ class Domain:
     latency_limits_s: tuple[float, ...] = ()  # s/token, uniform between minimum and maximum, for each class of users
     pairs: tuple[Pair, ...] = ()  # the experts of every environment are sampled from these, with
     equal_gpus: float = 0.5  # probability that all experts have the same kind of GPU
+    synchronous: float = 0.5  # probability that their engines are vllm-sync, else vllm; only of sampled experts
     preferences: tuple[tuple[str, float, float], ...] = ()
     """Each weight has its default in half of the environments, and is log-uniform between minimum and maximum else."""
 
@@ -141,8 +141,7 @@ def _sample_fleet(spec: WorldSpec, params: EnvParams, domain: Domain, rng: np.ra
         pairs = tuple(pair for pair in pairs if pair[1] == gpu)
     fleet = [pairs[i] for i in rng.integers(len(pairs), size=spec.num_experts)]
     max_running, max_waiting = (int(np.max(n)) for n in (params.experts.max_running, params.experts.max_waiting))
-    is_async = bool(np.any(params.experts.async_scheduling))
-    engine = next(name for name, engine in ENGINES.items() if engine.async_scheduling == is_async)
+    engine = "vllm-sync" if rng.random() < domain.synchronous else "vllm"
     rates = _saturation_rates(domain.pairs, max_running, max_waiting, engine, spec.engine)
     limits = params.workload.content.limits  # type: ignore[attr-defined]
     content = generated_content([llm for llm, _ in fleet], limits)

@@ -76,6 +76,16 @@ def test_a_share_of_the_fleets_has_equal_gpus() -> None:
     assert 16 < (base_s.min(1) == base_s.max(1)).sum() < 60  # about 7 of 64 without equal_gpus
 
 
+def test_engines_of_sampled_fleets_differ_and_so_do_their_saturation_rates() -> None:
+    env, params = presets.make("paper-3")
+    sampled = sample_worlds(env, params, Domain(pairs=PAIRS), KEY, 64)
+    is_async = np.asarray(sampled.experts.async_scheduling)
+    assert (is_async.all(1) | ~is_async.any(1)).all() and 16 < is_async[:, 0].sum() < 48
+    only = [sample_worlds(env, params, Domain(pairs=PAIRS, synchronous=share), KEY, 8) for share in (0.0, 1.0)]
+    assert (np.asarray(only[0].experts.step_base_s) == np.asarray(only[1].experts.step_base_s)).all()
+    assert (np.asarray(only[0].saturation_per_s) != np.asarray(only[1].saturation_per_s)).all()
+
+
 def test_the_rate_clip_is_the_rate_at_the_highest_load_of_the_fastest_world() -> None:
     env, params = presets.make("paper-3")
     sampled = sample_worlds(env, params, Domain(loads=(0.5, 1.4)), KEY, 64)
