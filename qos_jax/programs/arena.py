@@ -8,21 +8,26 @@ All routers get the same requests and observe what a proxy in front of the engin
 
 Written are, anew after each table, the page arena.md, arena.csv with a line for each world, view, router, load and
 seed, and arena.json, which holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and
-view its ``world``, ``flags`` and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``.
+view its ``world``, ``flags`` and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``. The same
+command goes on with an arena that was stopped or killed, if the code and the trained routers are the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl.flags import FlagValues
 
+import qos_jax
 from qos_jax.errors import InputError
-from qos_jax.evaluation.evaluate import evaluate, scenarios
-from qos_jax.io.files import csv_text, writable_folder, write_whole
-from qos_jax.io.provenance import command_of, made_by, plain, write_result
+from qos_jax.evaluation.evaluate import RouterRun, evaluate, scenarios
+from qos_jax.io.files import csv_text, parse_json, writable_folder, write_whole
+from qos_jax.io.provenance import command_of, fingerprint, git_hash, made_by, plain, write_result
+from qos_jax.io.text_files import read_text
 from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
 from qos_jax.programs.router_flags import check_held_out, routers_named
@@ -54,30 +59,54 @@ def main(values: FlagValues) -> None:
     routers = {
         name: _routers([*values.routers, *runs[name]], *each, refusing=values.refusing) for name, each in built.items()
     }
-    folder, tables = writable_folder(values.out), list[dict[str, Any]]()
     warmup = int(values.warmup * values.requests)
     config = {"loads": loads, "seeds": seeds, "requests": values.requests, "warmup": warmup}
-    with ProgressBar(len(worlds) * len(scrapes_s), "table", f"{len(worlds)} worlds; compiles") as bar:
-        for name, text in worlds.items():
+    code = _fingerprint(values.routers, values.plugins or (), runs)
+    folder, places = writable_folder(values.out), [(name, scrape_s) for name in worlds for scrape_s in scrapes_s]
+    tables = _unfinished(folder, code, len(places))
+    with ProgressBar(len(places), "table", f"{len(worlds)} worlds; compiles") as bar:
+        for name, scrape_s in places[len(tables) :]:
             env, params = built[name]
-            for scrape_s in scrapes_s:
-                seen = params.replace(scrape_s=params.scrape_s * 0 + scrape_s)
-                judged = evaluate(
-                    env, seen, routers[name], scenarios(seen, loads, seeds), values.requests, warmup=warmup
-                )
-                rows = [
-                    {"router": run.router.name, "kind": run.router.kind, "load": run.scenario.load}
-                    | {"rate_per_s": run.scenario.rate_per_s, "seed": run.scenario.seed}
-                    | {metric: run.metrics[metric] for metric in _METRICS}
-                    for run in judged
-                ]
-                gains = [gain for gain in paired_gains(rows) if gain["reference"] == REFERENCE]
-                tables.append({"world": name, "flags": text, "scrape_s": scrape_s, "gains": gains, "rows": rows})
-                found = plain({"config": config, "tables": tables} | made_by(command_of("arena")))
-                _write(folder, found)
-                bar.update(len(tables), doing=name)
+            seen = params.replace(scrape_s=params.scrape_s * 0 + scrape_s)
+            judged = evaluate(env, seen, routers[name], scenarios(seen, loads, seeds), values.requests, warmup=warmup)
+            tables.append({"world": name, "flags": worlds[name], "scrape_s": scrape_s, **_table(judged)})
+            found = plain({"config": config, "code": code, "tables": tables} | made_by(command_of("arena")))
+            _write(folder, found)
+            bar.update(len(tables), doing=name)
     print(arena_markdown(found))
     print(f"written: {folder / 'arena.md'}")
+
+
+def _table(judged: Sequence[RouterRun]) -> dict[str, Any]:
+    """Returns a row for each router, load and seed, and the gains over impact_greedy."""
+    rows = [
+        {"router": run.router.name, "kind": run.router.kind, **dataclasses.asdict(run.scenario)}
+        | {metric: run.metrics[metric] for metric in _METRICS}
+        for run in judged
+    ]
+    return {"gains": [gain for gain in paired_gains(rows) if gain["reference"] == REFERENCE], "rows": rows}
+
+
+def _fingerprint(routers: Sequence[str], plugins: Sequence[str], runs: Mapping[str, Sequence[str]]) -> str:
+    """Returns what tells apart by which code and trained routers a table is made: other ones void it."""
+    modules = {*plugins, *(text.partition(":")[0] for text in routers if ":" in text)}
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
+    contents = fingerprint(*filter(None, files), *(run for of_world in runs.values() for run in of_world))
+    return f"{qos_jax.__version__} {git_hash() or ''} {contents}"
+
+
+def _unfinished(folder: pathlib.Path, code: str, count: int) -> list[dict[str, Any]]:
+    """Returns the first tables of the same command if it was stopped before it had made ``count`` of them."""
+    try:
+        earlier = parse_json(read_text(folder / "arena.json"), "arena.json")
+        is_same = earlier["command"] == command_of("arena") and earlier["code"] == code
+        tables = list(earlier["tables"]) if is_same else []
+    except (InputError, KeyError, TypeError):  # there is none, or one of an earlier release
+        return []
+    if not 0 < len(tables) < count:
+        return []
+    print(f"note: goes on after {len(tables)} of {count} tables in {folder / 'arena.json'}", file=sys.stderr)
+    return tables
 
 
 def _write(folder: pathlib.Path, found: dict[str, Any]) -> None:

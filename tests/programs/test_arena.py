@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,26 @@ def test_all_meet_the_same_requests(tmp_path: pathlib.Path, capsys: pytest.Captu
     assert "## two, metrics read every 5 s" in page
     assert page in capsys.readouterr().out
     assert (tmp_path / "arena.csv").read_text().count("\n") == 1 + 2 * 3 * 16
+
+
+@pytest.mark.slow
+def test_an_arena_that_was_killed_goes_on_and_another_one_begins_anew(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "arena.json"
+
+    def tables(*flags: str) -> list[dict[str, Any]]:
+        small = ("--routers=round_robin", "--norefusing", "--requests=60", "--load=0.9", "--scrape=0.1,5")
+        assert program_of("arena")("--worlds=", f"--world={WORLD}", *small, *flags, f"--out={tmp_path}") == 0
+        return json.loads(path.read_text())["tables"]
+
+    whole = tables("--seeds=2")
+    for flags, goes_on in (("--seeds=2", True), ("--seeds=1", False)):
+        killed = json.loads(path.read_text())
+        del killed["tables"][1:]
+        killed["tables"][0]["rows"][0]["qos"] = 0.125
+        path.write_text(json.dumps(killed))
+        again = tables(flags)
+        assert len(again) == 2 and (again[0]["rows"][0]["qos"] == 0.125) == goes_on
+        assert (again[1] == whole[1]) == goes_on
 
 
 @pytest.mark.parametrize(
