@@ -34,7 +34,8 @@ from qos_jax.sim.engine_state import EngineSpec, ExpertState, Slots, prefix_sums
 from qos_jax.sim.types import ExpertProfile
 
 _LARGE_FLEET = 32  # experts, of which so few are busy at a time that moving them is worth it
-_SHARE_OF_LANES = 4
+_BLOCK = 32  # lanes that are moved at a time
+_ONLY_READ = ("prompt_tokens", "output_tokens", "arrival_s")  # fields of slots that no iteration writes
 NEVER_TAKEN = 2**30  # blocks; a run takes fewer
 
 
@@ -195,30 +196,37 @@ def _run_until(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, hor
 
 
 def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
-    """Runs ``_run_lanes``, where few lanes are busy on a part of the lanes only: the others would be copied."""
+    """Runs ``_run_lanes`` on the busy lanes only, a block of them at a time: all others would be copied."""
     shape = state.clock_s.shape
-    lanes, few = math.prod(shape), math.prod(shape) // _SHARE_OF_LANES
+    lanes = math.prod(shape)
     is_busy = busy(state, horizon_s).reshape(-1)
+    place = jnp.where(is_busy, jnp.cumsum(is_busy, dtype=jnp.int32) - 1, lanes)  # sorting would take longer
+    busy_first = jnp.full(lanes + _BLOCK, lanes).at[place].set(jnp.arange(lanes), mode="drop")
 
     def in_a_row(x: Array) -> Array:
         return jnp.reshape(x, (lanes, *jnp.shape(x)[len(shape) :]))
 
-    def run_few() -> ExpertState:
-        place = jnp.where(is_busy, jnp.cumsum(is_busy, dtype=jnp.int32) - 1, few)  # sorting would take longer
-        chosen = jnp.full(few, lanes).at[place].set(jnp.arange(lanes), mode="drop")  # beyond the end where none is left
-        profile = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), experts)
-        before = state.replace(prefixes=None)  # which the engine neither reads nor writes
-        part = jax.tree.map(lambda x: in_a_row(x)[chosen], (profile, before, horizon_s))
-        after = _run_lanes(spec, *part)
+    profile = jax.tree.map(lambda x: in_a_row(jnp.broadcast_to(x, shape)), experts)
+    horizon_s = in_a_row(horizon_s)
+    only_read = {name: in_a_row(getattr(state.slots, name)) for name in _ONLY_READ}
 
-        def with_new(x: Array, new: Array) -> Array:
-            return in_a_row(x).at[chosen].set(new, mode="drop").reshape(jnp.shape(x))
+    def without_read(state: ExpertState) -> ExpertState:
+        slots = state.slots.replace(**dict.fromkeys(only_read), payload=None)
+        return state.replace(slots=slots, prefixes=None)
 
-        return jax.tree.map(with_new, before, after).replace(prefixes=state.prefixes)
+    def run_block(carry: tuple[Array, ExpertState]) -> tuple[Array, ExpertState]:
+        done, rows = carry
+        chosen = lax.dynamic_slice_in_dim(busy_first, done, _BLOCK)
+        before = rows.replace(slots=rows.slots.replace(**only_read))
+        part = jax.tree.map(lambda x: x[chosen], (profile, before, horizon_s))
+        after = without_read(_run_lanes(spec, *part))
+        return done + _BLOCK, jax.tree.map(lambda x, new: x.at[chosen].set(new, mode="drop"), rows, after)
 
-    return lax.cond(
-        jnp.sum(is_busy, dtype=jnp.int32) <= few, run_few, lambda: _run_lanes(spec, experts, state, horizon_s)
-    )
+    count, rows = jnp.sum(is_busy, dtype=jnp.int32), jax.tree.map(in_a_row, without_read(state))
+    _, rows = lax.while_loop(lambda carry: carry[0] < count, run_block, (jnp.int32(0), rows))
+    after = jax.tree.map(lambda x: jnp.reshape(x, (*shape, *x.shape[1:])), rows)
+    read = {name: getattr(state.slots, name) for name in (*_ONLY_READ, "payload")}
+    return after.replace(slots=after.slots.replace(**read), prefixes=state.prefixes)
 
 
 def busy(state: ExpertState, horizon_s: Array) -> Array:
