@@ -34,7 +34,7 @@ FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | 
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#]*)(?:#(?P<anchor>[^)]*))?\)")
 # Of a world that is in two of them, the later one counts.
-STUDIES_OF_GAINS = [DOCS / "results" / f"{name}.md" for name in ("load", "edge", "edge-campus-16")]
+STUDIES_OF_GAINS = [DOCS / "results" / f"{name}.md" for name in ("load", "edge")]
 REGISTRIES = (
     PRESETS,
     LLMS,
