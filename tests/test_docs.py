@@ -33,7 +33,6 @@ LANGUAGES = {"python", "sh", "json", "toml", "text"}  # of which text is only sh
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#]*)(?:#(?P<anchor>[^)]*))?\)")
-# Of a world that is in two of them, the later one counts.
 STUDIES_OF_GAINS = [DOCS / "results" / f"{name}.md" for name in ("load", "edge")]
 REGISTRIES = (
     PRESETS,

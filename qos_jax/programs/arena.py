@@ -9,7 +9,8 @@ All routers get the same requests and observe what a proxy in front of the engin
 Written are, anew after each table, the page arena.md, arena.csv with a line for each world, view, router, load and
 seed, and arena.json, which holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and
 view its ``world``, ``flags`` and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``. The same
-command goes on with an arena that was stopped or killed, if the code and the trained routers are the same.
+command goes on with an arena that was stopped or killed, if commit, modules of own routers and trained routers are the
+same.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ from qos_jax.sim.engine_state import EngineSpec, ExpertState, Slots, prefix_sums
 from qos_jax.sim.types import ExpertProfile
 
 _LARGE_FLEET = 32  # experts, of which so few are busy at a time that moving them is worth it
-_BLOCK = 32  # lanes that are moved at a time
+_BLOCK = 32  # lanes that a CPU moves at a time; other devices move a part of all
+_PART_OF_LANES = 4
 _ONLY_READ = ("prompt_tokens", "output_tokens", "arrival_s")  # fields of slots that no iteration writes
 NEVER_TAKEN = 2**30  # blocks; a run takes fewer
 
@@ -199,9 +200,11 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
     """Runs ``_run_lanes`` on the busy lanes only, a block of them at a time: all others would be copied."""
     shape = state.clock_s.shape
     lanes = math.prod(shape)
+    block = _BLOCK if jax.default_backend() == "cpu" else -(-lanes // _PART_OF_LANES)
     is_busy = busy(state, horizon_s).reshape(-1)
     place = jnp.where(is_busy, jnp.cumsum(is_busy, dtype=jnp.int32) - 1, lanes)  # sorting would take longer
-    busy_first = jnp.full(lanes + _BLOCK, lanes).at[place].set(jnp.arange(lanes), mode="drop")
+    # Behind the busy lanes are numbers of none.
+    busy_first = jnp.full(lanes + block, lanes).at[place].set(jnp.arange(lanes), mode="drop")
 
     def in_a_row(x: Array) -> Array:
         return jnp.reshape(x, (lanes, *jnp.shape(x)[len(shape) :]))
@@ -216,11 +219,11 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
 
     def run_block(carry: tuple[Array, ExpertState]) -> tuple[Array, ExpertState]:
         done, rows = carry
-        chosen = lax.dynamic_slice_in_dim(busy_first, done, _BLOCK)
+        chosen = lax.dynamic_slice_in_dim(busy_first, done, block)
         before = rows.replace(slots=rows.slots.replace(**only_read))
         part = jax.tree.map(lambda x: x[chosen], (profile, before, horizon_s))
         after = without_read(_run_lanes(spec, *part))
-        return done + _BLOCK, jax.tree.map(lambda x, new: x.at[chosen].set(new, mode="drop"), rows, after)
+        return done + block, jax.tree.map(lambda x, new: x.at[chosen].set(new, mode="drop"), rows, after)
 
     count, rows = jnp.sum(is_busy, dtype=jnp.int32), jax.tree.map(in_a_row, without_read(state))
     _, rows = lax.while_loop(lambda carry: carry[0] < count, run_block, (jnp.int32(0), rows))
