@@ -15,6 +15,7 @@ from jax.scipy.special import ndtr, ndtri
 
 from qos_jax.sim.cost import decode_s, max_kv_blocks
 from qos_jax.sim.engine import NEVER_TAKEN, ExpertState, Slots
+from qos_jax.sim.engine_state import slot_numbers
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
 from qos_jax.sim.world_state import SlotPayload, Telemetry, World
 
@@ -73,7 +74,21 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     kv_tokens = jnp.sum(jnp.where(slots.emitting, computed - 1, 0), -1, dtype=jnp.int32)
     scheduled_s = jnp.where(scheduled > 0, decode_s(profile, scheduled, kv_tokens)[0], 0.0)
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
-    experts = ExpertState(slots, zero_s, scheduled_s, zero, zero_s, zero_s, zero_s, zero_s, zero)
+    experts = ExpertState(
+        slots=slots,
+        used=jnp.max(jnp.where(occupied, slot_numbers(occupied) + 1, 0), -1),
+        running=jnp.sum(slots.running, -1, dtype=jnp.int32),
+        waiting=jnp.sum(slots.waiting, -1, dtype=jnp.int32),
+        clock_s=zero_s,
+        scheduled_s=scheduled_s,
+        taken_blocks=zero,
+        standby_left_s=zero_s,
+        busy_s=zero_s,
+        standby_s=zero_s,
+        kv_block_s=zero_s,
+        steady=zero > 0,
+        passes=zero,
+    )
     return World(experts, Telemetry(arrivals, None))
 
 

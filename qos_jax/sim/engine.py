@@ -56,7 +56,9 @@ def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtyp
         jax.tree.map(lambda leaf: jnp.zeros(shape, jnp.asarray(leaf).dtype), payload),
     )  # fmt: skip
     zero_s, zero = jnp.zeros(lanes, dtype), jnp.zeros(lanes, jnp.int32)
-    return ExpertState(slots, zero_s, zero_s, zero, zero_s, zero_s, zero_s, zero_s, zero)
+    return ExpertState(
+        slots, zero, zero, zero, zero_s, zero_s, zero, zero_s, zero_s, zero_s, zero_s, steady=zero > 0, passes=zero
+    )
 
 
 def advance(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, duration_s: Array) -> ExpertState:
@@ -72,7 +74,7 @@ def drain(spec: EngineSpec, experts: ExpertProfile, state: ExpertState) -> Exper
 
 def needs_compact(state: ExpertState) -> Array:
     """Returns [L] bool: the last slot is taken, so ``push`` needs ``compact`` first."""
-    return state.slots.output_tokens[..., -1] > 0
+    return state.used >= state.slots.output_tokens.shape[-1]
 
 
 def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
@@ -85,7 +87,7 @@ def compact(spec: EngineSpec, state: ExpertState) -> ExpertState:
     order = total(count[..., None, :] <= number[..., None])
     used = number < count[..., -1:]
     slots = jax.tree.map(lambda x: jnp.where(used, jnp.take_along_axis(x, order, -1), jnp.zeros_like(x)), slots)
-    return state.replace(slots=slots)
+    return state.replace(slots=slots, used=count[..., -1])
 
 
 def admissible(
@@ -96,7 +98,7 @@ def admissible(
     A request that is not admissible is dropped on arrival (docs/guide/simulator.md).
     """
     fits = fits_in_memory(experts, prompt_tokens, output_tokens, spec.block_size)
-    return fits & (total(state.slots.waiting) < experts.max_waiting)
+    return fits & (state.waiting < experts.max_waiting)
 
 
 def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
@@ -123,29 +125,25 @@ def push(
       shared_blocks: [L] blocks of the prompt that other requests have computed; nobody takes them. None: 0.
     """
     slots = state.slots
-    occupied = slots.output_tokens > 0
-    slot = slot_numbers(occupied)
-    tail = jnp.max(jnp.where(occupied, slot + 1, 0), -1)
-    target = (slot == tail[..., None]) & lane[..., None]
+    target = (slot_numbers(slots.output_tokens) == state.used[..., None]) & lane[..., None]
 
     def put(old: Array, new: Any) -> Array:
         return jnp.where(target, jnp.asarray(new, old.dtype)[..., None], old)
 
-    slots = slots.replace(
+    slots = slots.replace(  # the other fields are 0 behind the last request
         prompt_tokens=put(slots.prompt_tokens, prompt_tokens),
         output_tokens=put(slots.output_tokens, output_tokens),
-        generated=put(slots.generated, 0),
-        computed=put(slots.computed, 0),
-        emitting=put(slots.emitting, False),
-        decoding=put(slots.decoding, False),
-        cached_blocks=put(slots.cached_blocks, 0 if shared_blocks is None else shared_blocks),
-        taken_at=put(slots.taken_at, 0 if shared_blocks is None else NEVER_TAKEN),
-        preemptions=put(slots.preemptions, 0),
         arrival_s=put(slots.arrival_s, 0.0),
         payload=jax.tree.map(put, slots.payload, payload),
     )
+    if shared_blocks is not None:
+        slots = slots.replace(
+            cached_blocks=put(slots.cached_blocks, shared_blocks), taken_at=put(slots.taken_at, NEVER_TAKEN)
+        )
     # The clock is never behind now: an idle expert starts now, a busy one schedules the request in its next iteration.
-    return state.replace(slots=slots)
+    pushed = (lane & ~needs_compact(state)).astype(jnp.int32)
+    counts = {"used": state.used + pushed, "waiting": state.waiting + pushed}
+    return state.replace(slots=slots, steady=state.steady & ~lane, **counts)
 
 
 @lru_cache
@@ -199,17 +197,15 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
     shape = state.clock_s.shape
     lanes = math.prod(shape)
     block = _BLOCK if jax.default_backend() == "cpu" else -(-lanes // _PART_OF_LANES)
-    is_busy = busy(state, horizon_s).reshape(-1)
-    place = jnp.where(is_busy, jnp.cumsum(is_busy, dtype=jnp.int32) - 1, lanes)  # sorting would take longer
+    is_busy, steady = busy(state, horizon_s).reshape(-1), state.steady.reshape(-1)
+    # Steady lanes come last: a block of them runs no iteration by all rules. Sorting would take longer.
+    fresh, decodes = (jnp.cumsum(mask, dtype=jnp.int32) for mask in (is_busy & ~steady, is_busy & steady))
+    place = jnp.where(is_busy, jnp.where(steady, fresh[-1] + decodes, fresh) - 1, lanes)
     # Behind the busy lanes are numbers of none.
     busy_first = jnp.full(lanes + block, lanes).at[place].set(jnp.arange(lanes), mode="drop")
 
-    def in_a_row(x: Array) -> Array:
-        return jnp.reshape(x, (lanes, *jnp.shape(x)[len(shape) :]))
-
-    profile = jax.tree.map(lambda x: in_a_row(jnp.broadcast_to(x, shape)), experts)
-    horizon_s = in_a_row(horizon_s)
-    only_read = {name: in_a_row(getattr(state.slots, name)) for name in _ONLY_READ}
+    profile = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), experts)
+    only_read = {name: getattr(state.slots, name) for name in _ONLY_READ}
 
     def without_read(state: ExpertState) -> ExpertState:
         slots = state.slots.replace(**dict.fromkeys(only_read), payload=None)
@@ -217,37 +213,41 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
 
     def run_block(carry: tuple[Array, ExpertState]) -> tuple[Array, ExpertState]:
         done, rows = carry
-        chosen = lax.dynamic_slice_in_dim(busy_first, done, block)
+        chosen = jnp.unravel_index(lax.dynamic_slice_in_dim(busy_first, done, block), (shape[0] + 1, *shape[1:]))
         before = rows.replace(slots=rows.slots.replace(**only_read))
         part = jax.tree.map(lambda x: x[chosen], (profile, before, horizon_s))
         after = without_read(_run_lanes(spec, *part))
         return done + block, jax.tree.map(lambda x, new: x.at[chosen].set(new, mode="drop"), rows, after)
 
-    count, rows = jnp.sum(is_busy, dtype=jnp.int32), jax.tree.map(in_a_row, without_read(state))
-    _, rows = lax.while_loop(lambda carry: carry[0] < count, run_block, (jnp.int32(0), rows))
-    after = jax.tree.map(lambda x: jnp.reshape(x, (*shape, *x.shape[1:])), rows)
+    count = fresh[-1] + decodes[-1]
+    _, after = lax.while_loop(lambda carry: carry[0] < count, run_block, (jnp.int32(0), without_read(state)))
     read = {name: getattr(state.slots, name) for name in (*_ONLY_READ, "payload")}
     return after.replace(slots=after.slots.replace(**read), prefixes=state.prefixes)
 
 
 def busy(state: ExpertState, horizon_s: Array) -> Array:
     """Returns [L] bool: an iteration starts before the horizon."""
-    return (state.clock_s < horizon_s) & jnp.any(state.slots.live, -1)
+    return (state.clock_s < horizon_s) & (state.running + state.waiting > 0)
 
 
 def _run_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:
     """Runs every iteration that starts before ``horizon_s`` [L]."""
 
+    def unsteady(state: ExpertState) -> Array:
+        return busy(state, horizon_s) & ~state.steady
+
+    def steady(state: ExpertState) -> Array:
+        return busy(state, horizon_s) & state.steady
+
+    def schedule(state: ExpertState) -> ExpertState:
+        return scheduler.iterate(spec, experts, state, unsteady(state))
+
+    def decode(state: ExpertState) -> ExpertState:
+        return scheduler.decode_stretch(spec, experts, state, steady(state), horizon_s)
+
     def schedule_then_decode(state: ExpertState) -> ExpertState:
-        state, steady = scheduler.iterate(spec, experts, state, busy(state, horizon_s))
-        none_wait = ~jnp.any(state.slots.waiting, -1)  # then a completion admits no request
-
-        def decode(carry: tuple[ExpertState, Array]) -> tuple[ExpertState, Array]:
-            state, decodes_on = scheduler.decode_stretch(spec, experts, *carry, horizon_s)
-            return state, decodes_on & none_wait
-
-        start = (state, steady & busy(state, horizon_s))
-        return lax.while_loop(lambda carry: jnp.any(carry[1]), decode, start)[0]
+        state = lax.while_loop(lambda state: jnp.any(unsteady(state)), schedule, state)
+        return lax.while_loop(lambda state: jnp.any(steady(state)), decode, state)
 
     return lax.while_loop(lambda state: jnp.any(busy(state, horizon_s)), schedule_then_decode, state)
 

@@ -34,7 +34,10 @@ class EngineSpec:
 
 
 class Slots(struct.PyTreeNode):
-    """Requests on the experts in arrival order; a slot with 0 ``output_tokens`` is empty."""
+    """Requests on the experts in arrival order; a slot with 0 ``output_tokens`` is empty.
+
+    Behind the last slot that is used all fields are 0.
+    """
 
     prompt_tokens: Array  # [L, S] int32
     output_tokens: Array  # [L, S] int32
@@ -75,6 +78,9 @@ class ExpertState(struct.PyTreeNode):
     """The state of every expert, and integrals over time since they were last reset."""
 
     slots: Slots
+    used: Array  # [L] int32 slots from the first on that hold a request, or have held one since they were compacted
+    running: Array  # [L] int32 requests
+    waiting: Array  # [L] int32 requests
     clock_s: Array  # [L] s, relative to now: when the next iteration may start
     scheduled_s: Array  # [L] s that the scheduled iteration will take, 0 if none is; asynchronous scheduling only
     taken_blocks: Array  # [L] int32 blocks taken from the head of the free queue, less those put there; may wrap around
@@ -82,6 +88,7 @@ class ExpertState(struct.PyTreeNode):
     busy_s: Array  # [L] s of iterations
     standby_s: Array  # [L] s of standby
     kv_block_s: Array  # [L] blocks x s held during iterations
+    steady: Array  # [L] bool: it only decodes until a request finishes, comes or lacks memory
     passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
     prefixes: Any = None  # pytree with leaves [L, ...]: the caller's, of what finished requests left in the cache
 

@@ -22,6 +22,7 @@ from jax.experimental import checkify
 
 from qos_jax.errors import InputError
 from qos_jax.sim.cost import blocks_of
+from qos_jax.sim.engine_state import slot_numbers
 from qos_jax.sim.failures import FailureLaw
 from qos_jax.sim.spaces import Discrete, space_class, space_of
 from qos_jax.sim.types import ExpertProfile, Observation, Preferences, Request, Workload
@@ -296,6 +297,12 @@ def _check_invariants(spec: WorldSpec, profile: ExpertProfile, world: World, gap
     experts, slots = world.experts, world.experts.slots
     blocks = jnp.sum(jnp.where(slots.running, blocks_of(slots.computed, spec.engine.block_size), 0), -1)
     checkify.check(jnp.isfinite(gap_s) & (gap_s >= 0), "the gap to the next arrival is {x}", x=gap_s)
+    counts, held = jnp.stack([experts.running, experts.waiting]), jnp.stack([slots.running, slots.waiting])
+    checkify.check(jnp.all(counts == jnp.sum(held, -1)), "running and waiting requests are counted as {x}", x=counts)
+    behind = slot_numbers(slots.live) >= experts.used[..., None]
+    fields = jax.tree.leaves(slots.replace(arrival_s=()))
+    filled = jnp.array([jnp.any(behind & (field != 0)) for field in fields])
+    checkify.check(~jnp.any(filled), "slots behind the last one that is used are not empty: {x}", x=experts.used)
     checkify.check(jnp.all(jnp.isfinite(experts.clock_s)), "a clock is not finite: {x}", x=experts.clock_s)
     checkify.check(jnp.all(experts.clock_s >= 0), "a clock is behind now: {x}", x=experts.clock_s)
     checkify.check(

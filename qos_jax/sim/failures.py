@@ -98,6 +98,9 @@ def without_requests(experts: ExpertState, which: Array) -> tuple[ExpertState, A
         clock_s=stopped(experts.clock_s),
         scheduled_s=stopped(experts.scheduled_s),
         standby_left_s=stopped(experts.standby_left_s),
+        running=stopped(experts.running),
+        waiting=stopped(experts.waiting),
+        steady=stopped(experts.steady),
     )
     return experts, jnp.sum(total(lost), dtype=jnp.int32)
 

@@ -198,7 +198,7 @@ def _arrive(
 
 @partial(jax.jit, static_argnums=0)
 def _iterate(spec: EngineSpec, profile: ExpertProfile, state: ExpertState) -> ExpertState:
-    return scheduler.iterate(spec, profile, state, jnp.array([True]))[0]
+    return scheduler.iterate(spec, profile, state, jnp.array([True]))
 
 
 def _activities(block_size: int, before: Slots, after: Slots, is_async: bool) -> tuple[np.ndarray, ...]:

@@ -124,7 +124,6 @@ class _Progress(struct.PyTreeNode):
     state: ExpertState
     arrived: Array  # [L] int32 requests
     until_s: Array  # [L] s from now to the next one; ``_NEVER_S`` after the last, and before one that has an LLM loaded
-    steady: Array  # [L] bool: the lane only decodes until a request finishes or arrives
     dropped: Array  # [J, L] bool
 
     @property
@@ -151,7 +150,6 @@ def _start(spec: EngineSpec, requests: LaneRequests, counts: Array) -> _SoFar:
         state=engine.init_state(spec, lanes, jnp.int32(0), dtype),
         arrived=jnp.zeros(lanes, jnp.int32),
         until_s=_until_s(requests, counts, jnp.zeros_like(counts)),
-        steady=none > 0,
         dropped=jnp.zeros(shape, bool),
     )
     never = jnp.full(shape, jnp.inf, dtype)
@@ -211,17 +209,12 @@ def _replay(
 
 def _run(spec: EngineSpec, experts: ExpertProfile, at: _Progress) -> _Progress:
     """Runs one iteration on each busy lane that is not steady, then the steady ones up to a completion."""
-    before, fresh = at.state, at.busy & ~at.steady
-    state, steady = lax.cond(
-        jnp.any(fresh), lambda: scheduler.iterate(spec, experts, before, fresh), lambda: (before, jnp.zeros_like(fresh))
-    )
-    at = at.replace(state=state)
-    decodes = (steady | at.steady) & at.busy
-    state, decodes_on = scheduler.decode_stretch(spec, experts, state, decodes, at.until_s)
+    before, fresh = at.state, at.busy & ~at.state.steady
+    state = lax.cond(jnp.any(fresh), lambda: scheduler.iterate(spec, experts, before, fresh), lambda: before)
+    decodes = engine.busy(state, at.until_s) & state.steady
+    state = scheduler.decode_stretch(spec, experts, state, decodes, at.until_s)
     left_s = jnp.where(state.clock_s > before.clock_s, experts.standby_s, before.standby_left_s)
-    # Where requests wait, a completion may admit one.
-    steady = decodes & decodes_on & ~jnp.any(state.slots.waiting, -1)
-    return at.replace(state=state.replace(standby_left_s=left_s), steady=steady)
+    return at.replace(state=state.replace(standby_left_s=left_s))
 
 
 def _arrive(

@@ -27,13 +27,11 @@ from qos_jax.sim.prefix_cache import find_own_blocks, keep_cached, not_yet_taken
 from qos_jax.sim.types import ExpertProfile
 
 
-def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array) -> tuple[ExpertState, Array]:
+def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array) -> ExpertState:
     """Runs one iteration on the ``active`` [L] lanes, with every rule of the scheduler.
 
     A lane with asynchronous scheduling runs the iteration that was scheduled when the one before it started, and
     schedules the next; if none was, it schedules one and takes no time.
-
-    Returns the state and [L] bool: the lane will only decode until a request finishes or memory runs out.
     """
     slots, dtype = state.slots, state.clock_s.dtype
     is_async, token_budget = of_slots(experts.async_scheduling), of_slots(experts.token_budget)
@@ -56,18 +54,10 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     next_tokens = jnp.where(running, slots.computed + new_tokens, known_tokens)
     next_blocks = jnp.where(live, blocks_of(next_tokens, spec.block_size), 0)
     wanted_tokens = jnp.where(waiting, jnp.minimum(known_tokens, token_budget), new_tokens)
-    count, blocks_so_far, tokens_so_far = prefix_sums(dtype, live, next_blocks, wanted_tokens)
-    fits = blocks_so_far <= of_slots(max_kv_blocks(experts, spec.block_size))
+    fits, budget_left, has_turn, reused_blocks = _room(spec, experts, state, active, next_blocks, wanted_tokens)
     preempted = running & ~fits
-    may_reuse = waiting & (slots.cached_blocks > 0)
-    reused_blocks, wanted_tokens, tokens_so_far = lax.cond(
-        jnp.any(may_reuse),
-        lambda: find_own_blocks(spec, experts, state, waiting, wanted_tokens, next_blocks, blocks_so_far),
-        lambda: (jnp.zeros_like(wanted_tokens), wanted_tokens, tokens_so_far),
-    )
     uncached_tokens = uncached_tokens - reused_blocks * spec.block_size
-    budget_left = token_budget - (tokens_so_far - wanted_tokens)
-    eligible = waiting & (budget_left > 0) & (count <= of_slots(experts.max_running))
+    eligible = waiting & (budget_left > 0) & has_turn
     admitted = eligible & fits
     admitted_tokens = jnp.minimum(uncached_tokens, budget_left)
     new_tokens = jnp.where(admitted, admitted_tokens, jnp.where(preempted, 0, new_tokens))
@@ -107,12 +97,12 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     age_s = clock_s[..., None] - slots.arrival_s
     taken_blocks = state.taken_blocks + new_blocks
     cached_blocks, taken_at, taken_blocks = lax.cond(
-        jnp.any(preempted | may_reuse),
+        jnp.any(preempted | (live & _may_reuse(slots))),
         lambda: keep_cached(spec, experts, state, preempted, admitted, reused_blocks, partly_filled, taken_blocks),
         lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
     )
     admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
-    state = state.replace(
+    return state.replace(
         slots=slots.replace(
             generated=generated,
             computed=computed,
@@ -129,28 +119,27 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         taken_blocks=taken_blocks,
         busy_s=state.busy_s + duration_s,
         kv_block_s=state.kv_block_s + duration_s * blocks.astype(duration_s.dtype),
+        running=jnp.where(active, places, state.running),
+        waiting=jnp.where(active, state.waiting + state.running - completions - places, state.waiting),
+        steady=jnp.where(active, admits_none & (unsteady == 0) & (places > 0), state.steady),
         passes=state.passes + 1,
     )
-    return state, admits_none & (unsteady == 0)
 
 
 def decode_stretch(
     spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array, horizon_s: Array
-) -> tuple[ExpertState, Array]:
+) -> ExpertState:
     """Runs the ``active`` [L] lanes to the next completion, to the horizon, or until the KV memory is full.
 
-    On an active lane every running request decodes and none can be admitted. The ``kv_block_s`` integral takes all
-    iterations at the mean duration of the stretch. With asynchronous scheduling the first iteration is the scheduled
-    one, in which prompts may end; a request that finishes takes no part in the iteration that is scheduled last.
-
-    Returns:
-      The state, and [L] bool: another stretch follows if no request waits.
+    Active lanes are steady: every running request decodes and none can be admitted. The ``kv_block_s`` integral takes
+    all iterations at the mean duration of the stretch. With asynchronous scheduling the first iteration is the
+    scheduled one, in which prompts may end; a request that finishes takes no part in the one that is scheduled last.
     """
     slots = state.slots
     running = slots.running & active[..., None]
     is_async = experts.async_scheduling & active
     left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
-    requests, kv_tokens = totals(running, jnp.where(running, slots.computed, 0))
+    requests, kv_tokens = jnp.where(active, state.running, 0), total(jnp.where(running, slots.computed, 0))
     first_s, growth_s = decode_s(experts, requests, kv_tokens)
     as_time = partial(jnp.asarray, dtype=first_s.dtype)
     lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
@@ -194,7 +183,9 @@ def decode_stretch(
         ),
         lambda: slots.cached_blocks,
     )
-    state = state.replace(
+    # Where requests wait, a completion may admit one.
+    stays_steady = runs & (decoding > 0) & ((state.waiting == 0) | (decoding == requests))
+    return state.replace(
         slots=slots.replace(
             generated=generated,
             computed=computed,
@@ -208,9 +199,67 @@ def decode_stretch(
         taken_blocks=taken_blocks,
         busy_s=state.busy_s + duration_s,
         kv_block_s=state.kv_block_s + duration_s * jnp.sum(jnp.where(running, mean, 0.0), -1),
+        running=jnp.where(active, decoding, state.running),
+        steady=jnp.where(active, stays_steady, state.steady),
         passes=state.passes + 1,
     )
-    return state, (decoding > 0) & (decoding < requests) & (clock_s < horizon_s)
+
+
+def _may_reuse(slots: Slots) -> Array:
+    """Returns [L, S] bool: the request waits, and may find blocks of its own."""
+    return slots.waiting & (slots.cached_blocks > 0)
+
+
+def _room(
+    spec: EngineSpec,
+    experts: ExpertProfile,
+    state: ExpertState,
+    active: Array,
+    next_blocks: Array,
+    wanted_tokens: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Returns what those before it leave each request.
+
+    Where nothing is scarce, their order does not matter, and no prefix sums are needed.
+
+    Args:
+      spec: static sizes.
+      experts: profile [L].
+      state: before the iteration is scheduled.
+      active: [L] bool, lanes that run it.
+      next_blocks: [L, S] that each would hold after the iteration.
+      wanted_tokens: [L, S] that each would compute, if it found no block of its own.
+
+    Returns:
+      [L, S] bool: its blocks fit in memory with theirs; [L, S] int32 tokens left of the budget; [L, S] bool: fewer than
+      ``max_running`` are before it; and [L, S] int32 blocks of its own that it finds.
+    """
+    limits = (
+        max_kv_blocks(experts, spec.block_size),
+        jnp.asarray(experts.token_budget),
+        jnp.asarray(experts.max_running),
+    )
+    max_blocks, token_budget, max_running = limits
+    blocks, tokens = totals(next_blocks, wanted_tokens)
+    live, requests = state.slots.live & active[..., None], jnp.where(active, state.running + state.waiting, 0)
+    may_reuse = live & _may_reuse(state.slots)
+    is_scarce = (blocks > max_blocks) | (tokens > token_budget) | (requests > max_running)
+
+    def in_order() -> tuple[Array, Array, Array, Array]:
+        count, blocks_so_far, tokens_so_far = prefix_sums(state.clock_s.dtype, live, next_blocks, wanted_tokens)
+        found = lax.cond(
+            jnp.any(may_reuse),
+            lambda: find_own_blocks(spec, experts, state, may_reuse, wanted_tokens, next_blocks, blocks_so_far),
+            lambda: (jnp.zeros_like(wanted_tokens), wanted_tokens, tokens_so_far),
+        )
+        budget_left = of_slots(token_budget) - (found[2] - found[1])
+        return blocks_so_far <= of_slots(max_blocks), budget_left, count <= of_slots(max_running), found[0]
+
+    def at_once() -> tuple[Array, Array, Array, Array]:
+        every, none = jnp.ones_like(live), jnp.zeros_like(wanted_tokens)
+        return every, of_slots(token_budget) - none, every, none
+
+    return lax.cond(jnp.any(is_scarce) | jnp.any(may_reuse), in_order, at_once)
 
 
 def _computed(

@@ -30,7 +30,7 @@ def first_loaded(cards: SharedCards) -> Array:
 
 def leaving(experts: ExpertState, loaded: Array) -> Array:
     """Returns [N] bool: another LLM is loaded once the requests of this one have ended; it takes none."""
-    return jnp.any(experts.slots.live, -1) & ~loaded
+    return (experts.running + experts.waiting > 0) & ~loaded
 
 
 def load(
@@ -63,7 +63,7 @@ def load_left_s(profile: ExpertProfile, experts: ExpertState, loaded: Array) -> 
     It does not tell how long the requests of an LLM that is leaving will take before that.
     """
     assert profile.cards is not None
-    loads = loaded & jnp.any(experts.slots.waiting, -1) & ~jnp.any(experts.slots.running, -1)
+    loads = loaded & (experts.waiting > 0) & (experts.running == 0)
     load_s = jnp.asarray(profile.cards.load_s, experts.clock_s.dtype)
     return jnp.where(loaded, jnp.where(loads, jnp.minimum(experts.clock_s, load_s), 0.0), load_s)
 
@@ -89,7 +89,7 @@ class CardTurns(struct.PyTreeNode):
 
     def may_begin(self, arrived: Array, experts: ExpertState) -> Array:
         """Returns [L] bool: the other lane has ended all requests before, of which ``arrived`` [L] have come."""
-        ended = (arrived[self.other] >= self.other_rows) & ~jnp.any(experts.slots.live, -1)[self.other]
+        ended = (arrived[self.other] >= self.other_rows) & (experts.running + experts.waiting == 0)[self.other]
         return ~self.begins | ended
 
     def start_s(self, ended_s: Array) -> Array:

@@ -91,8 +91,8 @@ def _view(spec: WorldSpec, experts: ExpertState) -> Views:
     )
     view = ExpertView(
         profile=None,
-        running=jnp.sum(running, -1, dtype=jnp.int32),
-        waiting=jnp.sum(waiting, -1, dtype=jnp.int32),
+        running=experts.running,
+        waiting=experts.waiting,
         kv_used_blocks=jnp.sum(
             jnp.where(running, blocks_of(slots.computed, spec.engine.block_size), 0), -1, dtype=jnp.int32
         ),

@@ -198,9 +198,7 @@ def collect(profile: ExpertProfile, world: World) -> tuple[World, Completions]:
     if world.failures is not None:
         world = world.replace(failures=world.failures.replace(lost=jnp.int32(0)))
     zero = jnp.zeros_like(experts.busy_s)
-    slots = slots.replace(
-        output_tokens=jnp.where(done, 0, slots.output_tokens), generated=jnp.where(done, 0, slots.generated)
-    )
+    slots = slots.replace(output_tokens=jnp.where(done, 0, slots.output_tokens))
     experts = experts.replace(
         slots=slots, busy_s=zero, standby_s=zero, kv_block_s=zero, passes=jnp.zeros_like(experts.passes)
     )

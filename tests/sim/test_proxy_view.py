@@ -49,7 +49,8 @@ def with_computed(world: World, rng: Any) -> World:
         preemptions=jnp.asarray(rng.integers(0, 3, (N, S)), jnp.int32),
         cached_blocks=jnp.asarray(rng.integers(0, 3, (N, S)), jnp.int32),
     )
-    return world.replace(experts=world.experts.replace(slots=slots))
+    running, waiting = (jnp.sum(which, -1, dtype=jnp.int32) for which in (slots.running, slots.waiting))
+    return world.replace(experts=world.experts.replace(slots=slots, running=running, waiting=waiting))
 
 
 def seen(world: World) -> Observation:

@@ -73,7 +73,9 @@ def served(world: Any, request: Request, action: int, experts: Any = EXPERTS, sp
     obs = observe(spec, experts, world, request)
     world, _ = dispatch(spec, experts, world, request, action)
     world = advance(spec, experts, world, jnp.float32(60.0))
-    return collect(experts, world)[0], obs.arrived, jnp.max(world.experts.slots.first_token_s, -1)
+    newest = jnp.maximum(world.experts.used - 1, 0)[:, None]
+    first_token_s = jnp.take_along_axis(world.experts.slots.first_token_s, newest, -1)[:, 0]
+    return collect(experts, world)[0], obs.arrived, first_token_s
 
 
 class TestOneAtATime:
