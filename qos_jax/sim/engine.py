@@ -213,6 +213,7 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
 
     def run_block(carry: tuple[Array, ExpertState]) -> tuple[Array, ExpertState]:
         done, rows = carry
+        # The number of none is that of a row behind the last: it reads the last row and writes nothing.
         chosen = jnp.unravel_index(lax.dynamic_slice_in_dim(busy_first, done, block), (shape[0] + 1, *shape[1:]))
         before = rows.replace(slots=rows.slots.replace(**only_read))
         part = jax.tree.map(lambda x: x[chosen], (profile, before, horizon_s))

@@ -462,14 +462,11 @@ def _check_same(name: str, saved: Any, asked: Any) -> None:
 def _check_alike(path: pathlib.Path, metadata: Any, target: Any) -> None:
     saved, wanted = _described(metadata), _described(target)
     for leaf in [*wanted, *saved]:
-        if leaf not in saved:
+        if saved.get(leaf) != wanted.get(leaf):
+            earlier = path.name == "state" and leaf not in saved
+            hint = "; a run of an earlier version can be loaded, but training cannot go on" if earlier else ""
             raise InputError(
-                f"{path}: {leaf} is absent, as in runs of earlier versions: "
-                "their router can be loaded, but training cannot go on"
-            )
-        if saved[leaf] != wanted.get(leaf):
-            raise InputError(
-                f"{path}: {leaf} is {saved[leaf]}, must be {wanted.get(leaf, 'absent')} by {CONFIG}"
+                f"{path}: {leaf} is {saved.get(leaf, 'absent')}, must be {wanted.get(leaf, 'absent')} by {CONFIG}{hint}"
             )
 
 

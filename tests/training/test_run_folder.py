@@ -85,6 +85,12 @@ class TestRunFolder:
         state = state_of(small_learner())
         assert_equal(flat.restore_state(64, jax.eval_shape(lambda: state)), state)
 
+    def test_a_state_that_lacks_what_came_later_does_not_go_on(self, copy: pathlib.Path) -> None:
+        folder, state = RunFolder.reopen(copy), {"a": jnp.zeros(2)}
+        folder.save(96, state, state)
+        with pytest.raises(InputError, match=r"b is absent, must be float32\[3\].*can be loaded, but training cannot"):
+            folder.restore_state(96, {**state, "b": jnp.zeros(3)})
+
     def test_only_the_newest_two_checkpoints_are_kept(self, copy: pathlib.Path) -> None:
         folder, state = RunFolder.reopen(copy), {"a": jnp.zeros(2)}
         for steps in (128, 1024):
