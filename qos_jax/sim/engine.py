@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ from qos_jax.sim.types import ExpertProfile
 _LARGE_FLEET = 32  # experts, of which so few are busy at a time that moving them is worth it
 _BLOCK = 32  # lanes that a CPU moves at a time; other devices move a part of all
 _PART_OF_LANES = 4
+_FEW_FINISHED = 4  # requests on a full expert, up to which one is removed at a time
 _ONLY_READ = ("prompt_tokens", "output_tokens", "arrival_s")  # fields of slots that no iteration writes
 NEVER_TAKEN = 2**30  # blocks; a run takes fewer
 
@@ -102,7 +103,11 @@ def admissible(
 
 
 def compact_if_full(spec: EngineSpec, state: ExpertState) -> ExpertState:
-    """Compacts all lanes if any lane needs it, which spreads the cost over many arrivals."""
+    """Makes room for a request on every lane whose last slot is taken, unless all its requests are live.
+
+    All lanes are compacted, which spreads the cost over many arrivals, but where full lanes have few finished requests:
+    they would be full again at once, so only one is removed from each.
+    """
     return _compact_if_full(spec)(state)
 
 
@@ -160,9 +165,31 @@ def _drain(spec: EngineSpec) -> Callable[[ExpertProfile, ExpertState, Array], Ex
 
 @lru_cache
 def _compact_if_full(spec: EngineSpec) -> Callable[[ExpertState], ExpertState]:
+    def with_room(state: ExpertState) -> ExpertState:
+        are_few = jnp.all(_finished_if_full(spec, state) <= _FEW_FINISHED)
+        return lax.cond(are_few, _without_first_finished, partial(compact, spec), state)
+
     return _over_lanes(
-        lambda state: lax.cond(jnp.any(needs_compact(state)), lambda s: compact(spec, s), lambda s: s, state)
+        lambda state: lax.cond(jnp.any(_finished_if_full(spec, state) > 0), with_room, lambda s: s, state)
     )
+
+
+def _finished_if_full(spec: EngineSpec, state: ExpertState) -> Array:
+    """Returns [L] int32: the finished requests on each lane whose last slot is taken, 0 on the others."""
+    return jnp.where(needs_compact(state), spec.slots - state.running - state.waiting, 0)
+
+
+def _without_first_finished(state: ExpertState) -> ExpertState:
+    """Removes the first finished request of each lane whose last slot is taken: what is behind it moves up."""
+    live, number = state.slots.live, slot_numbers(state.slots.live)
+    first = jnp.min(jnp.where(live, live.shape[-1], number), -1)
+    moves = needs_compact(state) & (first < live.shape[-1])
+    behind = moves[..., None] & (number >= first[..., None])
+
+    def moved_up(x: Array) -> Array:
+        return jnp.where(behind, jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], -1), x)
+
+    return state.replace(slots=jax.tree.map(moved_up, state.slots), used=state.used - moves.astype(jnp.int32))
 
 
 def _over_lanes(function: Callable[..., Any]) -> Callable[..., Any]:
