@@ -14,8 +14,8 @@ from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
 from qos_jax.sim.cost import decode_s, max_kv_blocks
-from qos_jax.sim.engine import NEVER_TAKEN, ExpertState, Slots
-from qos_jax.sim.engine_state import slot_numbers
+from qos_jax.sim.engine import NEVER_TAKEN, EngineSpec, Slots, init_state
+from qos_jax.sim.engine_state import slot_numbers, total
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, Observation, Request, RequestView
 from qos_jax.sim.world_state import SlotPayload, Telemetry, World
 
@@ -38,13 +38,13 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     requests, profile = obs.requests, obs.experts.profile
     emitted = requests.generated_tokens
     if key is None:
-        total = emitted.astype(jnp.float32) + expected_remaining_tokens(requests, length_cv)
+        all_tokens = emitted.astype(jnp.float32) + expected_remaining_tokens(requests, length_cv)
     else:
-        total = _sample_tokens(key, requests.predicted_tokens, emitted, length_cv)
+        all_tokens = _sample_tokens(key, requests.predicted_tokens, emitted, length_cv)
     # An expert admits only requests that fit in its memory; a sampled length beyond that would never finish.
     kv_tokens = max_kv_blocks(profile, BLOCK_SIZE_TOKENS) * BLOCK_SIZE_TOKENS
     max_tokens = kv_tokens[:, None] - requests.prompt_tokens
-    output_tokens = jnp.minimum(_round_tokens(total, emitted + 1), max_tokens)
+    output_tokens = jnp.minimum(_round_tokens(all_tokens, emitted + 1), max_tokens)
 
     cached_blocks = jnp.where(requests.waiting, requests.computed_tokens // BLOCK_SIZE_TOKENS, 0)
     no_tokens, no_time_s = jnp.zeros_like(emitted), jnp.zeros_like(requests.age_s)
@@ -69,25 +69,16 @@ def sample_belief(obs: Observation, length_cv: float = LENGTH_CV, key: Array | N
     )
     occupied = (requests.running | requests.waiting) & (output_tokens > emitted)
     slots = jax.tree.map(lambda x: jnp.where(occupied, x, jnp.zeros_like(x)), slots)
-    zero_s, zero = no_time_s[:, 0], no_tokens[:, 0]
     scheduled = jnp.sum(slots.emitting, -1, dtype=jnp.int32)
     kv_tokens = jnp.sum(jnp.where(slots.emitting, computed - 1, 0), -1, dtype=jnp.int32)
     scheduled_s = jnp.where(scheduled > 0, decode_s(profile, scheduled, kv_tokens)[0], 0.0)
     arrivals = obs.arrived.recent_rate_per_s * jnp.array(RATE_WINDOWS_S)
-    experts = ExpertState(
+    experts = init_state(EngineSpec(occupied.shape[-1]), occupied.shape[:-1], dtype=no_time_s.dtype).replace(
         slots=slots,
         used=jnp.max(jnp.where(occupied, slot_numbers(occupied) + 1, 0), -1),
-        running=jnp.sum(slots.running, -1, dtype=jnp.int32),
-        waiting=jnp.sum(slots.waiting, -1, dtype=jnp.int32),
-        clock_s=zero_s,
+        running=total(slots.running),
+        waiting=total(slots.waiting),
         scheduled_s=scheduled_s,
-        taken_blocks=zero,
-        standby_left_s=zero_s,
-        busy_s=zero_s,
-        standby_s=zero_s,
-        kv_block_s=zero_s,
-        steady=zero > 0,
-        passes=zero,
     )
     return World(experts, Telemetry(arrivals, None))
 

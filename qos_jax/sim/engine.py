@@ -58,7 +58,19 @@ def init_state(spec: EngineSpec, lanes: tuple[int, ...], payload: Any = (), dtyp
     )  # fmt: skip
     zero_s, zero = jnp.zeros(lanes, dtype), jnp.zeros(lanes, jnp.int32)
     return ExpertState(
-        slots, zero, zero, zero, zero_s, zero_s, zero, zero_s, zero_s, zero_s, zero_s, steady=zero > 0, passes=zero
+        slots=slots,
+        used=zero,
+        running=zero,
+        waiting=zero,
+        clock_s=zero_s,
+        scheduled_s=zero_s,
+        taken_blocks=zero,
+        standby_left_s=zero_s,
+        busy_s=zero_s,
+        standby_s=zero_s,
+        kv_block_s=zero_s,
+        steady=zero > 0,
+        passes=zero,
     )
 
 
@@ -176,7 +188,7 @@ def _compact_if_full(spec: EngineSpec) -> Callable[[ExpertState], ExpertState]:
 
 def _finished_if_full(spec: EngineSpec, state: ExpertState) -> Array:
     """Returns [L] int32: the finished requests on each lane whose last slot is taken, 0 on the others."""
-    return jnp.where(needs_compact(state), spec.slots - state.running - state.waiting, 0)
+    return jnp.where(needs_compact(state), spec.slots - state.live, 0)
 
 
 def _without_first_finished(state: ExpertState) -> ExpertState:
@@ -255,7 +267,7 @@ def _run_busy_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState
 
 def busy(state: ExpertState, horizon_s: Array) -> Array:
     """Returns [L] bool: an iteration starts before the horizon."""
-    return (state.clock_s < horizon_s) & (state.running + state.waiting > 0)
+    return (state.clock_s < horizon_s) & (state.live > 0)
 
 
 def _run_lanes(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, horizon_s: Array) -> ExpertState:

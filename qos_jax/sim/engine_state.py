@@ -92,6 +92,11 @@ class ExpertState(struct.PyTreeNode):
     passes: Array  # [L] int32 passes through the engine's loops: the simulator's own work
     prefixes: Any = None  # pytree with leaves [L, ...]: the caller's, of what finished requests left in the cache
 
+    @property
+    def live(self) -> Array:
+        """[L] int32 requests, running or waiting."""
+        return self.running + self.waiting
+
 
 def of_slots(values: Any) -> Array:
     """Returns values of the lanes [L] as [L, 1], to broadcast over the slots."""

@@ -120,7 +120,7 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
         busy_s=state.busy_s + duration_s,
         kv_block_s=state.kv_block_s + duration_s * blocks.astype(duration_s.dtype),
         running=jnp.where(active, places, state.running),
-        waiting=jnp.where(active, state.waiting + state.running - completions - places, state.waiting),
+        waiting=jnp.where(active, state.live - completions - places, state.waiting),
         steady=jnp.where(active, admits_none & (unsteady == 0) & (places > 0), state.steady),
         passes=state.passes + 1,
     )
@@ -175,7 +175,7 @@ def decode_stretch(
     )
     next_s, _ = decode_s(experts, decoding, kv_tokens)
     taken_blocks = state.taken_blocks + new_blocks
-    waits_for_own = slots.waiting & (slots.cached_blocks > 0)
+    waits_for_own = _may_reuse(slots)
     cached_blocks = lax.cond(
         jnp.any(waits_for_own),
         lambda: jnp.where(
@@ -234,26 +234,25 @@ def _room(
       [L, S] bool: its blocks fit in memory with theirs; [L, S] int32 tokens left of the budget; [L, S] bool: fewer than
       ``max_running`` are before it; and [L, S] int32 blocks of its own that it finds.
     """
-    limits = (
+    max_blocks, token_budget, max_running = (
         max_kv_blocks(experts, spec.block_size),
-        jnp.asarray(experts.token_budget),
-        jnp.asarray(experts.max_running),
+        experts.token_budget,
+        experts.max_running,
     )
-    max_blocks, token_budget, max_running = limits
     blocks, tokens = totals(next_blocks, wanted_tokens)
-    live, requests = state.slots.live & active[..., None], jnp.where(active, state.running + state.waiting, 0)
+    live, requests = state.slots.live & active[..., None], jnp.where(active, state.live, 0)
     may_reuse = live & _may_reuse(state.slots)
     is_scarce = (blocks > max_blocks) | (tokens > token_budget) | (requests > max_running)
 
     def in_order() -> tuple[Array, Array, Array, Array]:
         count, blocks_so_far, tokens_so_far = prefix_sums(state.clock_s.dtype, live, next_blocks, wanted_tokens)
-        found = lax.cond(
+        reused_blocks, wanted, tokens_so_far = lax.cond(
             jnp.any(may_reuse),
             lambda: find_own_blocks(spec, experts, state, may_reuse, wanted_tokens, next_blocks, blocks_so_far),
             lambda: (jnp.zeros_like(wanted_tokens), wanted_tokens, tokens_so_far),
         )
-        budget_left = of_slots(token_budget) - (found[2] - found[1])
-        return blocks_so_far <= of_slots(max_blocks), budget_left, count <= of_slots(max_running), found[0]
+        budget_left = of_slots(token_budget) - (tokens_so_far - wanted)
+        return blocks_so_far <= of_slots(max_blocks), budget_left, count <= of_slots(max_running), reused_blocks
 
     def at_once() -> tuple[Array, Array, Array, Array]:
         every, none = jnp.ones_like(live), jnp.zeros_like(wanted_tokens)

@@ -30,7 +30,7 @@ def first_loaded(cards: SharedCards) -> Array:
 
 def leaving(experts: ExpertState, loaded: Array) -> Array:
     """Returns [N] bool: another LLM is loaded once the requests of this one have ended; it takes none."""
-    return (experts.running + experts.waiting > 0) & ~loaded
+    return (experts.live > 0) & ~loaded
 
 
 def load(
@@ -89,7 +89,7 @@ class CardTurns(struct.PyTreeNode):
 
     def may_begin(self, arrived: Array, experts: ExpertState) -> Array:
         """Returns [L] bool: the other lane has ended all requests before, of which ``arrived`` [L] have come."""
-        ended = (arrived[self.other] >= self.other_rows) & (experts.running + experts.waiting == 0)[self.other]
+        ended = (arrived[self.other] >= self.other_rows) & (experts.live == 0)[self.other]
         return ~self.begins | ended
 
     def start_s(self, ended_s: Array) -> Array:
