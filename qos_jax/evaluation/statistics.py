@@ -52,12 +52,36 @@ def crossed_interval(values: np.ndarray) -> dict[str, float]:
     is that of the axis with fewer samples. An axis with one sample is ignored, as its spread is unknown; with one cell
     the bounds are NaN.
     """
-    axes = [means for means in (values.mean(1), values.mean(0)) if len(means) > 1]
-    mean, half = float(values.mean()), float("nan")
-    if axes:
-        error = np.sqrt(sum(means.var(ddof=1) / len(means) for means in axes))
-        half = float(_student_quantile(0.975, min(map(len, axes)) - 1) * error)
+    mean, error, freedom = _crossed(values)
+    half = float(_student_quantile(0.975, freedom) * error) if freedom else float("nan")
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def crossed_p_value(values: np.ndarray) -> float:
+    """Returns the two-sided p-value of a mean of 0, by the statistic of ``crossed_interval``; NaN for one cell."""
+    import scipy.stats  # slow to import
+
+    mean, error, freedom = _crossed(values)
+    if not freedom:
+        return float("nan")
+    return float(2 * scipy.stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values that are corrected for their number by Holm's step-down method; NaN stays and counts as one."""
+    order = sorted(range(len(p_values)), key=lambda i: (np.isnan(p_values[i]), p_values[i]))
+    corrected, least = [float("nan")] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min((len(p_values) - rank) * p_values[i], 1.0))
+        corrected[i] = p_values[i] if np.isnan(p_values[i]) else least
+    return corrected
+
+
+def _crossed(values: np.ndarray) -> tuple[float, float, int]:
+    """Returns the mean of a grid, its standard error, and the degrees of freedom; 0 of these for one cell."""
+    axes = [means for means in (values.mean(1), values.mean(0)) if len(means) > 1]
+    error = float(np.sqrt(sum(means.var(ddof=1) / len(means) for means in axes)))
+    return float(values.mean()), error, min(map(len, axes), default=1) - 1
 
 
 def _student_quantile(probability: float, degrees_of_freedom: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qos_jax.evaluation.metrics import METRICS
-from qos_jax.evaluation.statistics import crossed_interval
+from qos_jax.evaluation.statistics import crossed_interval, crossed_p_value, holm
 
 ResultRow = Mapping[str, Any]
 
@@ -76,16 +76,19 @@ class StudyResult:
         """Gains of learned routers over the best heuristic, by world, load and router.
 
         Rows of ``world``, ``load``, ``router``, ``best`` heuristic and its ``best_qos``; ``mean``, ``low`` and ``high``
-        of the paired gain in QoS; ``least`` and ``greatest`` gain of a training seed; and ``oracle``, the QoS of the
-        impact-greedy oracle, or None.
+        of the paired gain in QoS; ``least`` and ``greatest`` gain of the ``training_seeds``, their number; ``p``,
+        the p-value of no gain, corrected for the number of these rows; and ``oracle``, the QoS of the impact-greedy
+        oracle, or None.
         """
-        return [
+        gains = [
             gain
             for world in self.worlds
             for load in self.loads(world)
             for router, kind in self.kinds.items()
             if kind == "learned" and (gain := self._gain(world, load, router))
         ]
+        corrected = holm([gain["p"] for gain in gains])
+        return [gain | {"p": p_value} for gain, p_value in zip(gains, corrected, strict=True)]
 
     @cached_property
     def claims(self) -> list[dict[str, Any]]:
@@ -147,6 +150,7 @@ class StudyResult:
         return {
             "world": world, "load": load, "router": router, "best": best, "best_qos": float(best_grid.mean()),
             **crossed_interval(gains), "least": float(gains.mean(1).min()), "greatest": float(gains.mean(1).max()),
+            "training_seeds": len(gains), "p": crossed_p_value(gains),
             "oracle": float(oracle.mean()) if oracle.size else None,
         }  # fmt: skip
 

@@ -57,6 +57,7 @@ from qos_jax.workload.traces import with_gaps
 from qos_jax.worlds import presets
 
 _DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
+_OF_TRAINING = ("most_steps", "most_training_seeds")  # of a budget: the runs themselves say what they had
 _WARM_UP = 0.1  # leading share of the requests that does not count
 
 
@@ -118,7 +119,8 @@ class _Maker:
 
     def cell(self, study: str, world: World) -> list[dict[str, Any]]:
         """Returns what every router made of a world at each load and seed: one row each."""
-        asked = dataclasses.asdict(world) | dataclasses.asdict(self.budget) | {"study": _asked(STUDIES[study])}
+        budget = {name: value for name, value in dataclasses.asdict(self.budget).items() if name not in _OF_TRAINING}
+        asked = dataclasses.asdict(world) | budget | {"study": _asked(STUDIES[study])}
         asked |= {"trained": {name: self._training(name) for name in self.trained(world)}}
         asked = plain(asked | {name: DIALS[name] for name in world.trained if name in DIALS})
         path = self.folder / "cells" / f"{study}-{_file_name(world.label)}.json"
@@ -268,7 +270,7 @@ def _upgraded(asked: Any) -> Any:
     if not isinstance(trained, dict):
         return asked
     known = {name: upgraded_training(one) if isinstance(one, dict) else one for name, one in trained.items()}
-    return asked | {"trained": known}
+    return {name: value for name, value in asked.items() if name not in _OF_TRAINING} | {"trained": known}
 
 
 def _recorded(world: World) -> dict[str, Any]:

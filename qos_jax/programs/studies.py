@@ -28,7 +28,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(requests=200, seeds=2, most_steps=6_000, most_training_seeds=1, ends_only=True),
-    "full": Budget(requests=1_500, seeds=16, most_steps=None, most_training_seeds=5, ends_only=False),
+    "full": Budget(requests=1_500, seeds=16, most_steps=None, most_training_seeds=10, ends_only=False),
 }
 
 
@@ -111,7 +111,7 @@ _ABLATIONS = {
     "never_drops": Trained(flags=("--noallow_drop",)),
 }
 _LEARNERS = {
-    "learner_sac": Trained(agent="sac"),
+    "learner_sac": Trained(agent="sac", seeds=10),
     "learner_sac_joint": Trained(agent="sac_joint"),
     # These three stay far below; more seeds and steps would tell nothing new.
     "learner_sac_td0": Trained(agent="sac_td0", share=0.5, seeds=2),
@@ -124,7 +124,7 @@ _ENERGY = {
 }
 
 TRAINED = {
-    "mvr": Trained(),
+    "mvr": Trained(seeds=10),
     "mvr_paper_6": Trained("paper-6"),
     "mvr_edge_8": Trained("edge-8"),
     "mvr_jetson_4": _short("jetson-4"),
@@ -318,8 +318,8 @@ STUDIES = {
     ),
     "learners": Study(
         "Methods of learning",
-        "Which method learns queues? Each learns by its recipe from five training seeds; those that fail anyway from "
-        "two, and half of the requests.",
+        "Which method learns queues? Each learns by its recipe from five or ten training seeds; those that fail anyway "
+        "from two, and half of the requests.",
         (
             World("paper-3", trained=("mvr", *(name for name in _LEARNERS if not name.endswith("edge_8")))),
             World("edge-8", "edge-8", ("mvr_edge_8", "learner_sac_edge_8")),

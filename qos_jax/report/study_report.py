@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -168,6 +169,7 @@ def _gains_table(result: StudyResult) -> _HeadsAndRows:
         "best heuristic",
         "QoS",
         "gain",
+        "p, corrected",
         "over training seeds",
         display_name("oracle_impact"),
     )
@@ -177,7 +179,8 @@ def _gains_table(result: StudyResult) -> _HeadsAndRows:
             f"{display_name(gain['best'])} {gain['best_qos']:.3f}",
             f"{gain['best_qos'] + gain['mean']:.3f}",
             f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
-            f"{gain['least']:+.3f} to {gain['greatest']:+.3f}",
+            "" if math.isnan(gain["p"]) else f"{gain['p']:.3f}" if gain["p"] >= 0.001 else "< 0.001",
+            f"{gain['training_seeds']}: {gain['least']:+.3f} to {gain['greatest']:+.3f}",
             "" if gain["oracle"] is None else f"{gain['oracle']:.3f}",
         )
         for gain in result.gains

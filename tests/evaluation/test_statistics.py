@@ -12,6 +12,8 @@ import scipy.stats
 from qos_jax.errors import InputError
 from qos_jax.evaluation.statistics import (
     crossed_interval,
+    crossed_p_value,
+    holm,
     interquartile_mean,
     paired_difference,
     performance_profile,
@@ -163,3 +165,24 @@ def test_a_crossed_interval_of_one_training_seed_is_students() -> None:
     values = np.array([0.1, 0.2, 0.4])
     assert interval["high"] - interval["mean"] == pytest.approx(4.30265 * values.std(ddof=1) / math.sqrt(3), rel=1e-4)
     assert math.isnan(crossed_interval(np.array([[0.3]]))["low"])
+
+
+def test_a_p_value_of_one_training_seed_is_students() -> None:
+    values = np.array([0.1, -0.2, 0.4, 0.3])
+    assert crossed_p_value(values[None]) == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue)
+    assert math.isnan(crossed_p_value(np.array([[0.3]])))
+
+
+def test_a_p_value_is_below_five_percent_where_the_interval_excludes_zero() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        grid = 0.4 + rng.normal(size=(4, 6))
+        interval = crossed_interval(grid)
+        assert (crossed_p_value(grid) < 0.05) == (interval["low"] > 0 or interval["high"] < 0)
+
+
+def test_holm_corrects_for_the_number_of_comparisons() -> None:
+    """By hand: 4 x 0.005, 3 x 0.01, then 2 x 0.03, which 1 x 0.04 may not fall below."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, math.nan, 0.6]) == pytest.approx([1.0, math.nan, 1.0], nan_ok=True)
+    assert holm([]) == []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qos_jax.evaluation.metrics import METRICS
+from qos_jax.evaluation.statistics import crossed_p_value
 from qos_jax.evaluation.study import StudyResult
 from qos_jax.report.pictures import Picture
 from qos_jax.report.study_report import study_figure, study_html, study_markdown
@@ -44,6 +45,12 @@ def test_gains_are_paired_with_the_best_heuristic():
     assert (gain["least"], gain["mean"], gain["greatest"]) == pytest.approx((0.05, 0.06, 0.07))
     # The difficulty of the requests differs by 0.2 and cancels; the spread over training seeds remains.
     assert gain["high"] - gain["mean"] == pytest.approx(12.706 * 0.01 / math.sqrt(3), rel=1e-3)
+    assert gain["training_seeds"] == 3
+
+
+def test_p_values_of_gains_are_corrected_for_their_number():
+    alone = crossed_p_value(np.array([[0.05, 0.05], [0.06, 0.06], [0.07, 0.07]]))
+    assert [gain["p"] for gain in result().gains] == pytest.approx([4 * alone] * 4)  # two worlds at two loads, alike
 
 
 def with_a_plan():
