@@ -24,6 +24,8 @@ _KNOT_TOLERANCE = 0.01  # largest relative error of a measured point that is lef
 _LARGE_ERROR = 0.1  # beyond, an iteration pulls no more: one long context beside few others, which no sum can tell
 _PASSES = 12
 _ROUNDS = 4  # of a fit whose errors are relative to what the round before it gave
+_KNOTS = np.sort(np.append(2.0 ** np.arange(24), [3.0, 6.0, 12.0]))  # tokens
+_FEW_TOKENS = 16
 _NO_HEAD: Curve = (np.array([1.0, 2.0]), np.zeros(2))
 
 
@@ -57,8 +59,9 @@ def fit_tables(tables: KernelTables, iterations: Iterations, num_layers: int) ->
 def fit_whole(iterations: Iterations) -> IterationTables:
     """Fits the tables of one expert to iterations of an engine, with what its host did in them.
 
-    The matrix kernels are a line with knots at powers of two, up to the largest iteration. What requests add to them is
-    in the attention, so the head takes no time.
+    The matrix kernels rise with the tokens, in a line with knots up to the largest iteration. At few tokens they may be
+    dearer than that: on a CPU two tokens can take longer than four. What requests add to them is in the attention, so
+    the head takes no time.
 
     Args:
       iterations: timed as a whole, of all kinds, with 1 to many requests.
@@ -67,17 +70,21 @@ def fit_whole(iterations: Iterations) -> IterationTables:
       Tables with N = 1.
     """
     tokens = np.asarray(iterations.prompt_tokens + iterations.decodes, float)
-    knots = np.append(2.0 ** np.arange(np.ceil(np.log2(max(tokens.max(), 2.0)))), tokens.max())
-    pieces = np.clip(tokens[:, None] - knots[:-1], 0.0, np.diff(knots))
-    columns = np.concatenate([np.ones((len(tokens), 1)), pieces, _terms(iterations)], 1)
+    most = max(tokens.max(), 2.0)
+    knots = np.append(_KNOTS[: np.searchsorted(_KNOTS, most)], most)
+    rise = np.clip(knots[:, None] - knots[:-1], 0.0, np.diff(knots))
+    above = np.eye(len(knots))[:, knots < min(_FEW_TOKENS, most)]
+    curves = np.concatenate([np.ones((len(knots), 1)), rise, above], 1)  # of which the kernels are a sum, at the knots
+    of_kernels = np.stack([np.interp(tokens, knots, curve) for curve in curves.T], 1)
+    columns = np.concatenate([of_kernels, _terms(iterations)], 1)
     expected_s = iterations.time_s
     for _ in range(_ROUNDS):  # in errors of a time that scatters, the least squares would be too short
         found = _robust_nnls(columns, iterations.time_s, iterations.kind, expected_s)
         expected_s = columns @ found
-    base_s, slopes, attention_s = np.split(found, [1, len(knots)])
+    kernels_s, attention_s = np.split(found, [curves.shape[1]])
     return IterationTables(
         dense_tokens=knots[None],
-        dense_s=(base_s + np.append(0.0, np.cumsum(slopes * np.diff(knots))))[None],
+        dense_s=(curves @ kernels_s)[None],
         head_requests=_NO_HEAD[0][None],
         head_s=_NO_HEAD[1][None],
         attention_s=attention_s[None],
