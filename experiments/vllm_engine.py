@@ -10,9 +10,11 @@ minute on a shared machine, so it is divided by how much slower than at the star
 While nobody is there the clock jumps to the next arrival. The model is a LLaMA of 27 million random weights. The engine
 schedules synchronously, as it does in one process.
 
-Written are one run for each load in the format of ``qos-jax fidelity``, ``iterations.csv`` with what each iteration
-computed and how long it took, and ``profile.csv``, the same of other requests. The profile is taken in parts before,
-between and after the runs.
+A second engine like it serves other requests for a profile. The two take turns of a second, so that both see the same
+machine: a matrix product shows not all of how fast it is at the time.
+
+Written is one folder for each load: the run in the format of ``qos-jax fidelity``, ``iterations.csv`` with what each
+iteration computed and how long it took, and ``profile.csv``, the same of the other engine.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -55,8 +58,10 @@ BLOCK_SIZE_TOKENS = 32  # the smallest with which vLLM starts on a CPU
 MAX_RUNNING = 16
 TOKEN_BUDGET = 512
 MOST_PROMPT_TOKENS, MOST_OUTPUT_TOKENS = 1500, 300
-PROFILE_CONCURRENCY = (1, 2, 4, 8, 16)
+PROFILE_CONCURRENCY = (1, 2, 3, 4, 6, 8, 12, 16)
+PROBES_PER_PLACE = 4  # so that all numbers of requests are seen in about as many iterations
 TICK_S = 1.0
+TURN_S = 1.0  # CPU time of one engine, then of the other
 PACE_EVERY_S = 0.2  # CPU time of the engine
 _VOCABULARY = 1024
 
@@ -116,17 +121,16 @@ class Pace:
 class Engine:
     """vLLM in this process, and its clock."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        """Starts vLLM, with its model in a folder."""
-        write_model(folder, layers=8, width=512)
+    def __init__(self, model: pathlib.Path, pace: Pace) -> None:
+        """Starts vLLM."""
         self.clock_s = self.unpaced_s = 0.0
-        self.pace = Pace()
+        self.pace = pace
         self.iteration = Iteration()
         self.requests: dict[str, Request] = {}
         self.added = 0
         self.llm = LLMEngine.from_engine_args(
             EngineArgs(
-                model=str(folder),
+                model=str(model),
                 load_format="dummy",
                 dtype="float32",
                 block_size=BLOCK_SIZE_TOKENS,
@@ -237,43 +241,59 @@ def in_a_loop(engine: Engine, requests: list[Request], concurrency: int) -> Iter
         yield dataclasses.replace(engine.step())
 
 
-def profile(engine: Engine, seed: int, count: int) -> list[Iteration]:
-    """One part of the profile: so many requests at each concurrency."""
-    return [
-        iteration
-        for concurrency in PROFILE_CONCURRENCY
-        for iteration in in_a_loop(engine, probes(seed * 100 + concurrency, count), concurrency)
-    ]
+def profile(engine: Engine) -> Iterator[Iteration]:
+    """Serves probes without end, so many at a time as ``PROFILE_CONCURRENCY`` says in turn."""
+    for seed, concurrency in enumerate(itertools.cycle(PROFILE_CONCURRENCY)):
+        yield from in_a_loop(engine, probes(seed, PROBES_PER_PLACE * concurrency), concurrency)
 
 
-def poisson(
-    engine: Engine, requests: list[Request], rate_per_s: float, seed: int
-) -> tuple[list[Iteration], list[tuple[float, ...]]]:
-    """Serves requests that arrive by themselves. Returns the iterations, and the state at each tick."""
+def turn(iterations: Iterator[Iteration]) -> list[Iteration]:
+    """Takes iterations that together last a turn."""
+    taken: list[Iteration] = []
+    while sum(iteration.time_s for iteration in taken) < TURN_S:
+        taken.append(next(iterations))
+    return taken
+
+
+def poisson(engine: Engine, requests: list[Request], rate_per_s: float, seed: int) -> Iterator[Iteration]:
+    """Serves requests that arrive by themselves."""
     lot, at_s = random.Random(seed), 0.0
     for request in requests:
         request.arrival_s = at_s
         at_s += lot.expovariate(rate_per_s)
     engine.clock_s = 0.0
-    waiting, iterations = list(reversed(requests)), []
-    ticks: list[tuple[float, ...]] = []
-    prompts = tokens = 0
+    waiting = list(reversed(requests))
     while waiting or engine.requests:
         if not engine.requests:
             engine.clock_s = max(engine.clock_s, waiting[-1].arrival_s)
         while waiting and waiting[-1].arrival_s <= engine.clock_s:
             engine.add(waiting.pop())
-        iterations.append(dataclasses.replace(engine.step()))
-        prompts += iterations[-1].prompt_tokens
-        tokens += iterations[-1].decodes
+        yield dataclasses.replace(engine.step())
+
+
+def side_by_side(
+    engine: Engine, served: Iterator[Iteration], profiled: Iterator[Iteration]
+) -> tuple[list[Iteration], list[Iteration], list[tuple[float, ...]]]:
+    """Runs one engine until it has served all, the other in turns. Returns iterations of both, and ticks of the one."""
+    iterations: list[Iteration] = []
+    profile: list[Iteration] = []
+    ticks: list[tuple[float, ...]] = []
+    began = ticked = 0
+    for iteration in served:
+        iterations.append(iteration)
+        if sum(one.time_s for one in iterations[began:]) >= TURN_S:
+            began = len(iterations)
+            profile += turn(profiled)
         if engine.clock_s >= TICK_S * (len(ticks) + 1):
             now_s = engine.clock_s
             passed_s = now_s - (ticks[-1][0] if ticks else 0.0)
             running, queued = len(engine.scheduler.running), len(engine.scheduler.waiting)
             share = 100 * engine.scheduler.kv_cache_manager.usage
+            since = iterations[ticked:]
+            prompts, tokens = sum(one.prompt_tokens for one in since), sum(one.decodes for one in since)
             ticks.append((now_s, running, queued, share, prompts / passed_s, tokens / passed_s))
-            prompts = tokens = 0
-    return iterations, ticks
+            ticked = len(iterations)
+    return iterations, profile, ticks
 
 
 def write_run(
@@ -330,26 +350,29 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder for the runs")
     parser.add_argument("--loads", default="0.6,0.8,1.0,1.2", help="arrival rates, as shares of the capacity")
     parser.add_argument("--requests", default=400, type=int, help="requests of each run")
-    parser.add_argument("--probes", default=10, type=int, help="requests of each part of the profile and concurrency")
     parser.add_argument("--seed", default=0, type=int, help="of the requests of the first run")
     options = parser.parse_args()
-    engine = Engine(options.out / "model")
-    for _ in in_a_loop(engine, probes(99, 20), 8):
-        pass  # the first iterations allocate
+    model, pace = options.out / "model", Pace()
+    write_model(model, layers=8, width=512)
+    engine, other = Engine(model, pace), Engine(model, pace)
+    for warmed in (engine, other):
+        for _ in in_a_loop(warmed, probes(-1, 20), 8):
+            pass  # the first iterations allocate
     began_s = engine.clock_s
     for _ in in_a_loop(engine, users(98, options.requests // 2), MAX_RUNNING):
         pass
     capacity_per_s = (options.requests // 2) / (engine.clock_s - began_s)
     print(f"capacity {capacity_per_s:.3f} requests/s", flush=True)
-    measured = profile(engine, 1, options.probes)
+    profiled = profile(other)
     for number, load in enumerate(options.loads.split(",")):
         requests = users(options.seed + number, options.requests)
-        iterations, ticks = poisson(engine, requests, float(load) * capacity_per_s, options.seed + number)
-        write_run(options.out / f"load-{load}", requests, iterations, ticks)
-        slowness = engine.pace.slowness
-        print(f"load {load}: {len(iterations)} iterations, {engine.clock_s:.0f} s, slowness {slowness:.2f}", flush=True)
-        measured += profile(engine, 2 + number, options.probes)
-        write_iterations(options.out / "profile.csv", measured)
+        served = poisson(engine, requests, float(load) * capacity_per_s, options.seed + number)
+        iterations, measured, ticks = side_by_side(engine, served, profiled)
+        folder = options.out / f"load-{load}"
+        write_run(folder, requests, iterations, ticks)
+        write_iterations(folder / "profile.csv", measured)
+        count, slowness = len(iterations), pace.slowness
+        print(f"load {load}: {count} iterations, {engine.clock_s:.0f} s, slowness {slowness:.2f}", flush=True)
 
 
 if __name__ == "__main__":

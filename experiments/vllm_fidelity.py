@@ -2,10 +2,9 @@
 
 python -m experiments.vllm_fidelity --runs=runs/vllm-cpu
 
-``experiments/vllm_engine.py`` makes the runs. The cost of an iteration is fitted to the profile that it took of other
-requests, and nothing to the runs. One more line of each run has the tables at the speed of that run, one number: near
-saturation a small error of all iterations is a large one of the queue, and a shared machine is not as fast in one run
-as in the profile.
+``experiments/vllm_engine.py`` makes the runs. The cost of an iteration is fitted to the other engine, which served
+other requests in turns with the runs, and nothing to the runs. As a shared machine is not always as fast, all times of
+a run are scaled by one number: how slow the other engine was in its turns of that run.
 """
 
 from __future__ import annotations
@@ -37,59 +36,70 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
-    """Prints the errors of the fit, and those of each run."""
-    folder = pathlib.Path(values.runs)
-    found = compare(folder)
+    """Prints the errors of the fit, and those of the runs."""
+    found = compare(pathlib.Path(values.runs))
     for form, kinds in found["profile"].items():
         for kind, error in kinds.items():
             print(f"profile, {form}, {kind}: {error['mape']:.1%} ({error['bias']:+.1%}), {error['iterations']}")
-    for name, run in found["runs"].items():
-        for form, errors in run.items():
+    for name, forms in found["runs"].items():
+        for form, errors in forms.items():
             latencies = ", ".join(
                 f"{fidelity.LATENCIES[latency]} {row['mean_error']:+.1%} (median {row['median_error']:.1%})"
                 for latency, row in errors["latencies"].items()
             )
-            print(f"{name}, {form}: own iterations {errors['iterations']:+.1%}; {latencies}")
+            print(f"{name}, {form} x {errors['slowness']:.3f}: own iterations {errors['iterations']:+.1%}; {latencies}")
     if values.out is not None:
         result = plain({"versions": versions(), **found})
         write_whole(writable_folder(values.out) / "vllm_fidelity.json", json.dumps(result, indent=1, allow_nan=False))
 
 
 def compare(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the errors of both forms: on the profile, and on each run.
+    """Returns the errors of both forms of the cost: on the profile, and of each run.
 
     Raises:
       InputError: there is no run, a file cannot be read, or one lacks a field.
     """
-    profile = read_iterations(folder / "profile.csv")
-    coefficients: dict[str, Any] = fit_timing(profile)
-    forms = {"tables": coefficients | {"kernels": fit_whole(profile)}, "coefficients": coefficients}
     runs = sorted(folder.glob("load-*"))
     if not runs:
         raise InputError(f"{folder}: has no folder load-*, must have one for each run")
+    profiles = {run: read_iterations(run / "profile.csv") for run in runs}
+    columns = ([getattr(one, field.name) for one in profiles.values()] for field in dataclasses.fields(Iterations))
+    profile = Iterations(*map(np.concatenate, columns))
+    coefficients: dict[str, Any] = fit_timing(profile)
+    forms = {"tables": coefficients | {"kernels": fit_whole(profile)}, "coefficients": coefficients}
     return {
         "profile": {form: relative_errors(timing, profile) for form, timing in forms.items()},
-        "runs": {run.name: _errors_of(run, forms) for run in runs},
+        "runs": {
+            run.name: {form: _errors(run, timing, of_run) for form, timing in forms.items()}
+            for run, of_run in profiles.items()
+        },
     }
 
 
-def _errors_of(folder: pathlib.Path, forms: dict[str, Any]) -> dict[str, Any]:
-    errors = {form: _errors(folder, timing) for form, timing in forms.items()}
-    kernels, speed = forms["tables"]["kernels"], 1 / (1 + errors["tables"]["iterations"])
-    times_s = ("dense_s", "head_s", "attention_s")
-    at_its_speed = kernels.replace(**{name: speed * getattr(kernels, name) for name in times_s})
-    return errors | {"tables at its speed": _errors(folder, forms["tables"] | {"kernels": at_its_speed})}
+def _errors(folder: pathlib.Path, timing: dict[str, Any], profile: Iterations) -> dict[str, Any]:
+    """Returns the errors of a run at the speed of its profile.
 
-
-def _errors(folder: pathlib.Path, timing: dict[str, Any]) -> dict[str, Any]:
-    """Returns the error of the whole time of the engine's own iterations, and those of the latencies."""
+    Its ``slowness``; the relative error of the whole time of the engine's own ``iterations``; and the ``preemptions``
+    and errors of ``latencies`` of a replay.
+    """
+    slowness = float(profile.time_s.sum() / predicted_s(timing, profile).sum())
+    timing = _scaled(timing, slowness)
     run, iterations = read_run(folder), read_iterations(folder / "iterations.csv")
     log = fidelity.replay_run(run, timing)
     return {
+        "slowness": slowness,
         "iterations": float(predicted_s(timing, iterations).sum() / iterations.time_s.sum() - 1),
         "preemptions": int(log.preemptions.sum()),
         "latencies": fidelity.latency_errors(run, log),
     }
+
+
+def _scaled(timing: dict[str, Any], factor: float) -> dict[str, Any]:
+    scaled: dict[str, Any] = {name: factor * value for name, value in timing.items() if name != "kernels"}
+    if kernels := timing.get("kernels"):
+        times_s = ("dense_s", "head_s", "attention_s")
+        scaled["kernels"] = kernels.replace(**{name: factor * getattr(kernels, name) for name in times_s})
+    return scaled
 
 
 def read_iterations(path: pathlib.Path) -> Iterations:

@@ -20,24 +20,12 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_its_own_iterations_take_as_long_as_the_tables_say(found: dict[str, Any]) -> None:
-    """To 1.5 % in three runs of four; between the fourth and the profile the machine got faster by 4.5 %."""
-    errors = sorted(abs(run["tables"]["iterations"]) for run in found["runs"].values())
-    assert errors[2] < 0.015
-    assert errors[3] < 0.05
-
-
-@pytest.mark.slow
-def test_latencies_are_as_measured(found: dict[str, Any]) -> None:
-    """End to end 8 % at each load at the speed of the run, and without that at all loads but 1.0."""
-    e2e = {
-        form: {name: run[form]["latencies"]["e2e_s"]["mean_error"] for name, run in found["runs"].items()}
-        for form in ("tables", "tables at its speed", "coefficients")
-    }
-    assert len(e2e["tables"]) == 4
-    assert all(abs(error) < 0.08 for error in e2e["tables at its speed"].values())
-    assert all(abs(error) < 0.08 for name, error in e2e["tables"].items() if name != "load-1.0")
-    assert abs(e2e["tables"]["load-0.8"]) < abs(e2e["coefficients"]["load-0.8"])
+def test_answers_take_as_long_as_the_tables_say(found: dict[str, Any]) -> None:
+    """End to end within 8 % at each load, also near saturation, where a queue multiplies errors of iterations."""
+    tables = {run: forms["tables"] for run, forms in found["runs"].items()}
+    assert list(tables) == ["load-0.6", "load-0.8", "load-1.0", "load-1.2"]
+    assert max(abs(errors["latencies"]["e2e_s"]["mean_error"]) for errors in tables.values()) < 0.08
+    assert max(abs(errors["iterations"]) for errors in tables.values()) < 0.02
 
 
 @pytest.mark.slow
@@ -45,7 +33,7 @@ def test_the_profile_shows_what_the_coefficients_leave_out(found: dict[str, Any]
     """They have no term for prompts that go on; single times scatter by 10 %, so the bias is what tells."""
     bias = {form: found["profile"][form]["chunked"]["bias"] for form in ("tables", "coefficients")}
     assert abs(bias["tables"]) < 0.015
-    assert bias["coefficients"] < -0.15
+    assert bias["coefficients"] < -0.1
 
 
 @pytest.mark.parametrize(
@@ -64,6 +52,5 @@ def test_bad_iterations_are_refused(tmp_path: pathlib.Path, text: str, message: 
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "profile.csv.gz").write_bytes((RUNS / "profile.csv.gz").read_bytes())
     with pytest.raises(InputError, match=r"has no folder load-\*"):
         compare(tmp_path)
