@@ -32,7 +32,14 @@ import numpy as np
 from experiments.servers import free_port, wait_until_up
 from qos_jax.gateway.app import make_app
 from qos_jax.gateway.core import Gateway
-from qos_jax.gateway.decision import AVAILABLE, NUM_EXPERT_ROWS, TOKENS, Decider, program_of
+from qos_jax.gateway.decision import (
+    AVAILABLE,
+    NUM_EXPERT_ROWS,
+    TOKENS,
+    Decider,
+    decide_in_the_calling_thread,
+    program_of,
+)
 from qos_jax.gateway.fake_engine import FakeEngine, many
 from qos_jax.gateway.fleet import Backend
 from qos_jax.gateway.ledger import ARRIVAL, LIMIT, LIVE, NUM_COLUMNS, PROMPT
@@ -62,7 +69,7 @@ def rows(num_requests: int) -> Iterator[dict[str, Any]]:
     module = (sys.executable, "-m", "experiments.benchmarks.gateway")
     with _Process([*module, "engines"]) as engines, contextlib.ExitStack() as stack:
         paths = [f"/{i}" for i in range(_NUM_ENGINES)]
-        straight = _row(asyncio.run(_clients(paths, engines.port, num_requests)))
+        straight = _row(_run(_clients(paths, engines.port, num_requests)))
         yield {"case": "straight", **straight}
         proxies = {"gateway": stack.enter_context(_Process([*module, "gateway", str(engines.port)]))}
         if _LITELLM is not None:
@@ -74,7 +81,7 @@ def rows(num_requests: int) -> Iterator[dict[str, Any]]:
 def _through(name: str, proxy: _Process, straight: dict[str, Any], num_requests: int) -> Iterator[dict[str, Any]]:
     """Measures requests through a proxy, and what it adds to those that went straight."""
     before_s = proxy.cpu_s
-    found = asyncio.run(_clients([""], proxy.port, num_requests, proxy.pid))
+    found = _run(_clients([""], proxy.port, num_requests, proxy.pid))
     cpu_s, row = proxy.cpu_s - before_s, _row(found)
     yield {"case": f"through {name}", **row}
     if not found["ok"]:
@@ -199,33 +206,47 @@ async def _clients(prefixes: list[str], port: int, num_requests: int, pid: int |
 
 
 async def _client(prefix: str, port: int, found: dict[str, Any]) -> None:
-    """Sends one request; a client that did all of HTTP would take more of the machine than the gateway."""
     found["open"] += 1
     found["streams"] = max(found["streams"], found["open"])
+    stream = _Stream(prefix)
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        messages = [{"role": "user", "content": f"{time.monotonic()} " + "tell me a story " * 8}]
-        body = json.dumps({"model": "auto", "messages": messages, "max_tokens": _TOKENS, "stream": True})
-        head = (
-            f"POST {prefix}/v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}"
-        )
-        writer.write(f"{head}\r\n\r\n{body}".encode())
-        content, way_s = b"", None
-        while piece := await reader.read(65536):
-            content += piece
-            if way_s is None and (stamps := _STAMPS.search(content)):
-                sent_s, there_s = map(float, stamps.groups())
-                way_s = there_s + time.monotonic() - sent_s
-        writer.close()
+        await asyncio.get_running_loop().create_connection(lambda: stream, "127.0.0.1", port)
+        await stream.ended.wait()
     except OSError:
-        content, way_s = b"", None
+        pass
     found["open"] -= 1
-    if way_s is None or b"[DONE]" not in content:
+    if stream.way_s is None or b"[DONE]" not in stream.last:
         found["failed"] += 1
     else:
         found["ok"] += 1
-        found["way_s"].append(way_s)
+        found["way_s"].append(stream.way_s)
+
+
+class _Stream(asyncio.Protocol):
+    """One request; a client that did all of HTTP would take more of the machine than the gateway."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix, self.ended = prefix, asyncio.Event()
+        self.way_s: float | None = None  # to the engine and back, of the first word
+        self.last = b""  # the end of the answer; up to the first word all of it
+
+    def connection_made(self, transport: Any) -> None:
+        messages = [{"role": "user", "content": f"{time.monotonic()} " + "tell me a story " * 8}]
+        body = json.dumps({"model": "auto", "messages": messages, "max_tokens": _TOKENS, "stream": True})
+        head = (
+            f"POST {self.prefix}/v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}"
+        )
+        transport.write(f"{head}\r\n\r\n{body}".encode())
+
+    def data_received(self, data: bytes) -> None:
+        self.last = (self.last if self.way_s is None else self.last[-100:]) + data
+        if self.way_s is None and (stamps := _STAMPS.search(self.last)):
+            sent_s, there_s = map(float, stamps.groups())
+            self.way_s = there_s + time.monotonic() - sent_s
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
 
 
 def _profile() -> ExpertProfile:
@@ -249,9 +270,9 @@ async def _serve(app: Any) -> None:
     await task
 
 
-def _run(work: Any) -> None:
+def _run(work: Any) -> Any:
     with asyncio.Runner(loop_factory=fast_loop()) as runner:
-        runner.run(work)
+        return runner.run(work)
 
 
 def _engines() -> None:
@@ -260,6 +281,7 @@ def _engines() -> None:
 
 
 def _gateway(port: str) -> None:
+    decide_in_the_calling_thread()
     backends = [Backend(f"e{i}", f"http://127.0.0.1:{port}/{i}", "vllm", f"m{i}") for i in range(_NUM_ENGINES)]
     env, params = make("paper-3", rate_per_s=1.0)
     decider = Decider(

@@ -213,9 +213,9 @@ class _Patience:
     """How long the engine and the client may take in turn: one timer that is set anew at each piece."""
 
     def __init__(self, first_s: float, total_s: float) -> None:
-        now_s = asyncio.get_running_loop().time()
-        self._end_s, self._is_engine = now_s + total_s, True
-        self._timeout = asyncio.timeout_at(min(now_s + first_s, self._end_s))
+        self._now_s = asyncio.get_running_loop().time
+        self._end_s, self._is_engine = self._now_s() + total_s, True
+        self._timeout = asyncio.timeout_at(min(self._now_s() + first_s, self._end_s))
 
     def engine_turn(self, seconds: float) -> None:
         """Gives the engine so many seconds for its next piece."""
@@ -228,7 +228,7 @@ class _Patience:
         self._set(seconds)
 
     def _set(self, seconds: float) -> None:
-        self._timeout.reschedule(min(asyncio.get_running_loop().time() + seconds, self._end_s))
+        self._timeout.reschedule(min(self._now_s() + seconds, self._end_s))
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()

@@ -40,6 +40,7 @@ class Served:
 
     ask: Ask
     prediction: Prediction
+    limit_s: float  # s/token, the latency by which routers steer, for an answer as long as predicted
     allowed: np.ndarray  # [N] bool: engines of the model that is asked for
     rates_per_s: np.ndarray  # [K] recent arrival rates, with it
     arrival_s: float  # s of the monotonic clock
@@ -131,7 +132,8 @@ class Gateway:
             raise RefusedError(404, f"model {ask.model[:100]!r} is unknown; GET /v1/models lists those there are",
                           "model_not_found")  # fmt: skip
         prediction = await self.expectations.predict(ask.text, ask.max_tokens)
-        return Served(ask, prediction, allowed, self._rates.arrive(arrival_s), arrival_s)
+        limit_s = self.level(ask).per_token_s(float(np.mean(prediction.tokens)))
+        return Served(ask, prediction, limit_s, allowed, self._rates.arrive(arrival_s), arrival_s)
 
     def place(self, served: Served) -> int:
         """Decides which engine takes a request; those that it was sent to before are left out.
@@ -154,7 +156,7 @@ class Gateway:
         ledger, experts = self._packed(now_s, available, served.prediction, last)
         arguments: dict[str, Any] = {
             "prompt_tokens": served.prediction.prompt_tokens,
-            "limit_s": self.limit_s(served),
+            "limit_s": served.limit_s,
             "may_drop": not self.settings.best_effort,
             "rates_per_s": served.rates_per_s,
         }
@@ -184,7 +186,7 @@ class Gateway:
             expert,
             served.arrival_s,
             prompt_tokens=served.prediction.prompt_tokens,
-            limit_s=self.limit_s(served),
+            limit_s=served.limit_s,
             score=float(served.prediction.score[expert]),
             tokens=float(served.prediction.tokens[expert]),
         )
@@ -200,10 +202,6 @@ class Gateway:
         if ask.tpot_s is not None:
             return Level(ttft_s=level.ttft_s if ask.ttft_s is None else ask.ttft_s, tpot_s=ask.tpot_s)
         return level if ask.ttft_s is None else dataclasses.replace(level, ttft_s=ask.ttft_s)
-
-    def limit_s(self, served: Served) -> float:
-        """Returns the latency per token [s/token] by which routers steer, for an answer as long as predicted."""
-        return self.level(served.ask).per_token_s(float(np.mean(served.prediction.tokens)))
 
     def finish(self, served: Served) -> None:
         """Notes the end of a request: in the metrics, in what is expected of others, and in requests.jsonl."""
@@ -257,7 +255,7 @@ class Gateway:
             "slo_class": served.ask.slo_class,
             "ttft_limit_s": served.ask.ttft_s,
             "tpot_limit_s": served.ask.tpot_s,
-            "limit_s_per_token": _rounded(self.limit_s(served)),
+            "limit_s_per_token": _rounded(served.limit_s),
             "in_time": in_time,
             "qos": round(score * in_time, 6),
             "in_flight": served.in_flight,

@@ -134,6 +134,14 @@ class Decider:
         return Decision(action if action < self.num_experts else None, estimate)
 
 
+def decide_in_the_calling_thread() -> None:
+    """Has JAX run programs on a CPU in the thread that calls them, if it has not run one yet.
+
+    Another thread, the default, would have to wait for a core where all are busy, and all streams with it.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def observation(requests: Array, experts: Array, arrived: Array, profile: ExpertProfile) -> Observation:
     """Returns the observation that routers read, from packed numbers.
 

@@ -17,7 +17,7 @@ LIVE, PROMPT, STREAMED, ARRIVAL, LIMIT, SCORE, TOKENS = range(7)
 NUM_COLUMNS = 7
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Entry:
     """One request on one engine."""
 

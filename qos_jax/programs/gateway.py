@@ -23,7 +23,7 @@ from absl.flags import FlagValues
 
 from qos_jax.errors import InputError
 from qos_jax.fleet.fleet_file import Fleet, Limits, load_fleet
-from qos_jax.gateway.decision import Decider, DecisionProgram, program_of
+from qos_jax.gateway.decision import Decider, DecisionProgram, decide_in_the_calling_thread, program_of
 from qos_jax.gateway.exported import SUFFIX, load_program, save_program
 from qos_jax.gateway.level import levels_of
 from qos_jax.gateway.records import log_to_stderr
@@ -57,6 +57,7 @@ def main(values: FlagValues) -> None:
     if values.export is not None:
         _export(values)
         return
+    decide_in_the_calling_thread()
     with asyncio.Runner(loop_factory=fast_loop()) as runner:
         runner.run(_demo(values) if values.demo else _serve(values))
 
