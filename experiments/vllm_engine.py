@@ -247,53 +247,50 @@ def profile(engine: Engine) -> Iterator[Iteration]:
         yield from in_a_loop(engine, probes(seed, PROBES_PER_PLACE * concurrency), concurrency)
 
 
-def turn(iterations: Iterator[Iteration]) -> list[Iteration]:
-    """Takes iterations that together last a turn."""
-    taken: list[Iteration] = []
-    while sum(iteration.time_s for iteration in taken) < TURN_S:
-        taken.append(next(iterations))
-    return taken
-
-
-def poisson(engine: Engine, requests: list[Request], rate_per_s: float, seed: int) -> Iterator[Iteration]:
-    """Serves requests that arrive by themselves."""
+def poisson(
+    engine: Engine, requests: list[Request], rate_per_s: float, seed: int, ticks: list[tuple[float, ...]]
+) -> Iterator[Iteration]:
+    """Serves requests that arrive by themselves, and appends the state of the engine at each tick."""
     lot, at_s = random.Random(seed), 0.0
     for request in requests:
         request.arrival_s = at_s
         at_s += lot.expovariate(rate_per_s)
     engine.clock_s = 0.0
     waiting = list(reversed(requests))
+    prompts = tokens = 0
     while waiting or engine.requests:
         if not engine.requests:
             engine.clock_s = max(engine.clock_s, waiting[-1].arrival_s)
         while waiting and waiting[-1].arrival_s <= engine.clock_s:
             engine.add(waiting.pop())
-        yield dataclasses.replace(engine.step())
-
-
-def side_by_side(
-    engine: Engine, served: Iterator[Iteration], profiled: Iterator[Iteration]
-) -> tuple[list[Iteration], list[Iteration], list[tuple[float, ...]]]:
-    """Runs one engine until it has served all, the other in turns. Returns iterations of both, and ticks of the one."""
-    iterations: list[Iteration] = []
-    profile: list[Iteration] = []
-    ticks: list[tuple[float, ...]] = []
-    began = ticked = 0
-    for iteration in served:
-        iterations.append(iteration)
-        if sum(one.time_s for one in iterations[began:]) >= TURN_S:
-            began = len(iterations)
-            profile += turn(profiled)
+        iteration = dataclasses.replace(engine.step())
+        prompts += iteration.prompt_tokens
+        tokens += iteration.decodes
         if engine.clock_s >= TICK_S * (len(ticks) + 1):
-            now_s = engine.clock_s
-            passed_s = now_s - (ticks[-1][0] if ticks else 0.0)
+            passed_s = engine.clock_s - (ticks[-1][0] if ticks else 0.0)
             running, queued = len(engine.scheduler.running), len(engine.scheduler.waiting)
             share = 100 * engine.scheduler.kv_cache_manager.usage
-            since = iterations[ticked:]
-            prompts, tokens = sum(one.prompt_tokens for one in since), sum(one.decodes for one in since)
-            ticks.append((now_s, running, queued, share, prompts / passed_s, tokens / passed_s))
-            ticked = len(iterations)
-    return iterations, profile, ticks
+            ticks.append((engine.clock_s, running, queued, share, prompts / passed_s, tokens / passed_s))
+            prompts = tokens = 0
+        yield iteration
+
+
+def side_by_side(first: Iterator[Iteration], second: Iterator[Iteration]) -> tuple[list[Iteration], list[Iteration]]:
+    """Takes iterations of two engines in turns, until the first has no more."""
+    iterations: tuple[list[Iteration], list[Iteration]] = ([], [])
+    while of_first := _turn(first):
+        iterations[0].extend(of_first)
+        iterations[1].extend(_turn(second))
+    return iterations
+
+
+def _turn(engine: Iterator[Iteration]) -> list[Iteration]:
+    taken: list[Iteration] = []
+    for iteration in engine:
+        taken.append(iteration)
+        if sum(each.time_s for each in taken) >= TURN_S:
+            break
+    return taken
 
 
 def write_run(
@@ -345,7 +342,7 @@ def write_iterations(path: pathlib.Path, iterations: list[Iteration]) -> None:
 
 
 def main() -> None:
-    """Profiles, measures the capacity, and runs each load."""
+    """Measures the capacity, and runs each load beside a profile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder for the runs")
     parser.add_argument("--loads", default="0.6,0.8,1.0,1.2", help="arrival rates, as shares of the capacity")
@@ -366,8 +363,9 @@ def main() -> None:
     profiled = profile(other)
     for number, load in enumerate(options.loads.split(",")):
         requests = users(options.seed + number, options.requests)
-        served = poisson(engine, requests, float(load) * capacity_per_s, options.seed + number)
-        iterations, measured, ticks = side_by_side(engine, served, profiled)
+        ticks: list[tuple[float, ...]] = []
+        served = poisson(engine, requests, float(load) * capacity_per_s, options.seed + number, ticks)
+        iterations, measured = side_by_side(served, profiled)
         folder = options.out / f"load-{load}"
         write_run(folder, requests, iterations, ticks)
         write_iterations(folder / "profile.csv", measured)
