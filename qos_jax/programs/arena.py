@@ -4,10 +4,11 @@ qos-jax arena --trained=runs/trained --out=runs/arena
 
 All routers get the same requests and observe what a proxy in front of the engines can know, whose counts are up to
 ``--scrape`` seconds old; oracles are told the truth about requests on top. A router of your own takes part under
---routers=arena,package.module:factory, a trained one under --trained.
+--routers=arena,package.module:factory, a trained one under --trained; of a run of several training seeds all take
+part, as one router.
 
 Written are, anew after each table, the page arena.md, arena.csv with a line for each world, view, router, load and
-seed, and arena.json, which holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and
+seeds, and arena.json, which holds ``command``, ``date``, ``versions``, ``config`` and ``tables``: for each world and
 view its ``world``, ``flags`` and ``scrape_s``, ``gains`` over impact_greedy as in results.json, and ``rows``. The same
 command goes on with an arena that was stopped or killed, if commit, modules of own routers and trained routers are the
 same.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,13 +33,13 @@ from qos_jax.io.provenance import command_of, fingerprint, git_hash, made_by, pl
 from qos_jax.io.text_files import read_text
 from qos_jax.programs import choices
 from qos_jax.programs.progress_bar import ProgressBar
-from qos_jax.programs.router_flags import check_held_out, routers_named
+from qos_jax.programs.router_flags import check_held_out, routers_named, run_folders
 from qos_jax.programs.world_flags import import_plugins, notes_on, numbers, world_of_text
 from qos_jax.report.arena_page import REFERENCE, arena_markdown
 from qos_jax.report.gains import paired_gains
 from qos_jax.routers import VARIANTS, Router
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.training.run_folder import CONFIG
+from qos_jax.training.run_folder import CONFIG, RunFolder
 
 _METRICS = ("qos", "score", "violation_rate", "drop_rate", "latency_per_token_s", "ttft_s", "energy_j_per_request")
 
@@ -81,7 +83,8 @@ def main(values: FlagValues) -> None:
 def _table(judged: Sequence[RouterRun]) -> dict[str, Any]:
     """Returns a row for each router, load and seed, and the gains over impact_greedy."""
     rows = [
-        {"router": run.router.name, "kind": run.router.kind, **dataclasses.asdict(run.scenario)}
+        dict(zip(("router", "training_seed"), _name_and_seed(run.router.name), strict=True))
+        | {"kind": run.router.kind, **dataclasses.asdict(run.scenario)}
         | {metric: run.metrics[metric] for metric in _METRICS}
         for run in judged
     ]
@@ -92,7 +95,7 @@ def _fingerprint(routers: Sequence[str], plugins: Sequence[str], runs: Mapping[s
     """Returns what tells apart by which code and trained routers a table is made: other ones void it."""
     modules = {*plugins, *(text.partition(":")[0] for text in routers if ":" in text)}
     files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
-    contents = fingerprint(*filter(None, files), *(run for of_world in runs.values() for run in of_world))
+    contents = fingerprint(*filter(None, files), *run_folders([run for of_world in runs.values() for run in of_world]))
     return f"{qos_jax.__version__} {git_hash() or ''} {contents}"
 
 
@@ -140,11 +143,23 @@ def _worlds(values: FlagValues) -> dict[str, str]:
 
 
 def _trained(folder: str | None, world: str) -> list[str]:
-    """Returns the folders of the runs that were trained for a world: that of its name, or those in it."""
+    """Returns the runs that were trained for a world, FOLDER or FOLDER@SEED: that of its name, or those in it."""
     if folder is None:
         return []
     path = pathlib.Path(folder) / world
-    return [str(found.parent) for found in sorted([*path.glob(CONFIG), *path.glob(f"*/{CONFIG}")])]
+    runs = [found.parent for found in sorted([*path.glob(CONFIG), *path.glob(f"*/{CONFIG}")])]
+    seeds = {run: RunFolder.reopen(run).training.seeds for run in runs}
+    return [
+        text for run in runs for text in ([f"{run}@{seed}" for seed in seeds[run]] if seeds[run][1:] else [str(run)])
+    ]
+
+
+def _name_and_seed(name: str) -> tuple[str, int]:
+    """Returns the name of a router without the training seed, and this; 0 for one that has none in its name."""
+    found = re.fullmatch(r"(?P<run>.*)@(?P<seed>\d+)(?P<rule>\+\w+)?", name)
+    if found is None:
+        return name, 0
+    return pathlib.Path(found["run"]).name + (found["rule"] or ""), int(found["seed"])
 
 
 def _routers(texts: Sequence[str], env: Environment, params: EnvParams, *, refusing: bool) -> list[Router]:

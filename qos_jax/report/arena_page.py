@@ -27,8 +27,8 @@ def arena_markdown(found: Mapping[str, Any]) -> str:
         markdown_origin(found),
         f"Mean QoS of {len(config['seeds'])} seeds of {config['requests']} requests, {config['warmup']} of them not "
         f"counted, and in brackets the gain over {display_name(REFERENCE)} on the same requests with its 95 % "
-        "interval. All routers observe what a proxy can know. Intervals hold one by one: of twenty equals about one "
-        "excludes 0.",
+        "interval, over training seeds as well where a router has several. All routers observe what a proxy can know. "
+        "Intervals hold one by one: of twenty equals about one excludes 0.",
     ]
     for table in found["tables"]:
         parts += [

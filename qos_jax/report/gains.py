@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qos_jax.evaluation.statistics import summarise
+from qos_jax.evaluation.statistics import crossed_interval
 from qos_jax.report.summary_table import TERMINAL_COLUMNS, text_table
 
 Gain = Mapping[str, Any]
@@ -28,22 +28,24 @@ _IMPACT_GREEDY = "impact_greedy"
 def paired_gains(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Compares every router with each reference at each load.
 
-    The references are ``BEST_HEURISTIC``, impact_greedy and every learned router, those that took part.
+    The references are ``BEST_HEURISTIC``, impact_greedy and every learned router, those that took part. The interval
+    of a router with several training seeds is over both kinds of seeds; a reference with several is its mean over them.
 
     Args:
-      rows: the ``rows`` of results.json.
+      rows: the ``rows`` of results.json; ``training_seed`` where a router has several.
 
     Returns:
       One object for each router, reference and load: ``router``, ``kind``, ``reference``, ``against`` (the router that
       the reference is at this load), ``load``, ``rate_per_s``, ``seeds`` (number of pairs), ``mean``, ``low`` and
-      ``high`` of the difference in QoS with its 95 % Student interval over the seeds (NaN with one seed), and
-      ``verdict``, one of ``VERDICTS``.
+      ``high`` of the difference in QoS with its 95 % interval over the seeds (NaN with one of each), and ``verdict``,
+      one of ``VERDICTS``.
     """
     kinds = {row["router"]: row["kind"] for row in rows}
     rates_per_s = {row["load"]: row["rate_per_s"] for row in rows}
     qos: _Qos = {}
     for row in rows:
-        qos.setdefault((row["router"], row["load"]), {})[row["seed"]] = row["qos"]
+        of_seed = qos.setdefault((row["router"], row["load"]), {}).setdefault(row["seed"], {})
+        of_seed[row.get("training_seed", 0)] = row["qos"]
     named = [name for name, kind in kinds.items() if name == _IMPACT_GREEDY or kind == "learned"]
     gains = []
     for reference in (BEST_HEURISTIC, *sorted(named, key=lambda name: name != _IMPACT_GREEDY)):
@@ -59,13 +61,13 @@ def paired_gains(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return gains
 
 
-_Qos = dict[tuple[str, float], dict[int, float]]  # by router and load, and then by seed
+_Qos = dict[tuple[str, float], dict[int, dict[int, float]]]  # by router and load, by seed, and by training seed
 
 
 def _best_other(router: str, load: float, kinds: Mapping[str, str], qos: _Qos) -> str | None:
     """Returns the heuristic with the highest mean QoS at a load, the router itself aside; None without one."""
     means = {
-        name: float(np.mean(list(qos[name, load].values())))
+        name: float(np.mean([list(values.values()) for values in qos[name, load].values()]))
         for name, kind in kinds.items()
         if kind == "heuristic" and name != router and (name, load) in qos
     }
@@ -77,7 +79,9 @@ def _difference(router: str, other: str, load: float, qos: _Qos) -> dict[str, An
     first, second = qos.get((router, load), {}), qos.get((other, load), {})
     if not (seeds := sorted(first.keys() & second.keys())):
         return {}
-    found = summarise([first[seed] - second[seed] for seed in seeds])
+    of_router = np.array([[first[seed][each] for each in sorted(first[seed])] for seed in seeds])
+    of_other = np.array([np.mean(list(second[seed].values())) for seed in seeds])
+    found = crossed_interval((of_router - of_other[:, None]).T)
     return {"seeds": len(seeds)} | found | {"verdict": verdict(found["low"], found["high"])}
 
 

@@ -12,15 +12,22 @@ import pytest
 from qos_jax.training.shipped import shipped_folder
 from tests.helpers.programs import assert_refused, program_of
 
-WORLD = "two: --experts=alpaca-native@A40,koala-7B-HF@A40"
+EXPERTS = "--experts=alpaca-native@A40,koala-7B-HF@A40"
+WORLD = f"two: {EXPERTS}"
+
+
+def train_two_seeds(folder: pathlib.Path) -> None:
+    small = "--set=chunk=8,updates=2,batch_size=16,capacity=64,prefill=4,hidden=8x8"
+    little = ("--num_envs=4", "--randomise=none", "--evaluation_envs=2", "--evaluation_steps=20", "--steps=64")
+    assert program_of("train")(EXPERTS, "--agent=baseline_rl", small, *little, "--seeds=2", f"--out={folder}") == 0
 
 
 @pytest.mark.slow
 def test_all_meet_the_same_requests(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     routers = "--routers=round_robin,shortest_queue,oracle_impact"
     small = ("--requests=120", "--seeds=3", "--load=0.9", "--scrape=0.1,5")
-    for name in ("first", "second"):
-        shutil.copytree(shipped_folder("pretrained:paper-3"), tmp_path / "trained" / "two" / name)
+    shutil.copytree(shipped_folder("pretrained:paper-3"), tmp_path / "trained" / "two" / "first")
+    train_two_seeds(tmp_path / "trained" / "two" / "second")
     trained = f"--trained={tmp_path / 'trained'}"
     assert program_of("arena")("--worlds=", f"--world={WORLD}", routers, trained, *small, f"--out={tmp_path}") == 0
     found = json.loads((tmp_path / "arena.json").read_text())
@@ -35,9 +42,11 @@ def test_all_meet_the_same_requests(tmp_path: pathlib.Path, capsys: pytest.Captu
         assert len(rates) == 1
         assert {gain["against"] for gain in table["gains"]} == {"impact_greedy"}
     page = (tmp_path / "arena.md").read_text()
-    assert "## two, metrics read every 5 s" in page
+    assert "## two, metrics read every 5 s" in page and "second@" not in page
     assert page in capsys.readouterr().out
-    assert (tmp_path / "arena.csv").read_text().count("\n") == 1 + 2 * 3 * 16
+    of_second = {row["training_seed"] for row in found["tables"][0]["rows"] if row["router"] == "second+no_drop"}
+    assert of_second == {0, 1}
+    assert (tmp_path / "arena.csv").read_text().count("\n") == 1 + 2 * 3 * (16 + 3)
 
 
 @pytest.mark.slow

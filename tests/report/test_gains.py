@@ -46,6 +46,18 @@ def test_a_gain_is_the_mean_of_the_differences_with_its_student_interval():
     assert (row["kind"], row["against"], row["rate_per_s"], row["seeds"]) == ("learned", "impact_greedy", 20.0, 3)
 
 
+def test_the_interval_of_several_training_seeds_is_over_both_kinds_of_seeds():
+    """One training seed is 0.02 better than the other on all requests, so the spread of the two counts."""
+    learned = [row | {"training_seed": seed, "qos": row["qos"] + 0.02 * seed} for row in rows() for seed in (0, 1)]
+    heuristics = [row for row in rows() if row["kind"] != "learned"]
+    found = paired_gains(heuristics + [row for row in learned if row["kind"] == "learned"])
+    row = gain("mvr", "impact_greedy", 1.0, found)
+    error = math.sqrt(0.01**2 / 3 + 0.0002 / 2)  # variances over seeds and over training seeds
+    assert row["mean"] == pytest.approx(0.03)
+    assert row["high"] - row["mean"] == pytest.approx(scipy.stats.t.ppf(0.975, 1) * error)
+    assert (row["seeds"], gain("round_robin", "mvr", 1.0, found)["mean"]) == (3, pytest.approx(-0.33))
+
+
 def test_pairing_cancels_what_the_seeds_have_in_common():
     # The means of three seeds are uncertain by far more than what the routers differ by.
     row = gain("oracle_impact", "impact_greedy", 1.0)
