@@ -265,7 +265,10 @@ def _asked(study: Study) -> dict[str, Any]:
 
 
 def _upgraded(asked: Any) -> Any:
-    """Returns what a cell was asked for, in the terms of this version: new fields of an agent do not void it."""
+    """Returns what a cell was asked for, in the terms of this version.
+
+    Neither new fields of an agent nor another budget for trainings that it does not have void it.
+    """
     trained = asked.get("trained") if isinstance(asked, dict) else None
     if not isinstance(trained, dict):
         return asked
