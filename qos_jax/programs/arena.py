@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,7 +71,7 @@ def main(values: FlagValues) -> None:
             env, params = built[name]
             seen = params.replace(scrape_s=params.scrape_s * 0 + scrape_s)
             judged = evaluate(env, seen, routers[name], scenarios(seen, loads, seeds), values.requests, warmup=warmup)
-            tables.append({"world": name, "flags": worlds[name], "scrape_s": scrape_s, **_table(judged)})
+            tables.append({"world": name, "flags": worlds[name], "scrape_s": scrape_s, **_table(judged, runs[name])})
             found = plain({"config": config, "code": code, "tables": tables} | made_by(command_of("arena")))
             _write(folder, found)
             bar.update(len(tables), doing=name)
@@ -80,14 +79,14 @@ def main(values: FlagValues) -> None:
     print(f"written: {folder / 'arena.md'}")
 
 
-def _table(judged: Sequence[RouterRun]) -> dict[str, Any]:
+def _table(judged: Sequence[RouterRun], trained: Sequence[str]) -> dict[str, Any]:
     """Returns a row for each router, load and seed, and the gains over impact_greedy."""
-    rows = [
-        dict(zip(("router", "training_seed"), _name_and_seed(run.router.name), strict=True))
-        | {"kind": run.router.kind, **dataclasses.asdict(run.scenario)}
-        | {metric: run.metrics[metric] for metric in _METRICS}
-        for run in judged
-    ]
+    rows = []
+    for run in judged:
+        name, training_seed = _name_and_seed(run.router.name, trained)
+        row = {"router": name, "training_seed": training_seed, "kind": run.router.kind}
+        metrics = {metric: run.metrics[metric] for metric in _METRICS}
+        rows.append(row | dataclasses.asdict(run.scenario) | metrics)
     return {"gains": [gain for gain in paired_gains(rows) if gain["reference"] == REFERENCE], "rows": rows}
 
 
@@ -148,18 +147,17 @@ def _trained(folder: str | None, world: str) -> list[str]:
         return []
     path = pathlib.Path(folder) / world
     runs = [found.parent for found in sorted([*path.glob(CONFIG), *path.glob(f"*/{CONFIG}")])]
-    seeds = {run: RunFolder.reopen(run).training.seeds for run in runs}
-    return [
-        text for run in runs for text in ([f"{run}@{seed}" for seed in seeds[run]] if seeds[run][1:] else [str(run)])
-    ]
+    seeds_of = {run: list(dict.fromkeys(RunFolder.reopen(run).training.seeds)) for run in runs}
+    return [f"{run}@{seed}" if len(seeds) > 1 else f"{run}" for run, seeds in seeds_of.items() for seed in seeds]
 
 
-def _name_and_seed(name: str) -> tuple[str, int]:
-    """Returns the name of a router without the training seed, and this; 0 for one that has none in its name."""
-    found = re.fullmatch(r"(?P<run>.*)@(?P<seed>\d+)(?P<rule>\+\w+)?", name)
-    if found is None:
-        return name, 0
-    return pathlib.Path(found["run"]).name + (found["rule"] or ""), int(found["seed"])
+def _name_and_seed(name: str, trained: Sequence[str]) -> tuple[str, int]:
+    """Returns the name of a router and its training seed; the seed is a part of the name where a run has several."""
+    for text in trained:
+        run, at, seed = text.rpartition("@")
+        if at and (name == text or name.startswith(f"{text}+")):
+            return pathlib.Path(run).name + name.removeprefix(text), int(seed)
+    return name, 0
 
 
 def _routers(texts: Sequence[str], env: Environment, params: EnvParams, *, refusing: bool) -> list[Router]:
