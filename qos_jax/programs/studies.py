@@ -128,7 +128,7 @@ TRAINED = {
     "mvr_paper_6": Trained("paper-6"),
     "mvr_edge_8": Trained("edge-8"),
     "mvr_jetson_4": _short("jetson-4"),
-    "mvr_edge_2026": _short("edge-2026"),
+    "mvr_edge_2026": _short("edge-2026", seeds=10),
     "mvr_campus_16": Trained("campus-16"),
     "mvr_stale": Trained(flags=(*_STALE_METRICS, f"--set={_STALE_SETTING}")),
     "mvr_paper_6_stale": Trained("paper-6", flags=(*_STALE_METRICS, f"--set={_STALE_SETTING}")),
