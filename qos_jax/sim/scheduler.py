@@ -7,7 +7,7 @@ each lane (``sim.engine``).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,14 +27,94 @@ from qos_jax.sim.prefix_cache import find_own_blocks, keep_cached, not_yet_taken
 from qos_jax.sim.types import ExpertProfile
 
 
+class _Schedule(NamedTuple):
+    """What an iteration does with each request [L, S]."""
+
+    running: Array  # bool, it ran before
+    waiting: Array  # bool, it waited before
+    admitted: Array  # bool
+    preempted: Array  # bool
+    lacks_memory: Array  # bool, it would be admitted if there were more memory
+    known_tokens: Array  # int32, of its prompt and its answer, with the one in flight
+    cached_tokens: Array  # int32, known ones whose keys and values are there already
+    new_tokens: Array  # int32, computed now
+    reused_blocks: Array  # int32, of its own that it finds
+    decodes: Array  # bool, its one new token is the last one of its answer so far
+
+
 def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array) -> ExpertState:
     """Runs one iteration on the ``active`` [L] lanes, with every rule of the scheduler.
 
     A lane with asynchronous scheduling runs the iteration that was scheduled when the one before it started, and
     schedules the next; if none was, it schedules one and takes no time.
     """
-    slots, dtype = state.slots, state.clock_s.dtype
-    is_async, token_budget = of_slots(experts.async_scheduling), of_slots(experts.token_budget)
+    slots, is_async = state.slots, of_slots(experts.async_scheduling)
+    now = _schedule(spec, experts, state, active)
+    computed = jnp.where(now.preempted, 0, now.cached_tokens + now.new_tokens)
+    will_emit = (now.new_tokens > 0) & (computed == now.known_tokens)
+    emitted = jnp.where(is_async, slots.emitting & slots.live & active[..., None], will_emit)
+    generated = slots.generated + emitted.astype(jnp.int32)
+    finished = emitted & (generated == slots.output_tokens)
+
+    has_place = (now.running & ~now.preempted) | now.admitted
+    held_blocks, next_blocks = (
+        jnp.where(mask, blocks_of(tokens, spec.block_size), 0)
+        for mask, tokens in ((now.running, slots.computed), (has_place, computed))
+    )
+    partly_filled = finished & has_place & (computed % spec.block_size > 0)
+    # A block of a finished request that is not full goes to the head of the free queue, and counts as not taken.
+    columns, pairs = _computed(experts, state.clock_s.dtype, now.new_tokens, now.cached_tokens, now.decodes)
+    blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady, *sums = totals(
+        next_blocks,
+        next_blocks - held_blocks - partly_filled.astype(jnp.int32),
+        finished,
+        has_place & ~finished,
+        now.waiting & ~now.admitted,
+        now.lacks_memory,
+        (now.running | now.admitted) & ~(will_emit | finished),
+        *columns,
+    )
+    batch = Batch(*sums).replace(pairs=pairs)
+    next_s = iteration_s(experts, batch)
+    duration_s = jnp.where(active, jnp.where(experts.async_scheduling, state.scheduled_s, next_s), 0.0)
+    next_s = jnp.where(batch.requests > 0, next_s, 0.0)
+    clock_s = state.clock_s + duration_s
+    age_s = clock_s[..., None] - slots.arrival_s
+    taken_blocks = state.taken_blocks + new_blocks
+    moved = now.preempted, now.admitted, now.reused_blocks, partly_filled
+    cached_blocks, taken_at, taken_blocks = lax.cond(
+        jnp.any(now.preempted | (active[..., None] & _may_reuse(slots))),
+        lambda: keep_cached(spec, experts, state, *moved, taken_blocks),
+        lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
+    )
+    admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
+    return state.replace(
+        slots=slots.replace(
+            generated=generated,
+            computed=computed,
+            emitting=jnp.where(active[..., None], will_emit & is_async, slots.emitting),
+            decoding=jnp.where(active[..., None], will_emit & now.decodes & is_async, slots.decoding),
+            cached_blocks=cached_blocks,
+            taken_at=taken_at,
+            preemptions=slots.preemptions + now.preempted.astype(jnp.int32),
+            first_token_s=jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s),
+            finish_s=jnp.where(finished, age_s, slots.finish_s),
+        ),
+        clock_s=clock_s,
+        scheduled_s=jnp.where(active & experts.async_scheduling, next_s, state.scheduled_s),
+        taken_blocks=taken_blocks,
+        busy_s=state.busy_s + duration_s,
+        kv_block_s=state.kv_block_s + duration_s * blocks.astype(duration_s.dtype),
+        running=jnp.where(active, places, state.running),
+        waiting=jnp.where(active, state.live - completions - places, state.waiting),
+        steady=jnp.where(active, admits_none & (unsteady == 0) & (places > 0), state.steady),
+        passes=state.passes + 1,
+    )
+
+
+def _schedule(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array) -> _Schedule:
+    """Returns what the next iteration of the ``active`` [L] lanes does with each request."""
+    slots, token_budget = state.slots, of_slots(experts.token_budget)
     live = slots.live & active[..., None]
     running, waiting = live & (slots.computed > 0), live & (slots.computed == 0)
     # A token in flight counts as known, although it is not: the request decodes on as if it were there.
@@ -59,70 +139,19 @@ def iterate(spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active
     uncached_tokens = uncached_tokens - reused_blocks * spec.block_size
     eligible = waiting & (budget_left > 0) & has_turn
     admitted = eligible & fits
-    admitted_tokens = jnp.minimum(uncached_tokens, budget_left)
-    new_tokens = jnp.where(admitted, admitted_tokens, jnp.where(preempted, 0, new_tokens))
-
-    scheduled = new_tokens > 0
-    cached_tokens = slots.computed + jnp.where(admitted, reused_blocks * spec.block_size, 0)
-    decoding = scheduled & (slots.generated + in_flight > 0) & (uncached_tokens == 1)
-    computed = jnp.where(preempted, 0, cached_tokens + new_tokens)
-    will_emit = scheduled & (computed == known_tokens)
-    emitted = jnp.where(is_async, slots.emitting & live, will_emit)
-    generated = slots.generated + emitted.astype(jnp.int32)
-    finished = emitted & (generated == slots.output_tokens)
-
-    has_place = (running & ~preempted) | admitted
-    held_blocks, next_blocks = (
-        jnp.where(mask, blocks_of(tokens, spec.block_size), 0)
-        for mask, tokens in ((running, slots.computed), (has_place, computed))
-    )
-    partly_filled = finished & has_place & (computed % spec.block_size > 0)
-    # A block of a finished request that is not full goes to the head of the free queue, and counts as not taken.
-    columns, pairs = _computed(experts, dtype, new_tokens, cached_tokens, decoding)
-    blocks, new_blocks, completions, places, left_waiting, no_memory, unsteady, *sums = totals(
-        next_blocks,
-        next_blocks - held_blocks - partly_filled.astype(jnp.int32),
-        finished,
-        has_place & ~finished,
-        waiting & ~admitted,
-        eligible & ~fits,
-        (running | admitted) & ~(will_emit | finished),
-        *columns,
-    )
-    batch = Batch(*sums).replace(pairs=pairs)
-    next_s = iteration_s(experts, batch)
-    duration_s = jnp.where(active, jnp.where(experts.async_scheduling, state.scheduled_s, next_s), 0.0)
-    next_s = jnp.where(batch.requests > 0, next_s, 0.0)
-    clock_s = state.clock_s + duration_s
-    age_s = clock_s[..., None] - slots.arrival_s
-    taken_blocks = state.taken_blocks + new_blocks
-    cached_blocks, taken_at, taken_blocks = lax.cond(
-        jnp.any(preempted | (live & _may_reuse(slots))),
-        lambda: keep_cached(spec, experts, state, preempted, admitted, reused_blocks, partly_filled, taken_blocks),
-        lambda: (slots.cached_blocks, slots.taken_at, taken_blocks),
-    )
-    admits_none = (left_waiting == 0) | (places >= experts.max_running) | ((no_memory > 0) & (completions == 0))
-    return state.replace(
-        slots=slots.replace(
-            generated=generated,
-            computed=computed,
-            emitting=jnp.where(active[..., None], will_emit & is_async, slots.emitting),
-            decoding=jnp.where(active[..., None], will_emit & decoding & is_async, slots.decoding),
-            cached_blocks=cached_blocks,
-            taken_at=taken_at,
-            preemptions=slots.preemptions + preempted.astype(jnp.int32),
-            first_token_s=jnp.where(emitted & (slots.generated == 0), age_s, slots.first_token_s),
-            finish_s=jnp.where(finished, age_s, slots.finish_s),
-        ),
-        clock_s=clock_s,
-        scheduled_s=jnp.where(active & experts.async_scheduling, next_s, state.scheduled_s),
-        taken_blocks=taken_blocks,
-        busy_s=state.busy_s + duration_s,
-        kv_block_s=state.kv_block_s + duration_s * blocks.astype(duration_s.dtype),
-        running=jnp.where(active, places, state.running),
-        waiting=jnp.where(active, state.live - completions - places, state.waiting),
-        steady=jnp.where(active, admits_none & (unsteady == 0) & (places > 0), state.steady),
-        passes=state.passes + 1,
+    of_admitted = jnp.minimum(uncached_tokens, budget_left)
+    new_tokens = jnp.where(admitted, of_admitted, jnp.where(preempted, 0, new_tokens))
+    return _Schedule(
+        running=running,
+        waiting=waiting,
+        admitted=admitted,
+        preempted=preempted,
+        lacks_memory=eligible & ~fits,
+        known_tokens=known_tokens,
+        cached_tokens=slots.computed + jnp.where(admitted, reused_blocks * spec.block_size, 0),
+        new_tokens=new_tokens,
+        reused_blocks=reused_blocks,
+        decodes=(new_tokens > 0) & (slots.generated + in_flight > 0) & (uncached_tokens == 1),
     )
 
 
@@ -138,25 +167,9 @@ def decode_stretch(
     slots = state.slots
     running = slots.running & active[..., None]
     is_async = experts.async_scheduling & active
-    left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
-    requests, kv_tokens = jnp.where(active, state.running, 0), total(jnp.where(running, slots.computed, 0))
-    first_s, growth_s = decode_s(experts, requests, kv_tokens)
-    as_time = partial(jnp.asarray, dtype=first_s.dtype)
-    lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
-    duration_s = jnp.where(active, horizon_s - state.clock_s - lead_s, 1.0)
-    iterations = iterations_started(first_s, growth_s, jnp.maximum(duration_s, 1e-9), jnp.min(left_tokens, -1) - lead)
-    iterations = jnp.where(active, lead + jnp.where(duration_s > 0, iterations, 0), 0)
-    # In floating point, as the stretch may go far beyond the memory, and beyond int32.
-    max_blocks = as_time(requests) + (as_time(kv_tokens) + as_time(requests) * as_time(iterations)) / spec.block_size
-    iterations = lax.cond(
-        jnp.any(max_blocks > as_time(max_kv_blocks(experts, spec.block_size))),
-        lambda: _limit_to_memory(spec, experts, slots, running, iterations),
-        lambda: iterations,
-    )
-
-    runs = iterations > 0
-    duration_s = jnp.where(runs, lead_s + stretch_s(first_s, growth_s, iterations - lead), 0.0)
-    clock_s = state.clock_s + duration_s
+    lead_s = jnp.where(is_async, state.scheduled_s, 0.0)
+    iterations, duration_s = _stretch(spec, experts, state, active, horizon_s)
+    runs, clock_s = iterations > 0, state.clock_s + duration_s
     generated = slots.generated + jnp.where(running, iterations[..., None], 0)
     finished = running & (generated == slots.output_tokens)
     is_last = finished & is_async[..., None]
@@ -166,7 +179,7 @@ def decode_stretch(
     decodes = running & ~finished
 
     held_blocks, next_blocks = (blocks_of(tokens, spec.block_size) for tokens in (slots.computed, computed))
-    mean = mean_blocks(slots.computed, jnp.maximum(tokens, 1), spec.block_size, first_s.dtype)
+    mean = mean_blocks(slots.computed, jnp.maximum(tokens, 1), spec.block_size, duration_s.dtype)
     partly_filled = finished & (computed % spec.block_size > 0)
     new_blocks, decoding, kv_tokens = totals(
         jnp.where(running, next_blocks - held_blocks, 0) - partly_filled.astype(jnp.int32),
@@ -184,7 +197,7 @@ def decode_stretch(
         lambda: slots.cached_blocks,
     )
     # Where requests wait, a completion may admit one.
-    stays_steady = runs & (decoding > 0) & ((state.waiting == 0) | (decoding == requests))
+    stays_steady = runs & (decoding > 0) & ((state.waiting == 0) | (decoding == state.running))
     return state.replace(
         slots=slots.replace(
             generated=generated,
@@ -203,6 +216,32 @@ def decode_stretch(
         steady=jnp.where(active, stays_steady, state.steady),
         passes=state.passes + 1,
     )
+
+
+def _stretch(
+    spec: EngineSpec, experts: ExpertProfile, state: ExpertState, active: Array, horizon_s: Array
+) -> tuple[Array, Array]:
+    """Returns how many iterations [L] a stretch of decoding has, and how long [L] s they take; 0 on other lanes."""
+    slots = state.slots
+    running = slots.running & active[..., None]
+    is_async = experts.async_scheduling & active
+    left_tokens = jnp.where(running, slots.output_tokens - slots.generated, jnp.iinfo(jnp.int32).max)
+    requests, kv_tokens = jnp.where(active, state.running, 0), total(jnp.where(running, slots.computed, 0))
+    first_s, growth_s = decode_s(experts, requests, kv_tokens)
+    as_time = partial(jnp.asarray, dtype=first_s.dtype)
+    lead, lead_s = is_async.astype(jnp.int32), jnp.where(is_async, state.scheduled_s, 0.0)
+    left_s = jnp.where(active, horizon_s - state.clock_s - lead_s, 1.0)
+    iterations = iterations_started(first_s, growth_s, jnp.maximum(left_s, 1e-9), jnp.min(left_tokens, -1) - lead)
+    iterations = jnp.where(active, lead + jnp.where(left_s > 0, iterations, 0), 0)
+    # In floating point, as the stretch may go far beyond the memory, and beyond int32.
+    max_blocks = as_time(requests) + (as_time(kv_tokens) + as_time(requests) * as_time(iterations)) / spec.block_size
+    iterations = lax.cond(
+        jnp.any(max_blocks > as_time(max_kv_blocks(experts, spec.block_size))),
+        lambda: _limit_to_memory(spec, experts, slots, running, iterations),
+        lambda: iterations,
+    )
+    duration_s = jnp.where(iterations > 0, lead_s + stretch_s(first_s, growth_s, iterations - lead), 0.0)
+    return iterations, duration_s
 
 
 def _may_reuse(slots: Slots) -> Array:
