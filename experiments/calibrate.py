@@ -32,7 +32,8 @@ from qos_jax.programs.world_flags import numbers
 from qos_jax.report import reliability_plots
 from qos_jax.report.pictures import write_figure
 from qos_jax.routers import make_router
-from qos_jax.worlds.presets import PRESETS, make
+from qos_jax.worlds.build import make
+from qos_jax.worlds.presets import PRESETS
 
 _FORMS: tuple[ImpactForm, ...] = ("analytic", "rollout")
 _PREDICTIONS = ("perfect", "realistic", "none")

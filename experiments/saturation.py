@@ -11,7 +11,8 @@ from absl import flags
 from qos_jax.programs.app import FlagGroup, run_program
 from qos_jax.programs.compilation_cache import use_cache
 from qos_jax.sim.capacity import saturation_rate
-from qos_jax.worlds.presets import PRESETS, make
+from qos_jax.worlds.build import make
+from qos_jax.worlds.presets import PRESETS
 
 
 def define(values: flags.FlagValues) -> None:

@@ -21,7 +21,7 @@ from qos_jax.programs.compilation_cache import use_cache
 from qos_jax.programs.world_flags import numbers
 from qos_jax.routers import Router
 from qos_jax.routers.impact_greedy import impact_greedy
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 
 _FIRST_TEST_SEED = 1000
 _ORACLE = {"kind": "oracle", "information": "true_scores_and_tokens", "length_cv": 0.05}

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from qos_jax.workload.tables import QualityTable, read_mix_instruct, read_npz
     from qos_jax.workload.trace_files import read_trace
     from qos_jax.workload.traces import ArrivalTrace
+    from qos_jax.worlds.build import make
     from qos_jax.worlds.config import WorldConfig
-    from qos_jax.worlds.presets import PRESETS, make
+    from qos_jax.worlds.presets import PRESETS
 
 _MODULES = {
     "agent.networks": ("register_network",),
@@ -58,8 +59,9 @@ _MODULES = {
     "workload.tables": ("QualityTable", "read_mix_instruct", "read_npz"),
     "workload.trace_files": ("read_trace",),
     "workload.traces": ("ArrivalTrace",),
+    "worlds.build": ("make",),
     "worlds.config": ("WorldConfig",),
-    "worlds.presets": ("PRESETS", "make"),
+    "worlds.presets": ("PRESETS",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

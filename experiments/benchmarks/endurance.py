@@ -34,7 +34,8 @@ from qos_jax.sim.batching import map_environments
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.replay import ReplayResult
 from qos_jax.sim.types import ExpertProfile, RequestTrace
-from qos_jax.worlds.presets import PRESETS, make
+from qos_jax.worlds.build import make
+from qos_jax.worlds.presets import PRESETS
 
 _STRETCH = 10_000  # requests of each environment in one call; few enough for sums in float32
 _PARTS = 10

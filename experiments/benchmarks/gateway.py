@@ -49,7 +49,7 @@ from qos_jax.gateway.serve import fast_loop, listener
 from qos_jax.gateway.settings import Settings
 from qos_jax.routers import Router, make_router
 from qos_jax.sim.types import ExpertProfile
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 
 _NUM_ENGINES, _TOKENS, _STEP_S = 4, 12, 0.05
 _RATE_PER_S = float(os.environ.get("GATEWAY_RATE", 300))  # at 12 tokens of 50 ms, 180 to 200 streams are open

@@ -17,7 +17,7 @@ from experiments.benchmarks import training
 from qos_jax.agent import AGENTS, AgentConfig
 from qos_jax.errors import InputError
 from qos_jax.gym import RouterVectorEnv
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 
 try:
     import torch

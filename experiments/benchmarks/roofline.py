@@ -25,7 +25,7 @@ from qos_jax.agent import AGENTS, make_learner, replay_buffer, sac
 from qos_jax.agent.targets import targets_named
 from qos_jax.agent.targets.counterfactual import CounterfactualTarget
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 
 _PRESETS = ("paper-3", "edge-8")
 _LOAD = 0.9

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from experiments.benchmarks.simulator import episodes
 from experiments.benchmarks.timing import timed
 from qos_jax.agent import AGENTS, make_learner
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 
 _SIMULATIONS = {  # environments, by preset
     "paper-3": (256, 1024, 4096, 16_384),

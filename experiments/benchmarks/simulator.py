@@ -18,7 +18,7 @@ from qos_jax.sim.batching import map_environments
 from qos_jax.sim.capacity import sample_requests
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RequestTrace
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 from tests.helpers.reference import Job, ReferenceExpert
 
 _CASES = (  # preset, environments, load, factor on the answers' lengths

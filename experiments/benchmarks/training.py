@@ -24,7 +24,7 @@ from qos_jax.encoder.jraph_views import to_graphs
 from qos_jax.routers import Router, make_router
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import Observation
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 
 _LEARNERS = (
     ("paper-3", "mvr"),

@@ -35,7 +35,7 @@ from qos_jax.predictor.predictor import Predictor, load_predictor
 from qos_jax.programs.router_flags import routers_named
 from qos_jax.programs.world_flags import import_plugins
 from qos_jax.sim.capacity import sample_requests
-from qos_jax.worlds.presets import make
+from qos_jax.worlds.build import make
 
 KEYS_VARIABLE = "QOS_JAX_GATEWAY_KEYS"
 _DEMO_WORLD, _DEMO_LOAD = "paper-3", 0.9

@@ -54,7 +54,7 @@ from qos_jax.training.run_format import upgraded_training
 from qos_jax.workload.client_arrivals import read_clients, superposition
 from qos_jax.workload.trace_files import read_trace
 from qos_jax.workload.traces import with_gaps
-from qos_jax.worlds import presets
+from qos_jax.worlds.build import make
 
 _DATA = "QOS_JAX_DATA"  # folder of measured data; studies leave out what needs it where it is not set
 _OF_TRAINING = ("most_steps", "most_training_seeds")  # of a budget: the runs themselves say what they had
@@ -154,7 +154,7 @@ class _Maker:
         write_whole(self.folder / "index.html", page)
 
     def _compare(self, study: Study, world: World) -> Iterator[dict[str, Any]]:
-        env, params = presets.make(world.preset, **dict(world.fields), **_recorded(world))
+        env, params = make(world.preset, **dict(world.fields), **_recorded(world))
         loads = _ends(study.loads) if self.budget.ends_only else study.loads
         asked = study.routers if world.routers is None else world.routers
         names = router_names(env) if asked == ("all",) else asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qos_jax.errors import InputError
-from qos_jax.io.text_files import shown
+from qos_jax.io.text_files import number_or_nan, shown
 from qos_jax.sim.types import ATTENTION_TERMS, ExpertProfile, IterationTables, RequestTrace, SharedCards
 
 MAX_COUNT = 2**30 - 1  # the sum of two counts fits in int32
@@ -67,6 +68,30 @@ def check_shapes(arrays: Mapping[str, tuple[Any, str]], **lengths: int) -> None:
         except AssertionError as error:
             legal = f"[{', '.join(axes)}] = {list(dimensions[axes])}"
             raise InputError(f"{name} has shape {np.shape(array)}, must be {legal}") from error
+
+
+def checked_number(name: str, value: Any, *, or_zero: bool = False, highest: float = math.inf) -> float:
+    """Returns a finite number above 0, or from 0 on, and up to ``highest``.
+
+    Raises:
+      InputError: the value is none.
+    """
+    number = number_or_nan(value.item() if isinstance(value, np.number) else value)
+    if not 0 <= number <= highest or (number == 0 and not or_zero):
+        legal = f"a finite number {'of at least' if or_zero else 'above'} 0"
+        legal += f" and at most {highest:g}" if highest < math.inf else ""
+        raise InputError(f"{name} is {shown(value)}, must be {legal}")
+    return number
+
+
+def check_type(name: str, value: Any, types: Any, legal: str) -> None:
+    """Checks that a value has one of some types; ``legal`` tells them in words.
+
+    Raises:
+      InputError: it has not.
+    """
+    if not isinstance(value, types):
+        raise InputError(f"{name} is {shown(value)}, must be {legal}")
 
 
 def checked_experts(experts: ExpertProfile, dtype: Any = np.float64) -> ExpertProfile:

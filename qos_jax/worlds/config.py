@@ -25,6 +25,7 @@ from qos_jax.workload.tables import QualityTable, read_tables
 from qos_jax.workload.trace_files import COLUMNS, read_trace
 from qos_jax.workload.traces import ArrivalTrace, recorded_lengths, with_gaps
 from qos_jax.worlds import presets
+from qos_jax.worlds.build import make
 from qos_jax.worlds.failure_law import check_failures
 
 TRACE_PARTS = ("all", "first", "second")
@@ -175,7 +176,7 @@ class WorldConfig:
                 overrides["prediction"] = self._predictions(table)
         elif self.predictor is not None:
             raise InputError(f"--predictor={self.predictor}: predicts for real prompts only; {self.fleet} has no table")
-        return presets.make(self.preset if self._fleet is None else self._fleet, **overrides)
+        return make(self.preset if self._fleet is None else self._fleet, **overrides)
 
     @property
     def name(self) -> str:

@@ -22,7 +22,8 @@ from qos_jax.routers import PLANNERS, router_names
 from qos_jax.sim.constants import OBSERVE
 from qos_jax.training.config import RANDOMISED
 from qos_jax.workload.trace_files import COLUMNS
-from qos_jax.worlds.presets import PRESETS, make
+from qos_jax.worlds.build import make
+from qos_jax.worlds.presets import PRESETS
 
 HEAVY = ("jax", "flax", "optax", "orbax", "matplotlib", "tokenizers", "tensorboardX", "jraph", "scipy", "numpy")
 

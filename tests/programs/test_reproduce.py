@@ -132,7 +132,7 @@ def test_every_study_names_what_there_is():
     for study in studies.STUDIES.values():
         for world in study.worlds:
             assert {reproduce._run_of(name) for name in world.trained} <= set(studies.TRAINED)
-            reproduce.presets.make(world.preset, rate_per_s=1.0, **world.fields)
+            reproduce.make(world.preset, rate_per_s=1.0, **world.fields)
 
 
 class _Title(html.parser.HTMLParser):

@@ -16,7 +16,7 @@ from qos_jax.errors import InputError
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.types import Observation, Request
 from qos_jax.sim.world import World, WorldSpec, empty_world, observe, record_arrival
-from qos_jax.worlds import presets
+from qos_jax.worlds.build import make
 from tests.helpers.small_env import small_experts
 
 N, S = 2, 6
@@ -109,11 +109,11 @@ def observe_fresh(world: World) -> Any:
 
 
 def test_a_world_observes_as_a_proxy_by_its_configuration() -> None:
-    env, params = presets.make("paper-3", observe="proxy", scrape_s=0.25)
+    env, params = make("paper-3", observe="proxy", scrape_s=0.25)
     assert env.spec.observe == "proxy"
     assert float(params.scrape_s) == 0.25
     obs, state = jax.eval_shape(env.reset, jax.random.key(0), params)
-    default = jax.eval_shape(presets.make("paper-3")[0].reset, jax.random.key(0), params)[0]
+    default = jax.eval_shape(make("paper-3")[0].reset, jax.random.key(0), params)[0]
     chex.assert_trees_all_equal_shapes_and_dtypes(obs, default)
     after, *_ = jax.eval_shape(env.step, jax.random.key(0), state, jnp.int32(0), params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, default)
@@ -130,4 +130,4 @@ def test_a_world_observes_as_a_proxy_by_its_configuration() -> None:
 )
 def test_what_does_not_go_together_is_told(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        presets.make("paper-3", **fields)
+        make("paper-3", **fields)
