@@ -134,7 +134,13 @@ TRAINED = {
     "mvr_paper_6_stale": Trained("paper-6", flags=(*_STALE_METRICS, f"--set={_STALE_SETTING}")),
     "mvr_edge_8_stale": _short("edge-8", _STALE_SETTING, flags=_STALE_METRICS),
     "mvr_any_limit": Trained(randomise="load,arrivals,limit"),
-    "mvr_any_fleet": Trained("edge-8", flags=("--set=max_externality=1",), randomise="load,arrivals,fleet,limit"),
+    # A network learns few fleets by heart, and each environment has one; see docs/decisions/015.
+    "mvr_any_fleet": Trained(
+        "edge-8",
+        flags=("--set=max_externality=1,num_envs=1024,updates=40",),
+        randomise="load,arrivals,fleet,limit",
+        share=4.0,
+    ),
     "mvr_true_predictions": Trained(flags=("--prediction=perfect",), seeds=3),
     "mvr_edge_8_true_predictions": _short("edge-8", flags=("--prediction=perfect",), seeds=3),
     "mvr_edge_8_any_preferences": _short("edge-8", randomise="load,arrivals,preferences"),
