@@ -97,7 +97,8 @@ def sample_worlds(env: Environment, params: EnvParams, domain: Domain, key: Arra
     if domain.arrivals and (not isinstance(arrivals, ArrivalProcess) or arrivals.recorded_gaps is not None):
         raise InputError("the arrivals of the world are recorded or of a type of their own, must mix with other laws")
     worlds = [_sample_world(env, params, domain, env_key) for env_key in jax.random.split(key, num_envs)]
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *worlds)
+    # Stacked on the host: to concatenate a thousand arrays, XLA compiles for seconds.
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack([jnp.asarray(leaf) for leaf in leaves])), *worlds)
 
 
 def _sample_world(env: Environment, params: EnvParams, domain: Domain, key: Array) -> EnvParams:
