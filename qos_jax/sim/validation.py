@@ -1,4 +1,4 @@
-"""Validation of expert profiles, traces, assignments and shapes, and conversion to canonical arrays."""
+"""Validation of values, shapes, expert profiles, traces and assignments, and conversion to canonical arrays."""
 
 from __future__ import annotations
 
