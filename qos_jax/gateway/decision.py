@@ -20,6 +20,8 @@ from qos_jax.sim.types import BLOCK_SIZE_TOKENS, RATE_WINDOWS_S, ArrivedView, Ex
 AVAILABLE, SCRAPE_AGE, WAITING, KV_BLOCKS, OTHERS_RUNNING, OTHERS_WAITING, SCORE, TOKENS, CACHED = range(9)
 """Rows of what is known of the experts, [9, N] float32."""
 NUM_EXPERT_ROWS = 9
+# In its default order XLA hands some parts of a program to another thread, for which the first one then waits.
+_IN_ONE_THREAD: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _PROMPT, _LIMIT, _MAY_DROP, _NUMBER = range(4)  # of the arrived request, before its rates
 
 
@@ -102,7 +104,7 @@ class Decider:
         self.name, self.slots, self.kv_blocks = program.name, program.slots, program.kv_blocks
         self.num_experts = len(program.kv_blocks)
         self._memory = program.memory
-        self._decide = jax.jit(program.decide).lower(*program.shapes, program.memory).compile()
+        self._decide = _compiled(jax.jit(program.decide).lower(*program.shapes, program.memory))
         self._number = 0
 
     def decide(
@@ -132,6 +134,13 @@ class Decider:
         action = int(told[-1])
         estimate = Estimate(*told[:-1].reshape(4, self.num_experts))
         return Decision(action if action < self.num_experts else None, estimate)
+
+
+def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    try:
+        return lowered.compile(_IN_ONE_THREAD)
+    except jax.errors.JaxRuntimeError:  # before jax 0.10 there was no such option
+        return lowered.compile()
 
 
 def decide_in_the_calling_thread() -> None:
