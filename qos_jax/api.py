@@ -17,7 +17,7 @@ from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.progress import Progress
 from qos_jax.training.run import training_run
-from qos_jax.training.run_folder import CONFIG
+from qos_jax.training.run_config import CONFIG
 from qos_jax.worlds.config import WorldConfig
 
 

@@ -36,7 +36,8 @@ from qos_jax.predictor.pretrained import load_pretrained
 from qos_jax.programs.world_flags import numbers
 from qos_jax.training.config import TrainingConfig
 from qos_jax.training.load import load_router
-from qos_jax.training.run_folder import CONFIG, METRICS, RunFolder, make_config
+from qos_jax.training.run_config import CONFIG, make_config
+from qos_jax.training.run_folder import METRICS, RunFolder
 from qos_jax.workload.arrivals import parse_arrivals
 from qos_jax.workload.prediction import parse_prediction
 from qos_jax.workload.tables import read_mix_instruct, read_npz

@@ -27,7 +27,8 @@ from qos_jax.encoder.flat import flat_view
 from qos_jax.routers.base import by_value
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.training.config import TrainingConfig
-from qos_jax.training.run_folder import RunFolder, make_config
+from qos_jax.training.run_config import make_config
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.workload import arrivals
 from qos_jax.workload.arrivals import ArrivalProcess, parse_arrivals, quantile_grid, renewal
 from qos_jax.worlds.randomization import Domain, sample_worlds

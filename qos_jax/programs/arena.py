@@ -38,7 +38,8 @@ from qos_jax.report.arena_page import REFERENCE, arena_markdown
 from qos_jax.report.gains import paired_gains
 from qos_jax.routers import VARIANTS, Router
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.run_config import CONFIG
+from qos_jax.training.run_folder import RunFolder
 
 _METRICS = ("qos", "score", "violation_rate", "drop_rate", "latency_per_token_s", "ttft_s", "energy_j_per_request")
 

@@ -15,7 +15,8 @@ from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
 from qos_jax.training.load import load_router
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.run_config import CONFIG
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.training.shipped import is_shipped, shipped_folder, shipped_label
 
 _PREFERENCES = re.compile(r":(?=\w+=)")  # before each weight of FOLDER:energy=2:drop=0.5

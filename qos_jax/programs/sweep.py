@@ -28,7 +28,8 @@ from qos_jax.io.files import csv_text, writable_folder, write_whole
 from qos_jax.io.provenance import versions
 from qos_jax.programs.train import command_of
 from qos_jax.programs.train_once import ended_together, train_once
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.run_config import CONFIG
+from qos_jax.training.run_folder import RunFolder
 
 
 def main(values: FlagValues) -> None:

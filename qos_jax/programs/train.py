@@ -41,7 +41,8 @@ from qos_jax.training.config import RANDOMISED, TrainingConfig, runs_of
 from qos_jax.training.parallel import leads
 from qos_jax.training.progress import Progress, TrainResult
 from qos_jax.training.run import TrainingRun, training_run
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.run_config import CONFIG
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.worlds.config import WorldConfig
 
 _OF_THE_MACHINE = {"devices", "distributed", "coordinator_address", "num_processes", "process_id"}

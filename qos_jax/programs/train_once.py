@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 from qos_jax.errors import InputError
 from qos_jax.programs.train import configs_of, parsed
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.run_config import CONFIG
+from qos_jax.training.run_folder import RunFolder
 
 
 def train_once(path: pathlib.Path, asked: Sequence[str], *, quiet: bool) -> None:

@@ -20,7 +20,8 @@ from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment
 from qos_jax.sim.types import Observation
 from qos_jax.sim.world import WorldSpec, example_observation
-from qos_jax.training.run_folder import CONFIG, RunFolder
+from qos_jax.training.run_config import CONFIG
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.training.shipped import is_shipped, shipped_folder, shipped_label
 
 _MAX_SIZE = 2**24  # of anything in a world's spec

@@ -132,7 +132,7 @@ class Recorder:
     def _diverged(self, what: str, chunk: int) -> InputError:
         good = "there is no checkpoint"
         if self.folder is not None and self.folder.latest is not None:
-            good = f"the last good checkpoint is {self.folder.checkpoint(self.folder.latest)}"
+            good = f"the last good checkpoint is {self.folder.checkpoints.path(self.folder.latest)}"
         return InputError(
             f"training diverged: {what} after {chunk * self.steps_per_chunk} steps; {good}; try a lower learning_rate"
         )

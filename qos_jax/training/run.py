@@ -23,7 +23,8 @@ from qos_jax.training.held_out import HeldOut
 from qos_jax.training.loop import train
 from qos_jax.training.memory import available_bytes, check_fits, needed_bytes
 from qos_jax.training.progress import Progress, TrainResult
-from qos_jax.training.run_folder import RunFolder, locked, make_config
+from qos_jax.training.run_config import make_config
+from qos_jax.training.run_folder import RunFolder, locked
 from qos_jax.worlds import randomization
 from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.randomization import Domain, rate_clip_per_s, sample_worlds

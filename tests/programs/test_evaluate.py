@@ -19,7 +19,8 @@ from qos_jax.programs.router_flags import _run_of as run_of
 from qos_jax.programs.router_flags import run_folders
 from qos_jax.programs.world_flags import notes_on
 from qos_jax.training.config import TrainingConfig, runs_of
-from qos_jax.training.run_folder import RunFolder, make_config
+from qos_jax.training.run_config import make_config
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.worlds.config import WorldConfig
 from tests.helpers.instant_env import small_learner
 from tests.helpers.programs import Program, assert_refused, program_of

@@ -17,7 +17,7 @@ from qos_jax.programs.choices import PRESETS
 from qos_jax.programs.train import configs_of, parsed
 from qos_jax.training.config import RANDOMISED, TrainingConfig, runs_of
 from qos_jax.training.run import training_run
-from qos_jax.training.run_folder import make_config
+from qos_jax.training.run_config import make_config
 
 
 def test_a_run_survives_json() -> None:

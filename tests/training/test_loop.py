@@ -17,7 +17,8 @@ from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.held_out import FIRST_HELD_OUT_SEED, HeldOut
 from qos_jax.training.loop import train
 from qos_jax.training.progress import Progress, TrainResult
-from qos_jax.training.run_folder import RunFolder, make_config
+from qos_jax.training.run_config import make_config
+from qos_jax.training.run_folder import RunFolder
 from tests.helpers.instant_env import assert_equal, small_learner
 from tests.helpers.quick_compilation import quick_compilation
 from tests.helpers.small_env import small_params

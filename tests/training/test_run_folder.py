@@ -27,7 +27,8 @@ from qos_jax.sim.types import Observation, Preferences
 from qos_jax.training.config import TrainingConfig, runs_of
 from qos_jax.training.held_out import HeldOut
 from qos_jax.training.run import TrainingRun
-from qos_jax.training.run_folder import RunFolder, locked, make_config, read_config
+from qos_jax.training.run_config import CONFIG, check_same, make_config, read_config
+from qos_jax.training.run_folder import RunFolder, locked
 from tests.helpers.instant_env import assert_equal, small_learner
 from tests.helpers.observations import observation
 from tests.helpers.quick_compilation import quick_compilation
@@ -115,7 +116,7 @@ class TestRunFolder:
         assert_equal(folder.restore_state(64, jax.eval_shape(lambda: before)), before)
         for steps in (128, 192):
             folder.save(steps, state, state)
-        assert folder.latest == 192 and not folder.checkpoint(64).exists()
+        assert folder.latest == 192 and not folder.checkpoints.path(64).exists()
 
     @pytest.mark.parametrize("name", ["a b?c#d%20e", "{x} $y 'z' \"q\"", "new\nline", "ünï", "@*]|<>;&"])
     def test_the_folder_may_have_any_name(self, flat: RunFolder, tmp_path: pathlib.Path, name: str) -> None:
@@ -136,8 +137,8 @@ class TestRunFolder:
 
     def test_an_old_checkpoint_may_be_a_link(self, copy: pathlib.Path, tmp_path: pathlib.Path) -> None:
         folder, state = RunFolder.reopen(copy), {"a": jnp.zeros(2)}
-        elsewhere = folder.checkpoint(64).rename(tmp_path / "elsewhere")
-        folder.checkpoint(64).symlink_to(elsewhere)
+        elsewhere = folder.checkpoints.path(64).rename(tmp_path / "elsewhere")
+        folder.checkpoints.path(64).symlink_to(elsewhere)
         load_router(copy)
         for steps in (128, 192):
             folder.save(steps, state, state)
@@ -176,9 +177,9 @@ class TestRunFolder:
         assert asked["random"] == {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True}
         for name, other in (("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)):
             with pytest.raises(InputError, match=rf"random.{name} is .*, but {other!r} is asked for"):
-                folder.check_same({**asked, "random": {**asked["random"], name: other}})
+                check_same(folder.config, {**asked, "random": {**asked["random"], name: other}}, CONFIG)
         del folder.config["random"]  # as in runs of version 0.1
-        folder.check_same(asked)
+        check_same(folder.config, asked, CONFIG)
 
     @pytest.mark.parametrize("resumed", [5, [3], [{"steps": "a", "versions": {}}], [{"steps": 1, "versions": 3}]])
     def test_parts_that_were_edited_are_refused(self, copy: pathlib.Path, resumed: Any) -> None:
@@ -251,12 +252,12 @@ class TestRunFolder:
 
     def test_a_run_goes_on_as_it_began(self, flat: RunFolder) -> None:
         learner = small_learner()
-        flat.check_same(make_config(learner, training_of(learner), command="another"))
+        check_same(flat.config, make_config(learner, training_of(learner), command="another"), CONFIG)
         hotter = small_learner(hyper=learner.config.hyper.replace(alpha=0.5))
         with pytest.raises(InputError, match=r"training.agent.hyper.alpha is 0.03, but 0.5 is asked for"):
-            flat.check_same(make_config(hotter, training_of(hotter)))
+            check_same(flat.config, make_config(hotter, training_of(hotter)), CONFIG)
         with pytest.raises(InputError, match=r"training.runs is .*, but .* is asked for"):
-            flat.check_same(make_config(learner, training_of(learner, (0, 1))))
+            check_same(flat.config, make_config(learner, training_of(learner, (0, 1))), CONFIG)
 
     def test_a_run_can_be_prolonged_and_not_shortened(self, copy: pathlib.Path) -> None:
         learner, folder = small_learner(), RunFolder.reopen(copy)
@@ -266,7 +267,7 @@ class TestRunFolder:
         assert RunFolder.reopen(copy).training == dataclasses.replace(longer, agent=learner.config)
         assert not RunFolder.reopen(copy).finished
         with pytest.raises(InputError, match=r"training.steps is 128, but fewer are asked for"):
-            RunFolder.reopen(copy).check_same(make_config(learner, training_of(learner)))
+            check_same(RunFolder.reopen(copy).config, make_config(learner, training_of(learner)), CONFIG)
 
     def test_what_is_known_of_the_run_is_written_down(self, flat: RunFolder) -> None:
         config = read_config(flat.path)

@@ -18,7 +18,8 @@ from qos_jax import Environment, EnvParams, InputError, Observation
 from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.networks import heads_of
 from qos_jax.training.load import learner_of, load_router
-from qos_jax.training.run_folder import RunFolder, read_config
+from qos_jax.training.run_config import CONFIG, check_same, read_config
+from qos_jax.training.run_folder import RunFolder
 from qos_jax.training.run_format import FORMAT, upgraded
 
 FORMATS = pathlib.Path(__file__).parents[1] / "data" / "formats"
@@ -169,4 +170,4 @@ def test_a_run_of_an_earlier_format_does_not_go_on() -> None:
     with pytest.raises(
         InputError, match="was written in format 1: its router can be loaded, but training cannot go on"
     ):
-        folder.check_same(read_config(FORMATS / "run-2"))
+        check_same(folder.config, read_config(FORMATS / "run-2"), CONFIG)
