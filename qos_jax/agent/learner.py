@@ -151,7 +151,7 @@ class Learner:
         """Returns the weights of the router: the running average of the network's parameters."""
         return state.learner.average
 
-    def act(self, weights: Weights, key: Array, obs: Any) -> Array:
+    def act(self, weights: Weights, key: Array, obs: Any, margin: float = 0.0) -> Array:
         """Returns the router's action [] int32 in one environment: the best one by the learned values or policy.
 
         The action is sampled where the best policy depends on something that the router does not observe. This is the
@@ -162,15 +162,18 @@ class Learner:
           weights: see ``weights``.
           key: random key.
           obs: the observation.
+          margin: see ``router``.
         """
         inputs = self.features(obs)
         heads = heads_of(self.network, weights, inputs)
         if heads.logits is not None and self.config.network.readout == "arrived":
             return jax.random.categorical(key, jnp.where(inputs.legal, heads.logits, -jnp.inf)).astype(jnp.int32)
         temperature = _TEMPERATURE if heads.logits is None else 1.0
-        return greedy(key_for_ties(key), heads, inputs.legal, gumbel_if_stale(key, obs, temperature))
+        return greedy(key_for_ties(key), heads, inputs.legal, gumbel_if_stale(key, obs, temperature), margin)
 
-    def router(self, weights: Weights, name: str = "learned", preferences: Preferences | None = None) -> Router:
+    def router(
+        self, weights: Weights, name: str = "learned", preferences: Preferences | None = None, margin: float = 0.0
+    ) -> Router:
         """Returns the router that acts by ``weights``.
 
         If the network reads preferences, they are the router's memory, so that others need no other program.
@@ -179,13 +182,14 @@ class Learner:
           weights: see ``weights``.
           name: of the router.
           preferences: those that it starts with; by default the agent's.
+          margin: QoS by which the value of a placement must exceed that of a drop; for networks without a policy head.
         """
         reads_preferences = self.config.network.with_preferences
         start = preferences_of(self.config.hyper.weights) if preferences is None else preferences
 
         def act(key: Array, obs: Any, memory: Any) -> tuple[Array, Any]:
             seen = obs.replace(preferences=memory) if reads_preferences else obs
-            return self.act(weights, key, seen), memory
+            return self.act(weights, key, seen, margin), memory
 
         init = (lambda: start) if reads_preferences else tuple
         return Router(name=name, kind="learned", init=init, act=act, params=weights)

@@ -291,7 +291,7 @@ def heads_of(network: nn.Module, weights: Any, inputs: Inputs) -> Heads:
     return cast(Heads, network.apply(weights, inputs))
 
 
-def greedy(key: Array, heads: Heads, legal: Array, noise: Array | float = 0.0) -> Array:
+def greedy(key: Array, heads: Heads, legal: Array, noise: Array | float = 0.0, margin: float = 0.0) -> Array:
     """Returns the best legal action [] int32 by the policy, or by the mean of the critics where there is no policy.
 
     Args:
@@ -299,6 +299,7 @@ def greedy(key: Array, heads: Heads, legal: Array, noise: Array | float = 0.0) -
       heads: of one observation.
       legal: [A] bool.
       noise: [A], added to the logits or values.
+      margin: added to the logit or value of a drop.
     """
     score = jnp.mean(heads.q, -2) if heads.logits is None else heads.logits
-    return drawn_best(key, score + noise, legal)
+    return drawn_best(key, (score + noise).at[-1].add(margin), legal)

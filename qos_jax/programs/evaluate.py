@@ -4,7 +4,8 @@ qos-jax evaluate --preset=paper-3 --routers=all --load=0.3,0.6,0.9,1.1 --seeds=5
 
 The folder of a training run names its router: --routers=all,runs/paper-3. Of a run with several seeds it is the first
 one's, or another one's with --routers=runs/paper-3@3. A router that was trained with preferences takes others with
---routers=runs/dial:energy=2:drop=0.5.
+--routers=runs/dial:energy=2:drop=0.5. One that places too many requests, or too few, on a fleet that it was not trained
+on is corrected with --routers=runs/any-fleet:margin=0.05, the QoS by which a placement must exceed a drop.
 """
 
 from __future__ import annotations

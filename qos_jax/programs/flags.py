@@ -105,8 +105,8 @@ def define_evaluate(values: FlagValues) -> None:
     define_world(values)
     group = FlagGroup(values, "Routers")
     group.texts("routers", ["all"], f"Routers to compare: all, main, names ({_listed(choices.ROUTERS)}, expert_0, "
-                "...), folders of training runs, FOLDER@SEED, FOLDER:energy=2:drop=0.5 for other preferences, or "
-                "package.module:factory.")  # fmt: skip
+                "...), folders of training runs, FOLDER@SEED, FOLDER:energy=2:drop=0.5 for other preferences, "
+                "FOLDER:margin=0.05 for another level of place against drop, or package.module:factory.")  # fmt: skip
     group = FlagGroup(values, "Requests")
     group.texts("load", None, "Arrival rates as fractions of the fleet's saturation rate; 0.3 to 1.3 by default.")
     group.texts("rate", None, "Arrival rates in requests/s, instead.")
@@ -287,8 +287,8 @@ def define_gateway(values: FlagValues) -> None:
     group.number("scrape_s", 0.5, "Seconds between two readings of an engine's metrics.", 0.01, 60.0)
     group = FlagGroup(values, "Routing")
     group.string("router", "impact_greedy", "Router: a name, the folder of a training run, FOLDER@SEED, "
-                 "FOLDER:energy=2 for other preferences, a file that --export wrote, or "
-                 "package.module:factory.")  # fmt: skip
+                 "FOLDER:energy=2 for other preferences, FOLDER:margin=0.05 for another level of place against "
+                 "drop, a file that --export wrote, or package.module:factory.")  # fmt: skip
     group.string("shadow", None, "Another router that decides, too, and is only recorded.")
     group.choice("on_drop", "reject", ("reject", "best_effort"), "Requests that the router drops are answered 429, or "
                  "served as well as can be.")  # fmt: skip

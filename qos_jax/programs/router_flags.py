@@ -19,7 +19,8 @@ from qos_jax.training.run_config import CONFIG
 from qos_jax.training.run_folder import RunFolder
 from qos_jax.training.shipped import is_shipped, shipped_folder, shipped_label
 
-_PREFERENCES = re.compile(r":(?=\w+=)")  # before each weight of FOLDER:energy=2:drop=0.5
+_SETTINGS = re.compile(r":(?=\w+=)")  # before each setting of FOLDER:energy=2:margin=0.05
+_MARGIN = "margin"  # the setting that is no preference
 
 
 class _Run(NamedTuple):
@@ -28,6 +29,7 @@ class _Run(NamedTuple):
     folder: pathlib.Path
     seed: int | None
     preferences: dict[str, Any] | None  # None: the agent's
+    margin: Any  # QoS, see ``load_router``
 
 
 def routers_named(texts: Sequence[str], env: Environment, params: EnvParams) -> list[Router]:
@@ -52,9 +54,10 @@ def routers_named(texts: Sequence[str], env: Environment, params: EnvParams) -> 
         if name not in runs:
             routers.append(make_router(name, env, params))
             continue
-        (folder, seed, preferences), label = runs[name], labels[name]
+        run, label = runs[name], labels[name]
         clashes = label in names or list(labels.values()).count(label) > 1
-        routers.append(load_router(folder, seed=seed, name=name if clashes else label, preferences=preferences))
+        settings = {"preferences": run.preferences, "margin": run.margin}
+        routers.append(load_router(run.folder, seed=run.seed, name=name if clashes else label, **settings))
     known = [router.name for router in routers]
     if twice := next((name for name in known if known.count(name) > 1), None):
         raise InputError(f"--routers: two routers are named {twice!r}: their results would be mixed; rename one")
@@ -87,25 +90,27 @@ def check_held_out(texts: Sequence[str], first_seed: int, seeds: Sequence[int]) 
 
 
 def _label(name: str, run: _Run) -> str:
-    """Returns the name of a run's router in results, with the preferences that were given."""
-    name, *weights = _PREFERENCES.split(name)
-    return ":".join([shipped_label(name) if is_shipped(name) else run.folder.name, *weights])
+    """Returns the name of a run's router in results, with the settings that were given."""
+    name, *settings = _SETTINGS.split(name)
+    return ":".join([shipped_label(name) if is_shipped(name) else run.folder.name, *settings])
 
 
 def _run_of(name: str) -> _Run | None:
-    """Returns what FOLDER or FOLDER@SEED names, with :NAME=WEIGHT behind; None where it names no training run."""
-    name, *weights = _PREFERENCES.split(name)
-    preferences = dict(_weight(text) for text in weights) or None
+    """Returns what FOLDER or FOLDER@SEED names, with :NAME=NUMBER behind; None where it names no training run."""
+    name, *settings = _SETTINGS.split(name)
+    numbers = dict(_setting(text) for text in settings)
+    margin = numbers.pop(_MARGIN, 0.0)
+    preferences = numbers or None
     if is_shipped(name):
-        return _Run(shipped_folder(name), None, preferences)
+        return _Run(shipped_folder(name), None, preferences, margin)
     before, at, after = name.rpartition("@")
     folder, seed = (before, int(after)) if at and after.isdecimal() else (name, None)
     is_run = os.sep in folder or (pathlib.Path(folder) / CONFIG).exists()
-    return _Run(pathlib.Path(folder), seed, preferences) if is_run else None
+    return _Run(pathlib.Path(folder), seed, preferences, margin) if is_run else None
 
 
-def _weight(text: str) -> tuple[str, Any]:
-    """Returns the name and the number of NAME=NUMBER; a text, which no preference may be, where it is none."""
+def _setting(text: str) -> tuple[str, Any]:
+    """Returns the name and the number of NAME=NUMBER; a text, which no setting may be, where it is none."""
     name, _, value = text.partition("=")
     try:
         return name, parse_number(value)

@@ -15,6 +15,7 @@ from qos_jax.agent.learner import Learner, make_learner
 from qos_jax.agent.preferences import checked_preferences
 from qos_jax.errors import InputError
 from qos_jax.io import dataclass_json
+from qos_jax.io.text_files import number_or_nan, shown
 from qos_jax.routers.base import Memory, Router
 from qos_jax.sim.engine import EngineSpec
 from qos_jax.sim.env import Environment
@@ -34,6 +35,7 @@ def load_router(
     run: int | None = None,
     name: str | None = None,
     preferences: Mapping[str, Any] | None = None,
+    margin: Any = 0.0,
 ) -> Router:
     """Returns the router in the newest checkpoint of a training run.
 
@@ -46,13 +48,15 @@ def load_router(
       name: of the router; that of the folder by default.
       preferences: weights by their name in ``Preferences``, of an agent that was trained with ``preferences`` among
         what is randomised; those that are not given are the agent's.
+      margin: QoS from -1 to 1 by which the value of a placement must exceed that of a drop. A router for any fleet that
+        is too eager, or too shy, on a certain one is corrected by it.
 
     Returns:
       The router; its ``params`` are the weights. If it was trained with preferences, its memory is a ``Preferences``.
 
     Raises:
       InputError: the folder holds no run that this version can read, or none of this seed or number, or a preference
-        is not legal.
+        or the margin is not legal.
     """
     if is_shipped(path):
         path, name = shipped_folder(str(path)), name or shipped_label(str(path))
@@ -66,8 +70,11 @@ def load_router(
     dial = None
     if preferences is not None:
         dial = checked_preferences(learner.config, preferences, f"{folder.path / CONFIG}: preferences")
+    if not -1 <= number_or_nan(margin) <= 1 or (margin and learner.config.network.actor):
+        legal = "0 for an agent with a policy" if learner.config.network.actor else "a number from -1 to 1"
+        raise InputError(f"{folder.path / CONFIG}: margin is {shown(margin)}, must be {legal}")
     weights = weights_of(folder, learner, run if run is not None else 0 if seed is None else seeds.index(seed))
-    router = learner.router(weights, name or folder.path.name, dial)
+    router = learner.router(weights, name or folder.path.name, dial, number_or_nan(margin))
     return _for_its_fleets(router, learner.env.spec.num_experts)
 
 

@@ -146,19 +146,20 @@ class TestATrainingRun:
         assert_refused(program, capsys, "holds no checkpoint yet", f"--routers={run.path}", "--first_seed=5")
 
     @pytest.mark.parametrize(
-        ("text", "seed", "preferences"),
+        ("text", "seed", "preferences", "margin"),
         [
-            ("", None, None),
-            ("@3", 3, None),
-            (":energy=2", None, {"energy": 2.0}),
-            ("@3:energy=2e-1:drop=.5", 3, {"energy": 0.2, "drop": 0.5}),
-            (":energy=much:drop=nan:speed=", None, {"energy": "much", "drop": "nan", "speed": ""}),
+            ("", None, None, 0),
+            ("@3", 3, None, 0),
+            (":energy=2", None, {"energy": 2.0}, 0),
+            (":margin=-.1", None, None, -0.1),
+            ("@3:energy=2e-1:margin=much:drop=.5", 3, {"energy": 0.2, "drop": 0.5}, "much"),
+            (":energy=much:drop=nan:speed=", None, {"energy": "much", "drop": "nan", "speed": ""}, 0),
         ],
     )
-    def test_is_named_with_its_seed_and_preferences(
-        self, run: RunFolder, text: str, seed: int | None, preferences: Any
+    def test_is_named_with_its_seed_and_settings(
+        self, run: RunFolder, text: str, seed: int | None, preferences: Any, margin: Any
     ) -> None:
-        assert run_of(f"{run.path}{text}") == (run.path, seed, preferences)
+        assert run_of(f"{run.path}{text}") == (run.path, seed, preferences, margin)
         assert run_folders([str(run.path), f"{run.path}:energy=1", f"{run.path}{text}"]) == [run.path]
 
     def test_without_preferences_takes_none(

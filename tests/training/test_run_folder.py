@@ -21,7 +21,7 @@ import pytest
 
 from qos_jax import InputError, load_router
 from qos_jax.agent import Learner
-from qos_jax.agent.networks import NetworkConfig
+from qos_jax.agent.networks import NetworkConfig, heads_of
 from qos_jax.encoder.han import HANConfig
 from qos_jax.sim.types import Observation, Preferences
 from qos_jax.training.config import TrainingConfig, runs_of
@@ -326,6 +326,20 @@ class TestLoadRouter:
         for num_experts in (1, 3, 5):
             action, _ = jax.jit(router.act)(jax.random.key(0), idle(num_experts), ())
             assert 0 <= int(action) <= num_experts
+
+    def test_a_margin_moves_the_level_of_place_against_drop(self, tmp_path: pathlib.Path) -> None:
+        learner = small_learner(network=POINTER)
+        folder = saved(tmp_path / "run", learner)
+        obs, weights = idle(3), learner.weights(state_of(learner))
+        values = jnp.mean(heads_of(learner.network, weights, learner.features(obs)).q, -2)
+        worth = float(jnp.max(values[:-1]) - values[-1])
+        assert 0 < worth < 0.99
+        for margin, drops in ((-1, False), (worth - 0.01, False), (worth + 0.01, True)):
+            router = load_router(folder.path, margin=margin)
+            assert (int(router.act(jax.random.key(0), obs, ())[0]) == 3) == drops
+        for margin in (1.1, float("nan"), "0.1", True):
+            with pytest.raises(InputError, match=r"run/config.json: margin is .*, must be a number from -1 to 1"):
+                load_router(folder.path, margin=margin)
 
     def test_it_takes_other_preferences(self, tmp_path: pathlib.Path) -> None:
         learner = small_learner(network=dataclasses.replace(POINTER, with_preferences=True))
