@@ -30,7 +30,6 @@ from qos_jax.training.run_config import CONFIG
 
 _KEPT = 2
 _CHECKSUMS = "checksums.json"
-_ELSEWHERE = "take another folder"
 
 
 class Checkpoints:

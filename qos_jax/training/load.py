@@ -70,11 +70,12 @@ def load_router(
     dial = None
     if preferences is not None:
         dial = checked_preferences(learner.config, preferences, f"{folder.path / CONFIG}: preferences")
-    if not -1 <= number_or_nan(margin) <= 1 or (margin and learner.config.network.actor):
-        legal = "0 for an agent with a policy" if learner.config.network.actor else "a number from -1 to 1"
+    value, highest = number_or_nan(margin), 0 if learner.config.network.actor else 1
+    if not -highest <= value <= highest:
+        legal = "a number from -1 to 1" if highest else "0 for an agent with a policy"
         raise InputError(f"{folder.path / CONFIG}: margin is {shown(margin)}, must be {legal}")
     weights = weights_of(folder, learner, run if run is not None else 0 if seed is None else seeds.index(seed))
-    router = learner.router(weights, name or folder.path.name, dial, number_or_nan(margin))
+    router = learner.router(weights, name or folder.path.name, dial, value)
     return _for_its_fleets(router, learner.env.spec.num_experts)
 
 

@@ -340,6 +340,9 @@ class TestLoadRouter:
         for margin in (1.1, float("nan"), "0.1", True):
             with pytest.raises(InputError, match=r"run/config.json: margin is .*, must be a number from -1 to 1"):
                 load_router(folder.path, margin=margin)
+        actor = saved(tmp_path / "actor", small_learner(network=dataclasses.replace(POINTER, actor=True)))
+        with pytest.raises(InputError, match=r"actor/config.json: margin is 0.1, must be 0 for an agent with a policy"):
+            load_router(actor.path, margin=0.1)
 
     def test_it_takes_other_preferences(self, tmp_path: pathlib.Path) -> None:
         learner = small_learner(network=dataclasses.replace(POINTER, with_preferences=True))
