@@ -26,7 +26,7 @@ class Trained:
     """What ``train`` returns."""
 
     routers: list[Router]  # one for each seed
-    metrics: dict[str, Any]  # the last evaluation, ``steps``, ``compile_s`` and ``train_s``
+    metrics: dict[str, Any]  # the evaluation of the routers, ``steps``, ``compile_s`` and ``train_s``
     records: list[dict[str, Any]]  # of the whole run, see ``qos_jax.training.loop``
     finished: bool  # False: it was stopped, and the same call goes on with it
 
@@ -86,8 +86,7 @@ def train(
             resume = os.path.exists(os.path.join(out, CONFIG))
             folder = stack.enter_context(run.open_folder(out, resume=resume))
         result = run.train(folder, progress_fn=progress_fn, should_stop=should_stop)
-    last = next(record for record in reversed(result.records) if record["kind"] == "evaluation")
-    metrics = last | {"steps": result.steps, "compile_s": result.compile_s, "train_s": result.train_s}
+    metrics = result.kept | {"steps": result.steps, "compile_s": result.compile_s, "train_s": result.train_s}
     name = "learned" if folder is None else folder.path.name
     return Trained(run.routers(result.weights, name), metrics, result.records, result.finished)
 

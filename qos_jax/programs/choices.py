@@ -131,6 +131,7 @@ AGENT_FIELDS = (
     "hyper.weights.potential",
 )
 RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
+KEPT = ("auto", "best", "last")
 STUDIES = (
     "load",
     "edge",

@@ -79,10 +79,13 @@ def define_train(values: FlagValues) -> None:
                    "combination trains with every seed, side by side.")  # fmt: skip
     group.integer("seed", 0, "The seed, or the first of several; below 1000, as evaluation uses the others.", 0)
     group.integer("seeds", 1, "How many seeds to train side by side.", 1)
-    group = FlagGroup(values, "Held-out evaluation")
+    group = FlagGroup(values, "Evaluation in training")
     group.integer("evaluate_every", None, "Steps between evaluations; a tenth of all by default.", 1)
     group.integer("evaluation_envs", 32, "Environments of an evaluation.", 2)
     group.integer("evaluation_steps", 800, "Requests of each of them.", 1)
+    group.choice("keep", "auto", choices.KEPT, "Weights of the router: of each seed's best evaluation, or the last "
+                 "ones; auto means the best where evaluations judge what training strives for, which is QoS without "
+                 "costs in worlds that differ in load and arrivals only.")  # fmt: skip
     group = FlagGroup(values, "Run")
     group.string("out", "runs/train", "Folder of the run.")
     group.choice("resume", "no", ("no", "yes", "auto"), "Go on with the run in that folder; --resume alone means yes, "

@@ -13,11 +13,11 @@ from qos_jax.io.text_files import parse_number
 from qos_jax.programs import choices
 from qos_jax.routers import Router, make_router, router_names
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
 from qos_jax.training.load import load_router
 from qos_jax.training.run_config import CONFIG
 from qos_jax.training.run_folder import RunFolder
 from qos_jax.training.shipped import is_shipped, shipped_folder, shipped_label
+from qos_jax.training.validation import FIRST_HELD_OUT_SEED
 
 _SETTINGS = re.compile(r":(?=\w+=)")  # before each setting of FOLDER:energy=2:margin=0.05
 _MARGIN = "margin"  # the setting that is no preference

@@ -30,6 +30,7 @@ from qos_jax.programs.train import command_of
 from qos_jax.programs.train_once import ended_together, train_once
 from qos_jax.training.run_config import CONFIG
 from qos_jax.training.run_folder import RunFolder
+from qos_jax.training.selection import evaluations, kept_evaluation
 
 
 def main(values: FlagValues) -> None:
@@ -73,22 +74,23 @@ def _cells(grid: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _results(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the last evaluation of each run in a folder that is done."""
+    """Yields what the evaluation of the kept weights says, for each run in a folder that is done."""
     if not (path / CONFIG).exists():
         return
     folder = RunFolder.reopen(path)
     try:
-        evaluations = [record for record in folder.records() if record.get("kind") == "evaluation"]
+        records = folder.records()
     except InputError as error:
         print(f"warning: the table lacks a run: {error}", file=sys.stderr)
         return
-    if not evaluations or not folder.finished:
+    if not evaluations(records) or not folder.finished:
         return
-    last = evaluations[-1]
-    for run, qos, gain in zip(folder.training.runs, last["qos"], last["gains"], strict=True):
+    kept = kept_evaluation(records, folder.training.keeps_best)
+    for run, qos, gain, after in zip(folder.training.runs, kept["qos"], kept["gains"], kept["kept_after"], strict=True):
         yield dict(run) | {
-            "steps": last["steps"],
-            "seconds": last["seconds"],
+            "steps": records[-1]["steps"],
+            "kept_after": after,
+            "seconds": records[-1]["seconds"],
             "qos": qos,
             "gain_over_impact_greedy": gain,
         }

@@ -63,7 +63,7 @@ def main(values: FlagValues) -> None:
     command = shlex.join(["qos-jax", "train", *app.given(values)])
     with run.open_folder(values.out, resume=resume, command=command, flags=flags) as folder:
         if leads():
-            notes_on(world, run.learner.env, run.held_out.params)
+            notes_on(world, run.learner.env, run.validation.params)
             print(f"{values.agent} on {world.name}: {sizes}", flush=True)
         with _stop_asked() as should_stop, _reporter(folder, run) as report:
             result = run.train(
@@ -110,6 +110,7 @@ def configs_of(values: FlagValues) -> tuple[WorldConfig, TrainingConfig]:
         evaluate_every=values.evaluate_every,
         evaluation_envs=values.evaluation_envs,
         evaluation_steps=values.evaluation_steps,
+        keep=values.keep,
         save_replay=values.save_replay,
     )
 
@@ -213,12 +214,14 @@ def _devices(values: FlagValues) -> list[jax.Device]:
 
 def _write_summary(agent: str, result: TrainResult, folder: RunFolder) -> None:
     """Prints what came out, and draws the learning curve."""
-    last = next(record for record in reversed(result.records) if record["kind"] == "evaluation")
-    interval = f"[{last['low']:+.4f}, {last['high']:+.4f}]"
+    kept = result.kept
+    interval = f"[{kept['low']:+.4f}, {kept['high']:+.4f}]"
+    after = " and ".join(f"{steps:,}" for steps in sorted(set(kept["kept_after"])))
     print(f"compilation: {result.compile_s:.1f} s")
     print(
-        f"{agent}: held-out QoS {np.mean(last['qos']):.4f}, impact_greedy {last['impact_greedy']:.4f}, "
-        f"difference {last['gain']:+.4f} {interval}, after {result.steps:,} steps in {result.train_s / 60:.1f} min"
+        f"{agent}: QoS {np.mean(kept['qos']):.4f}, impact_greedy {kept['impact_greedy']:.4f}, "
+        f"difference {kept['gain']:+.4f} {interval}, with the weights after {after} of {result.steps:,} steps "
+        f"in {result.train_s / 60:.1f} min"
     )
     print(f"written: {folder.path}", flush=True)
     try:

@@ -259,12 +259,12 @@ def learning_curve(records: Sequence[Mapping[str, Any]], *, width: Width = FULL)
         axes.margins(x=0.02)
     panels[0].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     for axes in panels[:: 1 if width.is_column else 2]:
-        axes.set_ylabel("QoS, held-out (zoomed)")
+        axes.set_ylabel("QoS (zoomed)")
     handles, labels = panels[0].get_legend_handles_labels()
     style.legend_outside(figure, list(zip(handles, labels, strict=True)), width)
     figure.set_label(
-        "Mean QoS of the policy on held-out requests, the same at each evaluation, against training. Thin lines are "
-        "seeds; compilation is not counted."
+        "Mean QoS of the policy on requests that it does not learn from, the same at each evaluation, against "
+        "training. Thin lines are seeds; compilation is not counted."
     )
     return figure
 

@@ -1,1 +1,1 @@
-"""The host's side of training: the loop, held-out evaluation, run folders, devices, and loading of routers."""
+"""The host's side of training: the loop, validation, run folders, devices, and loading of routers."""

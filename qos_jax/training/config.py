@@ -10,11 +10,12 @@ from typing import Any
 from qos_jax.agent import configs
 from qos_jax.agent.configs import AgentConfig
 from qos_jax.agent.overrides import leaves, overridden
+from qos_jax.agent.sac import Hyperparameters
 from qos_jax.errors import InputError
 from qos_jax.io import dataclass_json
 from qos_jax.io.text_files import number_or_nan, shown
 from qos_jax.sim.validation import checked_whole
-from qos_jax.training.held_out import FIRST_HELD_OUT_SEED
+from qos_jax.training.validation import FIRST_HELD_OUT_SEED
 
 RANDOMISED = ("load", "arrivals", "prediction", "staleness", "limit", "fleet")
 """What may differ between the worlds of a run."""
@@ -23,9 +24,13 @@ PREFERENCES = "preferences"
 """May be among what is randomised, too: the weights of the reward then differ, and the network reads them."""
 
 DEFAULT_LOAD = 0.9
-HELD_OUT_LOADS = (0.6, 0.9, 1.1, 1.3)  # of the evaluation, where loads are randomised
+VALIDATION_LOADS = (0.6, 0.9, 1.1, 1.3)  # where loads are randomised
+
+KEPT = ("auto", "best", "last")
+"""Which weights the router may get: those of the best evaluation in training, or the last ones."""
 
 _MAX_STEPS = 2**62
+_VALIDATED = {"load", "arrivals"}  # differ in validation as well, or hardly matter to it
 
 Run = Mapping[str, float]  # ``seed``, and the values of varied numbers by name
 
@@ -42,6 +47,9 @@ class TrainingConfig:
     evaluate_every: int | None = None  # steps; None: a tenth of all
     evaluation_envs: int = 32
     evaluation_steps: int = 800  # requests of each of them
+    keep: str = "auto"
+    """One of ``KEPT``; ``auto``: the best where evaluations judge what training strives for, which is QoS without
+    costs in worlds that differ in load and arrivals only."""
     save_replay: bool = True  # else a resumed run does not go on bit for bit
 
     def __post_init__(self) -> None:
@@ -57,6 +65,8 @@ class TrainingConfig:
         for name, kind in (("randomise", "names"), ("loads", "numbers above 0"), ("runs", "tables with a seed")):
             if not isinstance(getattr(self, name), list | tuple):
                 raise InputError(f"{name} is {shown(getattr(self, name))}, must be a tuple of {kind}")
+        if self.keep not in KEPT:
+            raise InputError(f"keep is {shown(self.keep)}, must be one of {', '.join(KEPT)}")
         for load in self.loads:
             if not number_or_nan(load) > 0:
                 raise InputError(f"loads has {shown(load)}, must have finite numbers above 0")
@@ -85,6 +95,15 @@ class TrainingConfig:
         """The seed of each run."""
         return [int(run["seed"]) for run in self.runs]
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the router gets the weights of its best evaluation; see ``keep``."""
+        if self.keep != "auto":
+            return self.keep == "best"
+        rewards = [hyperparameters_of(self.agent, run).weights for run in self.runs]
+        costs = any(each.violation or each.drop or each.kv_memory or each.energy for each in rewards)
+        return set(self.randomise) <= _VALIDATED and not costs
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what JSON can hold; ``from_dict`` rebuilds it."""
         return dataclass_json.to_dict(self)
@@ -97,6 +116,11 @@ class TrainingConfig:
           InputError: a field is unknown, missing or of another kind.
         """
         return dataclass_json.from_dict(cls(), values, "training")
+
+
+def hyperparameters_of(agent: AgentConfig, run: Run) -> Hyperparameters:
+    """Returns the numbers of one of the runs that train side by side."""
+    return overridden(agent, {name: repr(value) for name, value in run.items() if name not in ("seed", "load")}).hyper
 
 
 def runs_of(agent: AgentConfig, seeds: Sequence[int], vary: Sequence[str] = ()) -> tuple[Run, ...]:

@@ -8,9 +8,9 @@ are read and reported, so that the device never waits for the host.
 and ``seconds`` (of training, without compilation), and by its kind:
 
 * ``train``, after each chunk: ``metrics``: by name, a value for each seed;
-* ``evaluation``: ``qos``: mean QoS on the held-out requests, for each seed; ``gains``: mean paired difference to
-  impact_greedy, for each seed; ``impact_greedy``: mean QoS of that router; ``gain``, with ``low`` and ``high``: mean of
-  the differences with its 95 % interval, over the seeds, or over the environments if there is one seed.
+* ``evaluation``: ``qos``: mean QoS on the requests of the validation, for each seed; ``gains``: mean paired difference
+  to impact_greedy, for each seed; ``impact_greedy``: mean QoS of that router; ``gain``, with ``low`` and ``high``: mean
+  of the differences with its 95 % interval, over the seeds, or over the environments if there is one seed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from qos_jax.agent.sac import Hyperparameters
 from qos_jax.routers.impact_greedy import impact_greedy
 from qos_jax.sim.env import EnvParams, axis_of_environments
 from qos_jax.sim.types import Observation
-from qos_jax.training.held_out import HeldOut
 from qos_jax.training.parallel import DeviceLayout, any_process
 from qos_jax.training.progress import Progress, Recorder, TrainResult
 from qos_jax.training.run_folder import RunFolder
+from qos_jax.training.selection import Selection, kept_evaluation
+from qos_jax.training.validation import Validation
 
 _LEVEL = "xla_backend_optimization_level"
 
@@ -45,13 +46,14 @@ def train(
     learner: Learner,
     params: EnvParams,
     hyper: Hyperparameters,
-    held_out: HeldOut,
+    validation: Validation,
     *,
     steps: int,
     seeds: Sequence[int] = (0,),
     loads: Sequence[float] | None = None,
     devices: Sequence[jax.Device] = (),
     evaluate_every: int | None = None,
+    keep_best: bool = False,
     folder: RunFolder | None = None,
     checkpoint_every_s: float = 120.0,
     progress_fn: Callable[[Progress], None] = lambda progress: None,
@@ -63,13 +65,14 @@ def train(
       learner: what learns.
       params: of its environments, see ``Learner.init``.
       hyper: numbers of the algorithm; leaves of several seeds may have an axis [seeds].
-      held_out: the requests of its evaluations.
+      validation: the requests of its evaluations.
       steps: of the environments of each seed, rounded up to whole chunks.
       seeds: of runs that train side by side in one program. A seed may occur more than once, with other numbers or
         another load.
-      loads: of each run's environments and evaluation; by default those of ``params`` and ``held_out``.
+      loads: of each run's environments and evaluation; by default those of ``params`` and ``validation``.
       devices: of all processes, to share the seeds and the shards of the agent; see ``qos_jax.training.parallel``.
       evaluate_every: steps between evaluations, a tenth of all by default; there is also one at the start and the end.
+      keep_best: the weights of the result are those of each seed's best evaluation so far, in place of the last ones.
       folder: for checkpoints and metrics.jsonl; without it nothing is written.
       checkpoint_every_s: seconds between checkpoints; there is also one at the end.
       progress_fn: called with each record.
@@ -82,14 +85,19 @@ def train(
     layout = DeviceLayout(len(seeds), learner.config.shards, tuple(devices), differ)
     chunks = math.ceil(steps / learner.steps_per_chunk)
     chunks_per_evaluation = max(1, round((evaluate_every or steps / 10) / learner.steps_per_chunk))
-    phases = _compile(learner, params, _run_arguments(seeds, hyper, loads), held_out, layout)
+    phases = _compile(learner, params, _run_arguments(seeds, hyper, loads), validation, layout)
     recorder = Recorder(learner.steps_per_chunk, chunks, seeds, folder, progress_fn)
     first, state = _resumed(folder, phases.like, learner.steps_per_chunk)
     if state is None:
         state = phases.start()
-    reference = phases.qos(phases.weights(state), False)
+    weights = phases.weights(state)
+    reference = phases.qos(weights, False)
+    selection = Selection(keep_best, weights, len(seeds))
     if first == 0:
-        recorder.evaluated(0, phases.qos(phases.weights(state), True), reference)
+        _evaluate(0, weights, phases, reference, recorder, selection)
+    elif keep_best and folder is not None:
+        kept = folder.restore_weights(first * learner.steps_per_chunk, phases.weights_like)
+        selection.go_on(kept, recorder.records)
     # A replay buffer that is not saved is empty after a resume, and its rows are counted from there.
     rows_from = 0 if folder is None or folder.training.save_replay else first
     chunk, saved_at = recorder.start(first), time.perf_counter()
@@ -97,7 +105,8 @@ def train(
         due = time.perf_counter() - saved_at >= checkpoint_every_s
         stop, due = any_process(should_stop(), due)
         if due and chunk > first:
-            recorder.save(chunk, state, phases.weights(state))
+            weights = phases.weights(state)
+            recorder.save(chunk, state, weights, selection.of(weights))
             saved_at = time.perf_counter()
         if stop:
             break
@@ -105,17 +114,27 @@ def train(
         chunk += 1
         recorder.trained(chunk, metrics)
         if chunk % chunks_per_evaluation == 0 or chunk == chunks:
-            recorder.evaluated(chunk, phases.qos(phases.weights(state), True), reference)
+            _evaluate(chunk, phases.weights(state), phases, reference, recorder, selection)
     weights = phases.weights(state)
-    recorder.save(chunk, state, weights)
+    recorder.save(chunk, state, weights, selection.of(weights))
     return TrainResult(
-        weights=weights,
+        weights=selection.of(weights),
         steps=chunk * learner.steps_per_chunk,
         finished=chunk >= chunks,
         records=recorder.records,
+        kept=kept_evaluation(recorder.records, keep_best),
         compile_s=phases.compile_s,
         train_s=recorder.seconds(),
     )
+
+
+def _evaluate(
+    chunk: int, weights: Any, phases: _Phases, reference: Array, recorder: Recorder, selection: Selection
+) -> None:
+    """Evaluates the weights after so many chunks, and keeps them if they are the best."""
+    qos = phases.qos(weights, True)
+    recorder.evaluated(chunk, qos, reference)
+    selection.evaluated(weights, qos)
 
 
 def _resumed(folder: RunFolder | None, like: TrainState, steps_per_chunk: int) -> tuple[int, TrainState | None]:
@@ -134,6 +153,7 @@ class _Phases:
     weights: Callable[[TrainState], Any]
     qos: Callable[[Any, bool], Array]  # [E] or [seeds, E]; of a policy by its weights, or of impact_greedy
     like: TrainState  # its shapes
+    weights_like: Any  # likewise
     compile_s: float
 
 
@@ -157,7 +177,7 @@ def _run_arguments(seeds: Sequence[int], hyper: Hyperparameters, loads: Sequence
 
 
 def _compile(
-    learner: Learner, params: EnvParams, runs: _RunArguments, held_out: HeldOut, layout: DeviceLayout
+    learner: Learner, params: EnvParams, runs: _RunArguments, validation: Validation, layout: DeviceLayout
 ) -> _Phases:
     """Compiles all phases ahead of time, side by side."""
     started = time.perf_counter()
@@ -178,11 +198,11 @@ def _compile(
                 learned, lambda: learner.act(weights, key, obs), lambda: reference.act(key, obs, reference.init())[0]
             )
 
-        return held_out.qos(learner.env, act, seeds, run.at_load(params))
+        return validation.qos(learner.env, act, seeds, run.at_load(params))
 
     runs = layout.placed("seed", runs)
     world = runs, layout.placed("world", layout.worlds(params))
-    test = runs, *layout.placed("all", held_out.arguments())
+    test = runs, *layout.placed("all", validation.arguments())
     start = layout.spread(start, ("seed", "world"), ("state",))
     chunk = layout.spread(chunk, ("state", "seed", "world", "all", "all"), ("state", "seed"))
     qos = layout.spread(qos, ("seed", "all", "seed", "all", "all"), ("seed",))
@@ -206,6 +226,7 @@ def _compile(
         weights=run_weights,
         qos=lambda weights, learned: run_qos(weights, np.bool_(learned), *test),
         like=like,
+        weights_like=weights,
         compile_s=time.perf_counter() - started,
     )
 

@@ -40,6 +40,7 @@ class TrainResult:
     steps: int  # requests routed, of each seed
     finished: bool  # False if it was stopped
     records: list[Record]
+    kept: Record  # of the evaluation of these weights, see ``kept_evaluation``
     compile_s: float
     train_s: float  # of the whole run, without compilation
 
@@ -87,8 +88,14 @@ class Recorder:
         values |= {"gain": gain["mean"], "low": gain["low"], "high": gain["high"]}
         self._tell("evaluation", chunk, values)
 
-    def save(self, chunk: int, state: TrainState, weights: Any) -> None:
+    def save(self, chunk: int, state: TrainState, weights: Any, kept: Any) -> None:
         """Writes a checkpoint.
+
+        Args:
+          chunk: number of chunks done.
+          state: after them.
+          weights: of that state.
+          kept: the weights that a router gets now.
 
         Raises:
           InputError: a weight is not finite, or the checkpoint cannot be written.
@@ -97,7 +104,7 @@ class Recorder:
         if self.folder is not None:
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(weights))):
                 raise self._diverged("a weight is not finite", chunk)
-            self.folder.save(chunk * self.steps_per_chunk, state, weights)
+            self.folder.save(chunk * self.steps_per_chunk, state, kept)
 
     def _report(self) -> None:
         if self.running is None:

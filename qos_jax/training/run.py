@@ -13,18 +13,17 @@ import numpy as np
 
 from qos_jax.agent.configs import AgentConfig
 from qos_jax.agent.learner import Learner, make_learner
-from qos_jax.agent.overrides import overridden
 from qos_jax.agent.sac import Hyperparameters
 from qos_jax.io.files import writable_folder
 from qos_jax.routers.base import Router
 from qos_jax.sim.env import Environment, EnvParams
-from qos_jax.training.config import DEFAULT_LOAD, HELD_OUT_LOADS, PREFERENCES, TrainingConfig
-from qos_jax.training.held_out import HeldOut
+from qos_jax.training.config import DEFAULT_LOAD, PREFERENCES, VALIDATION_LOADS, TrainingConfig, hyperparameters_of
 from qos_jax.training.loop import train
 from qos_jax.training.memory import available_bytes, check_fits, needed_bytes
 from qos_jax.training.progress import Progress, TrainResult
 from qos_jax.training.run_config import make_config
 from qos_jax.training.run_folder import RunFolder, locked
+from qos_jax.training.validation import Validation
 from qos_jax.worlds import randomization
 from qos_jax.worlds.config import WorldConfig
 from qos_jax.worlds.randomization import Domain, rate_clip_per_s, sample_worlds
@@ -36,7 +35,7 @@ class TrainingRun:
 
     learner: Learner
     params: EnvParams  # of the environments to train in
-    held_out: HeldOut
+    validation: Validation
     training: TrainingConfig
     world: WorldConfig | None  # None: an environment of the user's own
 
@@ -79,12 +78,13 @@ class TrainingRun:
             self.learner,
             self.params,
             _hyperparameters(self.learner.config, self.training),
-            self.held_out,
+            self.validation,
             steps=self.training.steps,
             seeds=self.training.seeds,
             loads=[run["load"] for run in runs] if "load" in runs[0] else None,
             devices=devices,
             evaluate_every=self.training.evaluate_every,
+            keep_best=self.training.keeps_best,
             folder=folder,
             checkpoint_every_s=checkpoint_every_s,
             progress_fn=progress_fn or (lambda progress: None),
@@ -123,22 +123,16 @@ def training_run(world: WorldConfig | tuple[Environment, EnvParams], training: T
     Raises:
       InputError: a file cannot be used, or the configurations do not go together.
     """
-    if isinstance(world, WorldConfig):
-        env, params = world.build()
-        measured = world.trace is not None or bool(world.tables)
-        held_out_params = world.held_out().build()[1] if measured else params
-    else:
-        (env, params), held_out_params = world, world[1]
-    params = _worlds(env, params, training)
-    held_out = _held_out(held_out_params, training)
+    env, base = world.build() if isinstance(world, WorldConfig) else world
+    params, validation = _worlds(env, base, training), _validation(base, training)
     varied = [run["load"] for run in training.runs if "load" in run]
-    agent = _with_rate_clip(training.agent, env, params, max([*held_out.loads, *varied]))
+    agent = _with_rate_clip(training.agent, env, params, max([*validation.loads, *varied]))
     if PREFERENCES in training.randomise:
         agent = dataclasses.replace(agent, network=dataclasses.replace(agent.network, with_preferences=True))
     if env.spec.sessions:
         agent = dataclasses.replace(agent, network=dataclasses.replace(agent.network, with_sessions=True))
     return TrainingRun(
-        make_learner(env, agent), params, held_out, training, world if isinstance(world, WorldConfig) else None
+        make_learner(env, agent), params, validation, training, world if isinstance(world, WorldConfig) else None
     )
 
 
@@ -161,10 +155,10 @@ def _worlds(env: Environment, params: EnvParams, training: TrainingConfig) -> En
     return sample_worlds(env, params, domain, key, training.agent.num_envs)
 
 
-def _held_out(params: EnvParams, training: TrainingConfig) -> HeldOut:
+def _validation(params: EnvParams, training: TrainingConfig) -> Validation:
     loads_differ = "load" in training.randomise or len(training.loads) > 1
-    loads = training.loads or (HELD_OUT_LOADS if loads_differ else (DEFAULT_LOAD,))
-    return HeldOut(params, loads, training.evaluation_envs, training.evaluation_steps)
+    loads = training.loads or (VALIDATION_LOADS if loads_differ else (DEFAULT_LOAD,))
+    return Validation(params, loads, training.evaluation_envs, training.evaluation_steps)
 
 
 def _with_rate_clip(agent: AgentConfig, env: Environment, params: EnvParams, load: float) -> AgentConfig:
@@ -177,8 +171,5 @@ def _with_rate_clip(agent: AgentConfig, env: Environment, params: EnvParams, loa
 
 def _hyperparameters(agent: AgentConfig, training: TrainingConfig) -> Hyperparameters:
     """Returns the numbers of all runs, leaves [runs]."""
-    each = [
-        overridden(agent, {name: repr(value) for name, value in run.items() if name not in ("seed", "load")}).hyper
-        for run in training.runs
-    ]
+    each = [hyperparameters_of(agent, run) for run in training.runs]
     return jax.tree.map(lambda *values: np.array(values, np.float32), *each)

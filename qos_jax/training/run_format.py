@@ -96,7 +96,7 @@ def upgraded(config: Any, file: str) -> dict[str, Any]:
 
 def upgraded_training(training: dict[str, Any]) -> dict[str, Any]:
     """Returns what a run of the current format was trained for, with the fields that came later."""
-    return training | {"agent": _with_later_fields(training.get("agent"), _LATER)}
+    return {"keep": "last"} | training | {"agent": _with_later_fields(training.get("agent"), _LATER)}
 
 
 def _check_kinds(config: dict[str, Any], fields: dict[str, Any], file: str) -> None:

@@ -8,9 +8,9 @@ import math
 import jax
 import numpy as np
 
-from qos_jax.training.held_out import HeldOut
 from qos_jax.training.loop import train
 from qos_jax.training.progress import TrainResult
+from qos_jax.training.validation import Validation
 from tests.helpers.instant_env import small_learner
 from tests.helpers.small_env import small_params
 
@@ -21,7 +21,7 @@ UPDATES = 100
 def trained(seeds: int, shards: int, devices: int) -> TrainResult:
     learner, params = small_learner(shards=shards, num_envs=8, capacity=128), small_params()
     return train(
-        learner, params, learner.config.hyper, HeldOut(params, num_envs=2, steps=20),
+        learner, params, learner.config.hyper, Validation(params, num_envs=2, steps=20),
         steps=UPDATES // learner.config.updates * learner.steps_per_chunk, seeds=range(seeds),
         devices=jax.devices()[:devices] if devices > 1 else (), checkpoint_every_s=math.inf,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from qos_jax.programs.main import PROGRAMS, flags_reference
 from qos_jax.programs.studies import BUDGETS, STUDIES
 from qos_jax.routers import PLANNERS, router_names
 from qos_jax.sim.constants import OBSERVE
-from qos_jax.training.config import RANDOMISED
+from qos_jax.training.config import KEPT, RANDOMISED
 from qos_jax.workload.trace_files import COLUMNS
 from qos_jax.worlds.build import make
 from qos_jax.worlds.presets import PRESETS
@@ -41,6 +41,7 @@ def test_names_in_the_help_are_those_that_are_known() -> None:
     assert set(choices.AGENTS) == set(AGENTS)
     assert set(choices.ROUTERS) == {*router_names(env), *PLANNERS, "prefix_affinity"} - singles
     assert set(choices.RANDOMISED) == set(RANDOMISED)
+    assert set(choices.KEPT) == set(KEPT)
     assert tuple(COLUMNS) == choices.TRACE_FORMATS
     assert set(choices.STUDIES) == set(STUDIES)
     assert set(choices.BUDGETS) == set(BUDGETS)

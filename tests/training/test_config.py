@@ -59,6 +59,7 @@ def test_seeds_of_evaluation_are_refused(seed: float) -> None:
         ({"steps": "x"}, "steps is 'x', must be a whole number from 1"),
         ({"evaluate_every": 0.5}, "evaluate_every is 0.5, must be a whole number from 1"),
         ({"evaluation_envs": 0}, "evaluation_envs is 0, must be a whole number from 1"),
+        ({"keep": "first"}, "keep is 'first', must be one of auto, best, last"),
         ({"loads": 5}, "loads is 5, must be a tuple of numbers above 0"),
         ({"loads": (0.5, "x")}, "loads has 'x', must have finite numbers above 0"),
         ({"loads": (10**400,)}, "loads has 1000.*, must have finite numbers above 0"),
@@ -73,13 +74,30 @@ def test_an_argument_of_another_kind_is_refused(fields: dict[str, Any], message:
         qos_jax.train("paper-3", recipe, **fields)
 
 
+@pytest.mark.parametrize(
+    ("best", "fields"),
+    [
+        (True, {}),
+        (True, {"randomise": ("load", "arrivals")}),
+        (False, {"randomise": ("load", "fleet")}),
+        (False, {"runs": ({"seed": 0}, {"energy": 1.0, "seed": 0})}),
+        (False, {"keep": "last"}),
+        (True, {"keep": "best", "randomise": ("load", "fleet")}),
+    ],
+)
+def test_the_best_weights_are_kept_where_evaluations_judge_what_training_strives_for(
+    best: bool, fields: dict[str, Any]
+) -> None:
+    assert TrainingConfig(AGENTS["mvr"], **fields).keeps_best is best
+
+
 def test_who_reads_preferences_meets_several_in_training() -> None:
     agent = dataclasses.replace(AGENTS["mvr"], network=NetworkConfig(with_preferences=True))
     with pytest.raises(InputError, match=r"with_preferences is True, which needs preferences .*--randomise=load,pref"):
         TrainingConfig(agent, randomise=("load",))
     asked = TrainingConfig(AGENTS["mvr"], randomise=("load", "preferences"))
     run, again = (training_run(WorldConfig(), asked) for _ in range(2))
-    assert run.learner.config.network.with_preferences and run.held_out.params.preferences is None
+    assert run.learner.config.network.with_preferences and run.validation.params.preferences is None
     for name, one in vars(run.params.preferences).items():
         np.testing.assert_array_equal(one, getattr(again.params.preferences, name))
     assert TrainingConfig.from_dict(make_config(run.learner, asked)["training"]).agent == run.learner.config

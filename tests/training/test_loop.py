@@ -14,11 +14,12 @@ import pytest
 
 from qos_jax import InputError, make
 from qos_jax.training.config import TrainingConfig, runs_of
-from qos_jax.training.held_out import FIRST_HELD_OUT_SEED, HeldOut
 from qos_jax.training.loop import train
 from qos_jax.training.progress import Progress, TrainResult
 from qos_jax.training.run_config import make_config
 from qos_jax.training.run_folder import RunFolder
+from qos_jax.training.selection import Selection, kept_evaluation
+from qos_jax.training.validation import FIRST_HELD_OUT_SEED, Validation
 from tests.helpers.instant_env import assert_equal, small_learner
 from tests.helpers.quick_compilation import quick_compilation
 from tests.helpers.small_env import small_params
@@ -33,7 +34,7 @@ def run(folder: RunFolder | None = None, **arguments: Any) -> TrainResult:
     """Trains for six chunks, with an evaluation after every second one."""
     arguments = {
         "hyper": HYPER,
-        "held_out": HeldOut(PARAMS, num_envs=4, steps=40),
+        "validation": Validation(PARAMS, num_envs=4, steps=40),
         "steps": CHUNKS * STEPS_PER_CHUNK - 1,
         "evaluate_every": 2 * STEPS_PER_CHUNK,
         "checkpoint_every_s": math.inf,
@@ -111,25 +112,23 @@ def test_the_gain_is_the_paired_difference_to_impact_greedy(whole: tuple[TrainRe
 
 
 def test_the_policy_that_is_judged_is_the_one_that_is_returned(whole: tuple[TrainResult, RunFolder]) -> None:
-    held_out, weights = HeldOut(PARAMS, num_envs=4, steps=40), whole[0].weights
-    qos = jax.jit(lambda *x: held_out.qos(LEARNER.env, lambda key, obs: LEARNER.act(weights, key, obs), *x))
     last = whole[0].records[-1]
     assert last["kind"] == "evaluation"
-    assert float(qos(*held_out.arguments()).mean()) == pytest.approx(last["qos"][0], rel=1e-6)
+    assert qos_of(whole[0].weights) == pytest.approx(last["qos"][0], rel=1e-6)
 
 
-def test_held_out_loads_go_round_and_seeds_are_not_those_of_training() -> None:
+def test_loads_of_a_validation_go_round_and_no_evaluation_has_its_seeds() -> None:
     _, params = make("paper-3")
-    seeds, many = HeldOut(params, (0.5, 1.0), num_envs=5).arguments()
+    seeds, many = Validation(params, (0.5, 1.0), num_envs=5).arguments()
     np.testing.assert_allclose(many.workload.arrivals.rate_per_s, 22.9 * np.array([0.5, 1.0, 0.5, 1.0, 0.5]), rtol=1e-6)
     assert many.workload.arrivals.gap_quantiles.shape == params.workload.arrivals.gap_quantiles.shape
-    assert seeds.tolist() == list(range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + 5))
+    assert seeds.max() < FIRST_HELD_OUT_SEED and len(set(seeds.tolist())) == 5
 
 
 @pytest.mark.parametrize(("field", "value"), [("num_envs", 1), ("steps", 0)])
 def test_an_evaluation_has_a_size(field: str, value: int) -> None:
     with pytest.raises(InputError, match=f"{field} of the evaluation is {value}"):
-        HeldOut(PARAMS, **{field: value})
+        Validation(PARAMS, **{field: value})
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, whole: tuple[TrainResult, RunFolder]) -> None:
@@ -152,6 +151,49 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: pathlib.Path, whole: tuple[
     assert lines == resumed.records
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
+
+
+def qos_of(weights: Any) -> float:
+    validation = Validation(PARAMS, num_envs=4, steps=40)
+    qos = jax.jit(lambda *x: validation.qos(LEARNER.env, lambda key, obs: LEARNER.act(weights, key, obs), *x))
+    return float(qos(*validation.arguments()).mean())
+
+
+def test_the_best_weights_are_kept_also_by_a_run_that_was_stopped(tmp_path: pathlib.Path) -> None:
+    """At this learning rate values go wrong, so that evaluations rise and fall."""
+    wild = {"hyper": HYPER.replace(learning_rate=0.3), "evaluate_every": STEPS_PER_CHUNK, "keep_best": True}
+    whole = run(**wild)
+    evaluated = [record["qos"][0] for record in whole.records if record["kind"] == "evaluation"]
+    assert qos_of(whole.weights) == pytest.approx(max(evaluated), rel=1e-6)
+    assert whole.kept["qos"][0] == max(evaluated)
+    assert whole.kept["kept_after"] == [STEPS_PER_CHUNK * int(np.argmax(evaluated))]
+    for chunks in (1, 5):
+        folder = new_folder(tmp_path / str(chunks))
+        stopped = run(folder, should_stop=stop_after(chunks), **wild)
+        assert qos_of(stopped.weights) == pytest.approx(max(evaluated[: chunks + 1]), rel=1e-6)
+        assert_equal(run(folder, **wild).weights, whole.weights)
+
+
+def test_each_seed_keeps_its_own_best_weights() -> None:
+    weights = [{"layer": np.full((2, 3), float(i))} for i in range(4)]
+    selection = Selection(True, weights[0], 2)
+    for i, qos in enumerate(([[0.5], [0.5]], [[0.7], [0.4]], [[0.7], [0.6]], [[0.6], [0.5]])):
+        selection.evaluated(weights[i], np.array(qos))
+    np.testing.assert_array_equal(selection.of(weights[3])["layer"], [[1.0] * 3, [2.0] * 3])
+    assert Selection(False, weights[0], 2).of(weights[3]) is weights[3]
+
+
+def test_the_gain_of_kept_weights_is_over_their_seeds() -> None:
+    rows = [
+        {"kind": "evaluation", "steps": 10 * i, "seconds": i, "qos": qos, "gains": [x - 0.5 for x in qos],
+         "impact_greedy": 0.5, "gain": 0.0, "low": 0.0, "high": 0.0}
+        for i, qos in enumerate(([0.5, 0.6], [0.7, 0.4], [0.6, 0.5]))
+    ]  # fmt: skip
+    best, last = (kept_evaluation([*rows, {"kind": "train"}], keep_best) for keep_best in (True, False))
+    assert (best["kept_after"], last["kept_after"]) == ([10, 0], [20, 20])
+    assert (best["qos"], last["qos"]) == ([0.7, 0.6], [0.6, 0.5])
+    assert best["gain"] == pytest.approx(0.15) and last["gain"] == pytest.approx(0.05)
+    assert best["low"] < best["gain"] < best["high"]
 
 
 def test_a_finished_run_is_left_as_it_is(whole: tuple[TrainResult, RunFolder]) -> None:

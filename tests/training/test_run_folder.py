@@ -25,10 +25,10 @@ from qos_jax.agent.networks import NetworkConfig, heads_of
 from qos_jax.encoder.han import HANConfig
 from qos_jax.sim.types import Observation, Preferences
 from qos_jax.training.config import TrainingConfig, runs_of
-from qos_jax.training.held_out import HeldOut
 from qos_jax.training.run import TrainingRun
 from qos_jax.training.run_config import CONFIG, check_same, make_config, read_config
 from qos_jax.training.run_folder import RunFolder, locked
+from qos_jax.training.validation import Validation
 from tests.helpers.instant_env import assert_equal, small_learner
 from tests.helpers.observations import observation
 from tests.helpers.quick_compilation import quick_compilation
@@ -233,7 +233,7 @@ class TestRunFolder:
     ) -> None:
         learner = small_learner()
         longer = dataclasses.replace(training_of(learner), steps=128)
-        run = TrainingRun(learner, small_params(), HeldOut(small_params(), (0.9,), 2, 4), longer, None)
+        run = TrainingRun(learner, small_params(), Validation(small_params(), (0.9,), 2, 4), longer, None)
         for path, resume in ((tmp_path / "new", False), (copy, True)):
             path.mkdir(exist_ok=True)
             with locked(path):

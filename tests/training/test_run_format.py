@@ -17,6 +17,7 @@ import qos_jax
 from qos_jax import Environment, EnvParams, InputError, Observation
 from qos_jax.agent import AGENTS, configs
 from qos_jax.agent.networks import heads_of
+from qos_jax.training.config import TrainingConfig
 from qos_jax.training.load import learner_of, load_router
 from qos_jax.training.run_config import CONFIG, check_same, read_config
 from qos_jax.training.run_folder import RunFolder
@@ -112,6 +113,10 @@ def test_a_run_on_mooncake_keeps_the_spread_of_its_times(tmp_path: pathlib.Path,
 def test_the_world_of_a_run_before_traces_had_formats_is_read() -> None:
     world = upgraded(config_of(2), "config.json")["world"]
     assert (world["trace_format"], world["trace_sort"], world["trace_spread_s"]) == (None, False, None)
+
+
+def test_runs_from_before_there_was_a_choice_have_their_last_weights() -> None:
+    assert not TrainingConfig.from_dict(upgraded(config_of(3), "config.json")["training"]).keeps_best
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -1,4 +1,8 @@
-"""The held-out requests by which a policy in training is evaluated."""
+"""The requests by which a policy in training is judged: neither those that it learns from, nor those of an evaluation.
+
+Of the evaluations the best may choose the weights of the router, so their seeds are below those of ``qos-jax
+evaluate``, and requests of a trace or table are of the part that training uses.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from qos_jax.errors import InputError
 from qos_jax.sim.env import Environment, EnvParams
 from qos_jax.sim.types import Observation
 
-FIRST_HELD_OUT_SEED = 1000  # training uses seeds below
+FIRST_HELD_OUT_SEED = 1000  # of evaluations after training; training uses seeds below
 
 Act = Callable[[Array, Observation], Array]  # key, observation -> action [] int32
 
@@ -22,7 +26,7 @@ _WARM_UP = 0.25  # leading share of the requests that does not count, as the fle
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
+class Validation:
     """The requests of an evaluation: the same at every evaluation, and for impact_greedy."""
 
     params: EnvParams  # of one environment
@@ -42,7 +46,7 @@ class HeldOut:
 
     def arguments(self) -> tuple[Array, EnvParams]:
         """Returns the seeds [E] and the parameters, of which only the loads have an axis [E]."""
-        seeds = FIRST_HELD_OUT_SEED + jnp.arange(self.num_envs)
+        seeds = FIRST_HELD_OUT_SEED - 1 - jnp.arange(self.num_envs)
         if not self.loads:
             return seeds, self.params
         return seeds, self.params.at_load(jnp.resize(jnp.asarray(self.loads), (self.num_envs,)))
