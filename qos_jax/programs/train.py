@@ -216,13 +216,14 @@ def _write_summary(agent: str, result: TrainResult, folder: RunFolder) -> None:
     """Prints what came out, and draws the learning curve."""
     kept = result.kept
     interval = f"[{kept['low']:+.4f}, {kept['high']:+.4f}]"
-    after = " and ".join(f"{steps:,}" for steps in sorted(set(kept["kept_after"])))
     print(f"compilation: {result.compile_s:.1f} s")
     print(
         f"{agent}: QoS {np.mean(kept['qos']):.4f}, impact_greedy {kept['impact_greedy']:.4f}, "
-        f"difference {kept['gain']:+.4f} {interval}, with the weights after {after} of {result.steps:,} steps "
-        f"in {result.train_s / 60:.1f} min"
+        f"difference {kept['gain']:+.4f} {interval}, after {result.steps:,} steps in {result.train_s / 60:.1f} min"
     )
+    if set(kept["kept_after"]) != {result.steps}:
+        each = ", ".join(f"{steps:,}" for steps in kept["kept_after"])
+        print(f"weights: of the best evaluation, after {each} steps")
     print(f"written: {folder.path}", flush=True)
     try:
         from qos_jax.report import pictures, plots

@@ -217,14 +217,6 @@ class WorldConfig:
             raise InputError("--trace is not given: the world has a law of arrivals")
         return read_trace(self.trace, self.trace_format, sort=self.trace_sort, spread_s=self.trace_spread_s)
 
-    def held_out(self) -> WorldConfig:
-        """Returns the same world with the second half of its trace and the test part of its table."""
-        return dataclasses.replace(
-            self,
-            trace_part="all" if self.trace is None else "second",
-            table_part="test" if self.tables else "all",
-        )
-
     def for_training(self) -> WorldConfig:
         """Returns the same world with the first half of its trace and the training part of its table, if it has all."""
         return dataclasses.replace(

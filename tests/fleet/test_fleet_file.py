@@ -150,7 +150,7 @@ def test_replicas_and_a_quality_table_go_together(tmp_path: pathlib.Path) -> Non
     np.testing.assert_allclose(params.workload.content.score[:, 0], [0.2, 1.0])
     world = WorldConfig(fleet=str(tmp_path / "fleet.toml"), table_part="test")
     assert len(world.read_table().prompt_tokens) == 2
-    assert world.for_training().table_part == world.held_out().table_part == "test"
+    assert world.for_training().table_part == "test"
 
 
 def test_tasks_of_several_kinds_are_one_stream(tmp_path: pathlib.Path) -> None:

@@ -174,7 +174,7 @@ def test_clients_are_a_law_with_a_file(tmp_path: pathlib.Path) -> None:
     clients_file(tmp_path, 3.0)
     assert world.inputs() != before
     assert recipe(world).randomise == ("load",) and recipe(WorldConfig()).randomise == ("load", "arrivals")
-    assert world.held_out() == world.for_training() == world
+    assert world.for_training() == world
     domain = Domain(loads=(0.5, 1.4))
     sampled = sample_worlds(env, params, domain, jax.random.key(0), 3)
     assert len(np.unique(sampled.workload.arrivals.rate_per_s)) == 3
@@ -205,11 +205,10 @@ def test_clients_of_a_fleet_file_lie_beside_it(tmp_path: pathlib.Path) -> None:
     assert world.arrivals_file == str(path) and set(world.inputs()) == {"fleet", "arrivals_file"}
 
 
-def test_training_and_held_out_requests_are_disjoint_parts() -> None:
+def test_training_has_a_part_of_a_trace_and_of_a_table() -> None:
     measured = WorldConfig(trace="t.csv", quality_table="q.npz")
-    training, held_out = measured.for_training(), measured.held_out()
+    training = measured.for_training()
     assert (training.trace_part, training.table_part) == ("first", "train")
-    assert (held_out.trace_part, held_out.table_part) == ("second", "test")
-    assert WorldConfig().for_training() == WorldConfig().held_out() == WorldConfig()
+    assert WorldConfig().for_training() == WorldConfig()
     asked = dataclasses.replace(measured, trace_part="second")
     assert asked.for_training().trace_part == "second"
