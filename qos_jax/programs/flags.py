@@ -83,9 +83,9 @@ def define_train(values: FlagValues) -> None:
     group.integer("evaluate_every", None, "Steps between evaluations; a tenth of all by default.", 1)
     group.integer("evaluation_envs", 32, "Environments of an evaluation.", 2)
     group.integer("evaluation_steps", 800, "Requests of each of them.", 1)
-    group.choice("keep", "auto", choices.KEPT, "Weights of the router: of each seed's best evaluation, or the last "
-                 "ones; auto means the best where evaluations judge what training strives for, which is QoS without "
-                 "costs in worlds that differ in load and arrivals only.")  # fmt: skip
+    group.choice("keep", "auto", choices.KEPT, "Weights of the router: the last ones, or those of each seed's best "
+                 "evaluation where they were better; auto means the best where evaluations judge what training strives "
+                 "for, which is QoS without costs in worlds that differ in load and arrivals only.")  # fmt: skip
     group = FlagGroup(values, "Run")
     group.string("out", "runs/train", "Folder of the run.")
     group.choice("resume", "no", ("no", "yes", "auto"), "Go on with the run in that folder; --resume alone means yes, "

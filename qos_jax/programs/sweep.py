@@ -85,7 +85,7 @@ def _results(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         return
     if not evaluations(records) or not folder.finished:
         return
-    kept = kept_evaluation(records, folder.training.keeps_best)
+    kept = kept_evaluation(records)
     for run, qos, gain, after in zip(folder.training.runs, kept["qos"], kept["gains"], kept["kept_after"], strict=True):
         yield dict(run) | {
             "steps": records[-1]["steps"],

@@ -221,9 +221,9 @@ def _write_summary(agent: str, result: TrainResult, folder: RunFolder) -> None:
         f"{agent}: QoS {np.mean(kept['qos']):.4f}, impact_greedy {kept['impact_greedy']:.4f}, "
         f"difference {kept['gain']:+.4f} {interval}, after {result.steps:,} steps in {result.train_s / 60:.1f} min"
     )
-    if set(kept["kept_after"]) != {result.steps}:
+    if result.finished and set(kept["kept_after"]) != {result.steps}:
         each = ", ".join(f"{steps:,}" for steps in kept["kept_after"])
-        print(f"weights: of the best evaluation, after {each} steps")
+        print(f"earlier weights were better and are kept: after {each} steps")
     print(f"written: {folder.path}", flush=True)
     try:
         from qos_jax.report import pictures, plots

@@ -27,10 +27,10 @@ DEFAULT_LOAD = 0.9
 VALIDATION_LOADS = (0.6, 0.9, 1.1, 1.3)  # where loads are randomised
 
 KEPT = ("auto", "best", "last")
-"""Which weights the router may get: those of the best evaluation in training, or the last ones."""
+"""Which weights the router gets: the last ones, or those of its best evaluation where they were better."""
 
 _MAX_STEPS = 2**62
-_VALIDATED = {"load", "arrivals"}  # differ in validation as well, or hardly matter to it
+_VALIDATED = {"load", "arrivals"}  # of RANDOMISED: validation has several loads, and Poisson arrivals for all
 
 Run = Mapping[str, float]  # ``seed``, and the values of varied numbers by name
 
@@ -97,7 +97,7 @@ class TrainingConfig:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the router gets the weights of its best evaluation; see ``keep``."""
+        """Whether weights better than the last ones are kept; see ``keep``."""
         if self.keep != "auto":
             return self.keep == "best"
         rewards = [hyperparameters_of(self.agent, run).weights for run in self.runs]

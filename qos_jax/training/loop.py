@@ -10,7 +10,8 @@ and ``seconds`` (of training, without compilation), and by its kind:
 * ``train``, after each chunk: ``metrics``: by name, a value for each seed;
 * ``evaluation``: ``qos``: mean QoS on the requests of the validation, for each seed; ``gains``: mean paired difference
   to impact_greedy, for each seed; ``impact_greedy``: mean QoS of that router; ``gain``, with ``low`` and ``high``: mean
-  of the differences with its 95 % interval, over the seeds, or over the environments if there is one seed.
+  of the differences with its 95 % interval, over the seeds, or over the environments if there is one seed;
+  ``kept_after``: after how many steps each seed's router has its weights, if training ends there.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def train(
       loads: of each run's environments and evaluation; by default those of ``params`` and ``validation``.
       devices: of all processes, to share the seeds and the shards of the agent; see ``qos_jax.training.parallel``.
       evaluate_every: steps between evaluations, a tenth of all by default; there is also one at the start and the end.
-      keep_best: the weights of the result are those of each seed's best evaluation so far, in place of the last ones.
+      keep_best: the weights of the result are those of each seed's best evaluation where it is better than the last.
       folder: for checkpoints and metrics.jsonl; without it nothing is written.
       checkpoint_every_s: seconds between checkpoints; there is also one at the end.
       progress_fn: called with each record.
@@ -92,12 +93,11 @@ def train(
         state = phases.start()
     weights = phases.weights(state)
     reference = phases.qos(weights, False)
-    selection = Selection(keep_best, weights, len(seeds))
+    selection = Selection(keep_best, weights, len(seeds), validation.num_envs)
     if first == 0:
         _evaluate(0, weights, phases, reference, recorder, selection)
     elif keep_best and folder is not None:
-        kept = folder.restore_weights(first * learner.steps_per_chunk, phases.weights_like)
-        selection.go_on(kept, recorder.records)
+        selection.best = folder.restore_best(first * learner.steps_per_chunk, selection.best)
     # A replay buffer that is not saved is empty after a resume, and its rows are counted from there.
     rows_from = 0 if folder is None or folder.training.save_replay else first
     chunk, saved_at = recorder.start(first), time.perf_counter()
@@ -106,7 +106,7 @@ def train(
         stop, due = any_process(should_stop(), due)
         if due and chunk > first:
             weights = phases.weights(state)
-            recorder.save(chunk, state, weights, selection.of(weights))
+            recorder.save(chunk, state, weights, selection)
             saved_at = time.perf_counter()
         if stop:
             break
@@ -116,13 +116,13 @@ def train(
         if chunk % chunks_per_evaluation == 0 or chunk == chunks:
             _evaluate(chunk, phases.weights(state), phases, reference, recorder, selection)
     weights = phases.weights(state)
-    recorder.save(chunk, state, weights, selection.of(weights))
+    recorder.save(chunk, state, weights, selection)
     return TrainResult(
         weights=selection.of(weights),
         steps=chunk * learner.steps_per_chunk,
         finished=chunk >= chunks,
         records=recorder.records,
-        kept=kept_evaluation(recorder.records, keep_best),
+        kept=kept_evaluation(recorder.records),
         compile_s=phases.compile_s,
         train_s=recorder.seconds(),
     )
@@ -133,8 +133,8 @@ def _evaluate(
 ) -> None:
     """Evaluates the weights after so many chunks, and keeps them if they are the best."""
     qos = phases.qos(weights, True)
-    recorder.evaluated(chunk, qos, reference)
-    selection.evaluated(weights, qos)
+    kept_after = selection.evaluated(chunk * recorder.steps_per_chunk, weights, qos)
+    recorder.evaluated(chunk, qos, reference, kept_after)
 
 
 def _resumed(folder: RunFolder | None, like: TrainState, steps_per_chunk: int) -> tuple[int, TrainState | None]:
@@ -153,7 +153,6 @@ class _Phases:
     weights: Callable[[TrainState], Any]
     qos: Callable[[Any, bool], Array]  # [E] or [seeds, E]; of a policy by its weights, or of impact_greedy
     like: TrainState  # its shapes
-    weights_like: Any  # likewise
     compile_s: float
 
 
@@ -226,7 +225,6 @@ def _compile(
         weights=run_weights,
         qos=lambda weights, learned: run_qos(weights, np.bool_(learned), *test),
         like=like,
-        weights_like=weights,
         compile_s=time.perf_counter() - started,
     )
 

@@ -16,6 +16,7 @@ from qos_jax.agent.learner import TrainState
 from qos_jax.errors import InputError
 from qos_jax.evaluation.statistics import summarise
 from qos_jax.training.run_folder import RunFolder
+from qos_jax.training.selection import Selection
 
 Record = dict[str, Any]
 
@@ -78,7 +79,7 @@ class Recorder:
         self._report()
         self.running = (chunk, metrics)
 
-    def evaluated(self, chunk: int, qos: Array, reference: Array) -> None:
+    def evaluated(self, chunk: int, qos: Array, reference: Array, kept_after: Sequence[int]) -> None:
         """Waits for the QoS [E] or [seeds, E] after so many chunks, and reports it beside the reference's."""
         self._report()
         each, other = (np.asarray(x, np.float64).reshape(len(self.seeds), -1) for x in (qos, reference))
@@ -86,16 +87,17 @@ class Recorder:
         gain = summarise(gains.mean(1) if len(gains) > 1 else gains[0])
         values = {"qos": each.mean(1).tolist(), "gains": gains.mean(1).tolist(), "impact_greedy": float(other.mean())}
         values |= {"gain": gain["mean"], "low": gain["low"], "high": gain["high"]}
+        values["kept_after"] = list(kept_after)
         self._tell("evaluation", chunk, values)
 
-    def save(self, chunk: int, state: TrainState, weights: Any, kept: Any) -> None:
+    def save(self, chunk: int, state: TrainState, weights: Any, selection: Selection) -> None:
         """Writes a checkpoint.
 
         Args:
           chunk: number of chunks done.
           state: after them.
           weights: of that state.
-          kept: the weights that a router gets now.
+          selection: has the weights that routers get if training ends now.
 
         Raises:
           InputError: a weight is not finite, or the checkpoint cannot be written.
@@ -104,7 +106,8 @@ class Recorder:
         if self.folder is not None:
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(weights))):
                 raise self._diverged("a weight is not finite", chunk)
-            self.folder.save(chunk * self.steps_per_chunk, state, kept)
+            best = selection.best if selection.keep_best else None
+            self.folder.save(chunk * self.steps_per_chunk, state, selection.of(weights), best)
 
     def _report(self) -> None:
         if self.running is None:

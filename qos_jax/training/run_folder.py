@@ -4,8 +4,8 @@ The folder of a run holds
 
 * ``config.json``, see ``run_config``;
 * ``metrics.jsonl``: one record per line, see ``loop``;
-* ``checkpoints/STEPS/``, see ``checkpoints``: the items ``state``, which training goes on from bit for bit, and
-  ``weights``, which is all that a router needs.
+* ``checkpoints/STEPS/``, see ``checkpoints``: the items ``weights``, which is all that a router needs, and ``state``,
+  with ``best`` of ``selection`` where that keeps any, which training goes on from bit for bit.
 
 A run may be killed at any moment. What a killed program left under hidden names goes when the run is started or
 resumed. After a power cut config.json is whole, and a checkpoint that is not is refused; the one before it is there.
@@ -154,17 +154,19 @@ class RunFolder:
         """Steps of the newest checkpoint, None where there is none."""
         return self.checkpoints.latest
 
-    def save(self, steps: int, state: TrainState | None, weights: Any) -> None:
+    def save(self, steps: int, state: TrainState | None, weights: Any, best: Any = None) -> None:
         """Writes the checkpoint after so many steps, see ``Checkpoints.save``.
 
         Args:
           steps: environment steps so far, of each seed.
           state: everything that training goes on from; None if nobody shall go on.
           weights: what a router needs of it.
+          best: what ``Selection`` goes on from; None if it keeps nothing.
         """
         if state is not None and not self.training.save_replay:
             state = state.replace(replay=None)
-        self.checkpoints.save(steps, {"weights": weights} | ({} if state is None else {"state": state}))
+        items = {"weights": weights, "state": state, "best": best}
+        self.checkpoints.save(steps, {name: item for name, item in items.items() if item is not None})
 
     def restore_state(self, steps: int, like: TrainState) -> TrainState:
         """Returns the state after so many steps; a replay that was not saved is empty.
@@ -184,6 +186,10 @@ class RunFolder:
     def restore_weights(self, steps: int, like: Any) -> Any:
         """Returns the weights after so many steps; see ``restore_state``."""
         return self.checkpoints.restore(steps, "weights", like)
+
+    def restore_best(self, steps: int, like: Any) -> Any:
+        """Returns what was saved as ``best`` after so many steps; see ``restore_state``."""
+        return self.checkpoints.restore(steps, "best", like)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl; ``record["steps"]`` is when it happened."""

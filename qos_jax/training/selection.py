@@ -1,7 +1,8 @@
-"""Which weights of a run its router gets: the last ones, or those of its best evaluation.
+"""Which weights of a run its router gets: the last ones, unless those of an earlier evaluation were better.
 
 A router may get worse in training. Its evaluations are made anyway, on requests that it is not judged by later (see
-``validation``), so to keep the best one costs nothing.
+``validation``), so to keep the best one costs nothing. The best of several is best by luck in part. It is therefore
+kept only if its lead over the newest one, environment by environment, is more than noise.
 """
 
 from __future__ import annotations
@@ -12,46 +13,77 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 from qos_jax.agent.sac import Weights
 from qos_jax.evaluation.statistics import summarise
+from qos_jax.sim.types import AnyArray
 
 Record = Mapping[str, Any]
 
+_CONFIDENCE = 0.99  # that the best evaluation is better than the newest, as it is the best of about ten
+
+
+class Best(struct.PyTreeNode):
+    """The best evaluation of each seed so far."""
+
+    weights: Weights  # leaves [seeds, ...] if there are several seeds
+    qos: AnyArray  # [seeds, E]
+    steps: AnyArray  # [seeds] int32, after how many
+    leads: AnyArray  # [seeds] bool: it is better than the newest evaluation
+
 
 class Selection:
-    """The weights that the routers get if training ends now; leaves [seeds, ...] if there are several seeds."""
+    """The weights that the routers get if training ends now."""
 
-    def __init__(self, keep_best: bool, weights: Weights, num_seeds: int) -> None:
-        """Begins with the weights before training."""
-        self.keep_best, self.weights = keep_best, weights
-        self.qos = np.full(num_seeds, -np.inf)
+    def __init__(self, keep_best: bool, weights: Weights, num_seeds: int, num_envs: int) -> None:
+        """Begins before the first evaluation.
 
-    def go_on(self, weights: Weights, records: Sequence[Record]) -> None:
-        """Takes the weights that a checkpoint has kept, and the records of the run until then."""
-        self.weights = weights
-        self.qos = np.max([record["qos"] for record in evaluations(records)], 0)
+        Args:
+          keep_best: whether the best weights may be kept; else it is always the newest.
+          weights: before training.
+          num_seeds: of the run.
+          num_envs: E, of an evaluation.
+        """
+        self.keep_best = keep_best
+        none = np.full((num_seeds, num_envs), -np.inf, np.float32)
+        self.best = Best(weights, none, np.zeros(num_seeds, np.int32), np.zeros(num_seeds, bool))
 
-    def evaluated(self, weights: Weights, qos: Array) -> None:
-        """Takes weights and their QoS [E] or [seeds, E]."""
-        each = np.asarray(qos, np.float64).reshape(len(self.qos), -1).mean(1)
-        better = each > self.qos
-        self.qos = np.where(better, each, self.qos)
+    def evaluated(self, steps: int, weights: Weights, qos: Array) -> list[int]:
+        """Takes the newest weights and their QoS [E] or [seeds, E].
+
+        Returns:
+          After how many steps each seed's router has its weights, if training ends now.
+        """
+        newest, best = np.asarray(qos, np.float32).reshape(self.best.qos.shape), self.best
         if self.keep_best:
-            self.weights = _chosen(better if len(better) > 1 else better[0], weights, self.weights)
+            higher = newest.mean(1) > best.qos.mean(1)
+            chosen = np.where(higher[:, None], newest, best.qos)
+            self.best = Best(
+                weights=_chosen(_one_if_alone(higher), weights, best.weights),
+                qos=chosen,
+                steps=np.where(higher, steps, best.steps).astype(np.int32),
+                leads=np.array([summarise(lead, _CONFIDENCE)["low"] > 0 for lead in chosen - newest]),
+            )
+        return np.where(self.best.leads, self.best.steps, steps).tolist()
 
-    def of(self, last: Weights) -> Weights:
-        """Returns the weights that are kept, where ``last`` are the newest ones."""
-        return self.weights if self.keep_best else last
+    def of(self, newest: Weights) -> Weights:
+        """Returns the weights of the routers, where ``newest`` are those of the training state."""
+        return _chosen(_one_if_alone(self.best.leads), self.best.weights, newest) if self.keep_best else newest
+
+
+def _one_if_alone(of_seeds: AnyArray) -> AnyArray:
+    """Returns what weights are chosen by: [seeds], or [] for weights without an axis of seeds."""
+    return of_seeds if len(of_seeds) > 1 else of_seeds[0]
 
 
 @jax.jit
-def _chosen(better: Array, weights: Weights, others: Weights) -> Weights:
-    """Returns the weights where ``better`` [] or [seeds] is set, and the others elsewhere."""
+def _chosen(mask: Array, weights: Weights, others: Weights) -> Weights:
+    """Returns the weights where ``mask`` [] or [seeds] is set, and the others elsewhere."""
 
-    def choose(new: Array, old: Array) -> Array:
-        return jnp.where(better.reshape(*better.shape, *[1] * (new.ndim - better.ndim)), new, old)
+    def choose(one: Array, other: Array) -> Array:
+        return jnp.where(mask.reshape(*mask.shape, *[1] * (one.ndim - mask.ndim)), one, other)
 
     return jax.tree.map(choose, weights, others)
 
@@ -61,23 +93,17 @@ def evaluations(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["kind"] == "evaluation"]
 
 
-def kept_evaluation(records: Sequence[Record], keep_best: bool) -> dict[str, Any]:
-    """Returns the record of the evaluation of the weights that are kept.
+def kept_evaluation(records: Sequence[Record]) -> dict[str, Any]:
+    """Returns what the evaluations of a run, at least one, say of the weights that its routers have.
 
-    Args:
-      records: of a run, with at least one evaluation.
-      keep_best: whether the best are kept, or the last ones.
-
-    Returns:
-      A record as of an evaluation, with ``kept_after``: after how many steps, for each seed.
+    That is the record of one evaluation, or of several seeds one put together from the evaluations of each.
     """
-    rows = evaluations(records)
-    qos = np.array([row["qos"] for row in rows])  # [evaluations, seeds]
-    which = np.argmax(qos, 0) if keep_best else np.full(qos.shape[1], len(rows) - 1)
-    kept = {"kept_after": [rows[row]["steps"] for row in which]}
-    if len(which) == 1:
-        return {**rows[which[0]], **kept}
-    gains = [rows[row]["gains"][seed] for seed, row in enumerate(which)]
-    gain = summarise(np.array(gains))
-    of_seeds = {"qos": [float(qos[row, seed]) for seed, row in enumerate(which)], "gains": gains}
-    return {**rows[-1], **of_seeds, "gain": gain["mean"], "low": gain["low"], "high": gain["high"], **kept}
+    rows = {row["steps"]: row for row in evaluations(records)}
+    last = rows[max(rows)]
+    after = last.get("kept_after", [last["steps"]] * len(last["qos"]))  # early records lack it
+    kept = {"kept_after": after}
+    if len(after) == 1:
+        return {**rows[after[0]], **kept}
+    kept |= {name: [rows[steps][name][seed] for seed, steps in enumerate(after)] for name in ("qos", "gains")}
+    gain = summarise(kept["gains"])
+    return {**last, **kept, "gain": gain["mean"], "low": gain["low"], "high": gain["high"]}
