@@ -22,6 +22,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def train(
         state = phases.start()
     weights = phases.weights(state)
     reference = phases.qos(weights, False)
-    selection = Selection(keep_best, weights, len(seeds), validation.num_envs)
+    selection = Selection(keep_best, weights, len(seeds), validation.num_envs, partial(layout.placed, "all"))
     if first == 0:
         _evaluate(0, weights, phases, reference, recorder, selection)
     elif keep_best and folder is not None:

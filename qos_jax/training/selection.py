@@ -7,7 +7,7 @@ kept only if its lead over the newest one, environment by environment, is more t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from jax import Array
 
 from qos_jax.agent.sac import Weights
 from qos_jax.evaluation.statistics import summarise
-from qos_jax.sim.types import AnyArray
 
 Record = Mapping[str, Any]
 
@@ -29,15 +28,22 @@ class Best(struct.PyTreeNode):
     """The best evaluation of each seed so far."""
 
     weights: Weights  # leaves [seeds, ...] if there are several seeds
-    qos: AnyArray  # [seeds, E]
-    steps: AnyArray  # [seeds] int32, after how many
-    leads: AnyArray  # [seeds] bool: it is better than the newest evaluation
+    qos: Array  # [seeds, E]
+    steps: Array  # [seeds] int32, after how many
+    leads: Array  # [seeds] bool: it is better than the newest evaluation
 
 
 class Selection:
     """The weights that the routers get if training ends now."""
 
-    def __init__(self, keep_best: bool, weights: Weights, num_seeds: int, num_envs: int) -> None:
+    def __init__(
+        self,
+        keep_best: bool,
+        weights: Weights,
+        num_seeds: int,
+        num_envs: int,
+        place: Callable[[Any], Any] = jax.device_put,
+    ) -> None:
         """Begins before the first evaluation.
 
         Args:
@@ -45,10 +51,11 @@ class Selection:
           weights: before training.
           num_seeds: of the run.
           num_envs: E, of an evaluation.
+          place: puts arrays where the weights are, as several processes keep them together.
         """
-        self.keep_best = keep_best
+        self.keep_best, self.place = keep_best, place
         none = np.full((num_seeds, num_envs), -np.inf, np.float32)
-        self.best = Best(weights, none, np.zeros(num_seeds, np.int32), np.zeros(num_seeds, bool))
+        self.best = Best(weights, *place((none, np.zeros(num_seeds, np.int32), np.zeros(num_seeds, bool))))
 
     def evaluated(self, steps: int, weights: Weights, qos: Array) -> list[int]:
         """Takes the newest weights and their QoS [E] or [seeds, E].
@@ -56,24 +63,26 @@ class Selection:
         Returns:
           After how many steps each seed's router has its weights, if training ends now.
         """
-        newest, best = np.asarray(qos, np.float32).reshape(self.best.qos.shape), self.best
-        if self.keep_best:
-            higher = newest.mean(1) > best.qos.mean(1)
-            chosen = np.where(higher[:, None], newest, best.qos)
-            self.best = Best(
-                weights=_chosen(_one_if_alone(higher), weights, best.weights),
-                qos=chosen,
-                steps=np.where(higher, steps, best.steps).astype(np.int32),
-                leads=np.array([summarise(lead, _CONFIDENCE)["low"] > 0 for lead in chosen - newest]),
-            )
-        return np.where(self.best.leads, self.best.steps, steps).tolist()
+        best, best_qos, best_steps = self.best, np.asarray(self.best.qos), np.asarray(self.best.steps)
+        if not self.keep_best:
+            return [steps] * len(best_steps)
+        newest = np.asarray(qos, np.float32).reshape(best_qos.shape)
+        higher = newest.mean(1) > best_qos.mean(1)
+        best_qos = np.where(higher[:, None], newest, best_qos)
+        best_steps = np.where(higher, steps, best_steps).astype(np.int32)
+        leads = np.array([summarise(lead, _CONFIDENCE)["low"] > 0 for lead in best_qos - newest])
+        chosen = _chosen(_one_if_alone(higher), weights, best.weights)
+        self.best = Best(chosen, *self.place((best_qos, best_steps, leads)))
+        return np.where(leads, best_steps, steps).tolist()
 
     def of(self, newest: Weights) -> Weights:
         """Returns the weights of the routers, where ``newest`` are those of the training state."""
-        return _chosen(_one_if_alone(self.best.leads), self.best.weights, newest) if self.keep_best else newest
+        if not self.keep_best:
+            return newest
+        return _chosen(_one_if_alone(np.asarray(self.best.leads)), self.best.weights, newest)
 
 
-def _one_if_alone(of_seeds: AnyArray) -> AnyArray:
+def _one_if_alone(of_seeds: np.ndarray) -> np.ndarray:
     """Returns what weights are chosen by: [seeds], or [] for weights without an axis of seeds."""
     return of_seeds if len(of_seeds) > 1 else of_seeds[0]
 
