@@ -104,7 +104,8 @@ def test_a_run_goes_on_with_fewer_devices(
     while process.poll() is None and not (RunFolder(folder, {}).latest or 0) >= 64 * CHUNKS // 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     finish(start_training(folder, variables, "--resume", "--devices=2"))
     assert_same_result(alone, folder)
 
