@@ -96,7 +96,7 @@ def train(
     reference = phases.qos(weights, False)
     selection = Selection(keep_best, weights, len(seeds), validation.num_envs, partial(layout.placed, "all"))
     if first == 0:
-        _evaluate(0, weights, phases, reference, recorder, selection)
+        recorder.evaluated(0, weights, phases.qos(weights, True), reference, selection)
     elif keep_best and folder is not None:
         selection.best = folder.restore_best(first * learner.steps_per_chunk, selection.best)
     # A replay buffer that is not saved is empty after a resume, and its rows are counted from there.
@@ -115,7 +115,8 @@ def train(
         chunk += 1
         recorder.trained(chunk, metrics)
         if chunk % chunks_per_evaluation == 0 or chunk == chunks:
-            _evaluate(chunk, phases.weights(state), phases, reference, recorder, selection)
+            weights = phases.weights(state)
+            recorder.evaluated(chunk, weights, phases.qos(weights, True), reference, selection)
     weights = phases.weights(state)
     recorder.save(chunk, state, weights, selection)
     return TrainResult(
@@ -127,15 +128,6 @@ def train(
         compile_s=phases.compile_s,
         train_s=recorder.seconds(),
     )
-
-
-def _evaluate(
-    chunk: int, weights: Any, phases: _Phases, reference: Array, recorder: Recorder, selection: Selection
-) -> None:
-    """Evaluates the weights after so many chunks, and keeps them if they are the best."""
-    qos = phases.qos(weights, True)
-    kept_after = selection.evaluated(chunk * recorder.steps_per_chunk, weights, qos)
-    recorder.evaluated(chunk, qos, reference, kept_after)
 
 
 def _resumed(folder: RunFolder | None, like: TrainState, steps_per_chunk: int) -> tuple[int, TrainState | None]:

@@ -79,15 +79,19 @@ class Recorder:
         self._report()
         self.running = (chunk, metrics)
 
-    def evaluated(self, chunk: int, qos: Array, reference: Array, kept_after: Sequence[int]) -> None:
-        """Waits for the QoS [E] or [seeds, E] after so many chunks, and reports it beside the reference's."""
+    def evaluated(self, chunk: int, weights: Any, qos: Array, reference: Array, selection: Selection) -> None:
+        """Waits for the QoS [E] or [seeds, E] after so many chunks, and reports it beside the reference's.
+
+        The selection keeps the weights if they are the best.
+        """
         self._report()
+        kept_after = selection.evaluated(chunk, weights, qos)
         each, other = (np.asarray(x, np.float64).reshape(len(self.seeds), -1) for x in (qos, reference))
         gains = each - other
         gain = summarise(gains.mean(1) if len(gains) > 1 else gains[0])
         values = {"qos": each.mean(1).tolist(), "gains": gains.mean(1).tolist(), "impact_greedy": float(other.mean())}
         values |= {"gain": gain["mean"], "low": gain["low"], "high": gain["high"]}
-        values["kept_after"] = list(kept_after)
+        values["kept_after"] = [kept * self.steps_per_chunk for kept in kept_after]
         self._tell("evaluation", chunk, values)
 
     def save(self, chunk: int, state: TrainState, weights: Any, selection: Selection) -> None:

@@ -29,7 +29,7 @@ class Best(struct.PyTreeNode):
 
     weights: Weights  # leaves [seeds, ...] if there are several seeds
     qos: Array  # [seeds, E]
-    steps: Array  # [seeds] int32, after how many
+    chunk: Array  # [seeds] int32, after how many; steps may be too many for an int32
     leads: Array  # [seeds] bool: it is better than the newest evaluation
 
 
@@ -57,23 +57,23 @@ class Selection:
         none = np.full((num_seeds, num_envs), -np.inf, np.float32)
         self.best = Best(weights, *place((none, np.zeros(num_seeds, np.int32), np.zeros(num_seeds, bool))))
 
-    def evaluated(self, steps: int, weights: Weights, qos: Array) -> list[int]:
+    def evaluated(self, chunk: int, weights: Weights, qos: Array) -> list[int]:
         """Takes the newest weights and their QoS [E] or [seeds, E].
 
         Returns:
-          After how many steps each seed's router has its weights, if training ends now.
+          After how many chunks each seed's router has its weights, if training ends now.
         """
-        best, best_qos, best_steps = self.best, np.asarray(self.best.qos), np.asarray(self.best.steps)
+        best, best_qos, best_chunk = self.best, np.asarray(self.best.qos), np.asarray(self.best.chunk)
         if not self.keep_best:
-            return [steps] * len(best_steps)
+            return [chunk] * len(best_chunk)
         newest = np.asarray(qos, np.float32).reshape(best_qos.shape)
         higher = newest.mean(1) > best_qos.mean(1)
         best_qos = np.where(higher[:, None], newest, best_qos)
-        best_steps = np.where(higher, steps, best_steps).astype(np.int32)
+        best_chunk = np.where(higher, chunk, best_chunk).astype(np.int32)
         leads = np.array([summarise(lead, _CONFIDENCE)["low"] > 0 for lead in best_qos - newest])
         chosen = _chosen(_one_if_alone(higher), weights, best.weights)
-        self.best = Best(chosen, *self.place((best_qos, best_steps, leads)))
-        return np.where(leads, best_steps, steps).tolist()
+        self.best = Best(chosen, *self.place((best_qos, best_chunk, leads)))
+        return np.where(leads, best_chunk, chunk).tolist()
 
     def of(self, newest: Weights) -> Weights:
         """Returns the weights of the routers, where ``newest`` are those of the training state."""
